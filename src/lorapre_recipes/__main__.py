@@ -1,0 +1,7 @@
+"""`python -m lorapre_recipes`, the same program as `lorapre`."""
+
+import sys
+
+from lorapre_recipes.cli import main
+
+sys.exit(main())

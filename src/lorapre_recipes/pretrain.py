@@ -1,0 +1,400 @@
+"""Pre-train a Llama from a config and leave a run folder: `lorapre pretrain`.
+
+The loop, checkpoints, resuming, mixed precision, accumulation and loggers are transformers.Trainer's. This
+module adds the optimizer, the clock that knows how long it takes, and the files:
+
+    config.json      the complete config
+    command.txt      the command, one line per session
+    data.json        sha256 of the text, sizes of the two splits
+    tokenizer.json
+    metrics.jsonl    one line per logged training loss and per evaluation
+    coverage.txt     which parameter took which route, and its bytes (LoRA-Pre optimizers)
+    summary.json     the figures of the table at the end
+    curves.png
+    checkpoint-N/    model.safetensors, its config, tokenizer, optimizer, scheduler, random state
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from tqdm.auto import tqdm
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+from lorapre import coverage
+from lorapre_recipes.config import LOW_RANK, PretrainConfig, UserError
+from lorapre_recipes.data import PackedData, for_transformers, load_data
+from lorapre_recipes.optim import adamw_state_bytes, build_optimizer, state_bytes
+from lorapre_recipes.report import Metric, Summary, plot_curves, read_metrics, summary_table
+
+
+class Diverged(RuntimeError):
+    """The loss is not a number any more."""
+
+
+def pretrain(
+    config: PretrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    command: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Summary:
+    """Train, evaluate as it goes, fill the run folder `out`, and print the table.
+
+    Args:
+        config: everything that decides the numbers.
+        out: the run folder; new or empty, or that of the run to go on with.
+        resume: go on from the last checkpoint in `out`; `config` must be what `load_run` returns for it.
+        command: what to write to command.txt.
+        callbacks: more of transformers' trainer callbacks.
+
+    Raises:
+        UserError: the run cannot start, see `load_data`, `build_optimizer`, `check_loggers`.
+        Diverged: the loss became infinite or not a number.
+    """
+    start = time.perf_counter()
+    check_loggers(config)
+    data = load_data(config, out / "tokenizer.json" if resume else None)
+    tokenizer = for_transformers(data.tokenizer, config.sequence_length)
+    set_seed(config.seed)
+    model = build_model(config, tokenizer.eos_token_id)
+    optimizer = build_optimizer(model, config)
+    clock = Clock()
+    optimizer.register_step_pre_hook(clock.start_optimizer)
+    optimizer.register_step_post_hook(clock.stop_optimizer)
+
+    # Nothing is written before this line: a mistake leaves no folder behind.
+    out.mkdir(parents=True, exist_ok=True)
+    record_data(data, out / "data.json")
+    if not resume:
+        config.save(out / "config.json")
+        data.tokenizer.save(str(out / "tokenizer.json"))
+    if command is not None:
+        with (out / "command.txt").open("a", encoding="utf-8") as file:
+            file.write(command + "\n")
+
+    trainer = PretrainTrainer(
+        config,
+        clock,
+        out / "metrics.jsonl",
+        model=model,
+        optimizers=(optimizer, None),
+        args=training_arguments(config, out),
+        data_collator=collate,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(ProgressCallback)
+    for callback in (Progress(), Bookkeeping(trainer), *callbacks):
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=str(last_checkpoint(out)) if resume else None)
+
+    metrics = read_metrics(out / "metrics.jsonl")
+    last = next(row for row in reversed(metrics) if "validation_loss" in row)
+    summary = Summary(
+        optimizer=config.optimizer,
+        parameters=model.num_parameters(),
+        steps=config.steps,
+        tokens=last["tokens"],
+        validation_loss=last["validation_loss"],
+        validation_perplexity=last["validation_perplexity"],
+        state_bytes=state_bytes(optimizer),
+        adamw_state_bytes=adamw_state_bytes(model),
+        optimizer_share=clock.optimizer_seconds / clock.step_seconds,
+        tokens_per_second=clock.steps * config.tokens_per_step / clock.step_seconds,
+        wall_seconds=time.perf_counter() - start,
+        device=describe_device(model.device),
+        versions={"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
+    )
+    summary.save(out / "summary.json")
+    if config.optimizer in LOW_RANK:
+        (out / "coverage.txt").write_text(f"{coverage(optimizer)}\n", encoding="utf-8")
+    plot_curves(metrics, config, summary.parameters, out / "curves.png")
+    console = Console()
+    console.print(summary_table(summary, config))
+    console.print(f"Run folder: {out}", soft_wrap=True)
+    return summary
+
+
+# What the trainer is given
+
+
+def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalLM:
+    """A Llama with fresh weights, float32."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            max_position_embeddings=config.sequence_length,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=end_of_document,
+            pad_token_id=None,
+        )
+    )
+
+
+def training_arguments(config: PretrainConfig, out: Path) -> TrainingArguments:
+    """The trainer's view of a config."""
+    return TrainingArguments(
+        output_dir=str(out),
+        run_name=out.name,
+        seed=config.seed,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        learning_rate=config.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": config.final_lr},
+        warmup_steps=round(config.warmup * config.steps),
+        max_grad_norm=0,
+        bf16=config.precision == "bf16",
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,  # a loss that is no number must show
+        eval_strategy="steps",
+        eval_steps=config.eval_every,
+        prediction_loss_only=True,
+        save_steps=config.save_every,
+        save_total_limit=1,
+        report_to=list(config.report_to) or "none",
+        disable_tqdm=False,
+    )
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack sequences to (batch, length); the model shifts the labels itself."""
+    tokens = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows])
+    return {"input_ids": tokens, "labels": tokens}
+
+
+# What the trainer is taught
+
+
+@dataclass
+class Clock:
+    """Seconds in training steps and, within them, in optimizer.step; without evaluation and checkpoints."""
+
+    steps: int = 0
+    step_seconds: float = 0.0
+    optimizer_seconds: float = 0.0
+    _step_start: float = 0.0
+    _optimizer_start: float = 0.0
+
+    @staticmethod
+    def now() -> float:
+        """Seconds. Waits for an accelerator, whose work would else be booked on whoever waits for it next."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def start_step(self) -> None:
+        """A training step begins."""
+        self._step_start = self.now()
+
+    def stop_step(self) -> None:
+        """A training step has ended."""
+        self.step_seconds += self.now() - self._step_start
+        self.steps += 1
+
+    def start_optimizer(self, *_: Any) -> None:
+        """Hook before optimizer.step."""
+        self._optimizer_start = self.now()
+
+    def stop_optimizer(self, *_: Any) -> None:
+        """Hook after optimizer.step."""
+        self.optimizer_seconds += self.now() - self._optimizer_start
+
+
+class PretrainTrainer(Trainer):
+    """transformers.Trainer with a clock and metrics.jsonl."""
+
+    def __init__(self, config: PretrainConfig, clock: Clock, metrics_file: Path, **kwargs: Any) -> None:
+        self.pretrain_config, self.clock, self.metrics_file = config, clock, metrics_file
+        super().__init__(**kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log to the trainer's history, loggers and metrics.jsonl. Raises Diverged at a loss of nan or inf."""
+        loss = logs.get("loss", logs.get("eval_loss", 0.0))
+        logs["tokens"] = self.state.global_step * self.pretrain_config.tokens_per_step
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = perplexity(loss)
+        if "loss" in logs:
+            logs["timed_steps"] = self.clock.steps
+            logs["step_seconds"] = self.clock.step_seconds
+            logs["optimizer_seconds"] = self.clock.optimizer_seconds
+        super().log(logs, start_time)
+        if (row := metric(self.state.log_history[-1])) is not None:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"the loss is {loss} at step {self.state.global_step}; try a lower --lr or --scale"
+            )
+
+
+class Bookkeeping(TrainerCallback):
+    """Runs the clock, and takes up clock and metrics.jsonl where the checkpoint left them."""
+
+    def __init__(self, trainer: PretrainTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forget what an interrupted session logged after its last checkpoint: it will be logged again."""
+        metrics = [row for entry in state.log_history if (row := metric(entry)) is not None]
+        self.trainer.metrics_file.write_text(
+            "".join(json.dumps(row) + "\n" for row in metrics), encoding="utf-8"
+        )
+        timed = [entry for entry in state.log_history if "timed_steps" in entry]
+        if timed:
+            clock = self.trainer.clock
+            clock.steps = timed[-1]["timed_steps"]
+            clock.step_seconds = timed[-1]["step_seconds"]
+            clock.optimizer_seconds = timed[-1]["optimizer_seconds"]
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self.trainer.clock.start_step()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stop the clock."""
+        self.trainer.clock.stop_step()
+
+
+class Progress(ProgressCallback):
+    """One bar with the training loss, and a line above it for each evaluation."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar, at the checkpoint's step."""
+        self.training_bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2 if Console(stderr=True).is_terminal else 10,  # a log file needs no animation
+        )
+        self.current_step = state.global_step
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        """Draw nothing: an evaluation takes a second or two."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Show the figure."""
+        if self.training_bar is None:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+        if "eval_loss" in logs:
+            step = f"{state.global_step:>{len(str(state.max_steps))}}"
+            self.training_bar.write(f"step {step}  validation perplexity {logs['eval_perplexity']:.2f}")
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where floats end."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def metric(entry: dict[str, Any]) -> Metric | None:
+    """The line of metrics.jsonl for an entry of the trainer's history; None for its closing statistics."""
+    if "loss" in entry:
+        names = {
+            "loss": "loss",
+            "learning_rate": "lr",
+            "grad_norm": "grad_norm",
+            "step_seconds": "step_seconds",
+            "optimizer_seconds": "optimizer_seconds",
+        }
+    elif "eval_loss" in entry:
+        names = {"eval_loss": "validation_loss", "eval_perplexity": "validation_perplexity"}
+    else:
+        return None
+    return {"step": entry["step"], "tokens": entry["tokens"]} | {
+        new: entry[old] for old, new in names.items()
+    }
+
+
+# The run folder
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end, or None."""
+    # The trainer's state is the last file of a checkpoint.
+    complete = [file.parent for file in run.glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def load_run(run: Path) -> PretrainConfig:
+    """The config of a run that can go on. Raises UserError where it cannot."""
+    if not (run / "config.json").is_file():
+        raise UserError(f"--resume {run}: not a run folder, config.json is missing")
+    config = PretrainConfig.load(run / "config.json")
+    checkpoint = last_checkpoint(run)
+    if checkpoint is None:
+        raise UserError(f"--resume {run}: no checkpoint in this run folder; start again with a new --out")
+    if checkpoint_step(checkpoint) >= config.steps:
+        raise UserError(f"--resume {run}: nothing to do, the run has finished its {config.steps} steps")
+    return config
+
+
+def check_loggers(config: PretrainConfig) -> None:
+    """Refuse a logger that is not installed, before any work. Raises UserError."""
+    available = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+    for logger in config.report_to:
+        if logger not in available:
+            names = ", ".join(available) or "none"
+            raise UserError(f"--report-to: {logger!r} is unknown or not installed; available here: {names}")
+
+
+def record_data(data: PackedData, file: Path) -> None:
+    """Write which data a run sees, or raise UserError where it does not see the same again."""
+    facts = {
+        "sha256": data.fingerprint,
+        "train_sequences": len(data.train) if hasattr(data.train, "__len__") else None,  # None: a stream
+        "validation_sequences": len(data.validation),
+    }
+    if not file.is_file():
+        file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    elif json.loads(file.read_text(encoding="utf-8")) != facts:
+        raise UserError(
+            f"--resume {file.parent}: the data have changed since this run began; start a new run"
+        )
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words, with the number of threads where its speed depends on them."""
+    if device.type == "cpu":
+        return f"{torch.get_num_threads()} CPU threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
