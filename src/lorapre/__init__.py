@@ -1,0 +1,8 @@
+"""LoRA-Pre: Adam and Muon whose momenta live as low-rank factors, m = B A (arXiv 2602.24283)."""
+
+from lorapre.groups import param_groups
+from lorapre.optimizers import LoRAPreAdamW, LoRAPreMuon
+from lorapre.report import coverage
+
+__all__ = ["LoRAPreAdamW", "LoRAPreMuon", "coverage", "param_groups"]
+__version__ = "0.1.0"

@@ -1,0 +1,444 @@
+"""LoRAPreAdamW and LoRAPreMuon: options, state, loading and the order of a step."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from lorapre import factors, rules
+from lorapre.groups import state_shapes
+from lorapre.moments import VARIANTS, Batch, Dense, FirstMoment, SecondMoment, adam, batches, wide
+
+__all__ = ["LoRAPreAdamW", "LoRAPreMuon"]
+
+
+class LoRAPreOptimizer(Optimizer):
+    """What both optimizers share. Use :class:`LoRAPreAdamW` or :class:`LoRAPreMuon`."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for index, p in enumerate(group["params"]):
+                if p.grad is not None and p.grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} needs dense gradients, but that of {_name(group, index)} is "
+                        f"{p.grad.layout}; nn.Embedding gives dense ones with sparse=False"
+                    )
+        for group in self.param_groups:
+            weights: list[Tensor] = []
+            grads: list[Tensor] = []
+            state: list[Tensor] = []
+            self._init_group(group, weights, grads, state)
+            for batch in batches(group, weights, grads, state):
+                batch.begin(group["nonfinite"])
+                with torch.autocast(batch.device.type, enabled=False):
+                    if batch.low_rank:
+                        self._update(batch, group)
+                    else:
+                        self._update_dense(batch, group)
+        return loss
+
+    def _update(self, batch: Batch, group: dict[str, Any]) -> None:
+        """Step a batch of factorised weights."""
+        raise NotImplementedError
+
+    def _update_dense(self, batch: Batch, group: dict[str, Any]) -> None:
+        """Step a batch of dense weights with AdamW."""
+        raise NotImplementedError
+
+    def _init_group(
+        self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], state: list[Tensor]
+    ) -> bool:
+        """Append what has a gradient, and its state in the order of ``state_shapes``; create what is missing.
+
+        torch.compile runs the method of this name by itself, outside the graph, and takes the lists it has
+        filled as the graph's inputs.
+        """
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            own = self.state[p]
+            shapes = state_shapes(group, p.shape)
+            if "step" not in own:
+                own.update(_start(p, group, shapes))
+            elif "skipped" in shapes and "skipped" not in own:
+                own["skipped"] = torch.zeros_like(own["step"])
+            weights.append(p)
+            grads.append(p.grad)
+            state.extend(own[name] for name in shapes)
+        return False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which may set any option of the constructor for itself.
+
+        Args:
+            param_group: ``params`` (tensors or (name, tensor) pairs) and options; ``rank=None`` means dense AdamW.
+
+        Raises:
+            ValueError: an option is out of range, or a parameter is complex; the message names it.
+        """
+        group = {**self.defaults, **param_group}
+        self._check(group)
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        for item in params:
+            p = item[1] if isinstance(item, tuple) else item
+            if isinstance(p, Tensor) and not p.is_floating_point():
+                name = f"parameter {item[0]!r}" if isinstance(item, tuple) else "a parameter"
+                raise ValueError(f"params must be real floating point tensors, but {name} is {p.dtype}")
+        super().add_param_group({**param_group, "params": params})
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise a ValueError that names the first option out of range."""
+        lr, rank, seed = group["lr"], group["rank"], group["seed"]
+        _require(
+            group, "lr", not isinstance(lr, Tensor) or lr.numel() == 1, "a number or a tensor of one element"
+        )
+        for name in ("lr", "weight_decay", "eps"):
+            _require(group, name, float(group[name]) >= 0, "at least 0")
+        _require(
+            group,
+            "rank",
+            rank is None or (_is_integer(rank) and rank >= 1),
+            "an integer >= 1, or None for dense",
+        )
+        _require(group, "seed", _is_integer(seed) and seed >= 0, "an integer >= 0")
+        _require_choice(group, "variant", *VARIANTS)
+        _require_choice(group, "nonfinite", "propagate", "skip")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled or copied optimizer; options it did not know take their defaults."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from ``state_dict``: one of this class, or of torch.optim.AdamW where all it holds is dense.
+
+        The factors keep their float32 whatever the weights' dtype.
+
+        Raises:
+            ValueError: the state of a parameter does not fit it, its rank or its variant. The message names the
+                parameter and what was found and expected, and the optimizer is as it was.
+        """
+        saved_groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in saved_groups]
+        if sizes == [len(group["params"]) for group in self.param_groups]:
+            merged = [_merge(saved, own) for saved, own in zip(saved_groups, self.param_groups, strict=True)]
+            state_dict = {**state_dict, "param_groups": merged}
+        # else torch's own method refuses, with its own message
+        saved_state = state_dict["state"]
+        pairs = [
+            (saved_state[key], group, index)
+            for group, saved in zip(self.param_groups, saved_groups, strict=False)
+            for index, key in enumerate(saved["params"][: len(group["params"])])
+            if key in saved_state
+        ]
+        for saved, group, index in pairs:
+            _check_state(saved, group, index)
+        super().load_state_dict(state_dict)
+        # torch has cast everything but "step" to the dtype of the weight.
+        for saved, group, index in pairs:
+            p = group["params"][index]
+            self.state[p] = {
+                name: value.to(device=p.device, dtype=_state_dtype(p, name), copy=True)
+                for name, value in saved.items()
+            }
+
+
+class LoRAPreAdamW(LoRAPreOptimizer):
+    r"""AdamW whose two moments live as low-rank factors, B (p, r) and A (r, q) each (paper, Algorithm 1).
+
+    The state of a (p, q) weight takes 2 (p + q) r float32 numbers instead of 2 p q. Weights for which that would
+    not be less, and groups with ``rank=None``, take AdamW; :func:`lorapre.coverage` shows which took what.
+    :func:`lorapre.param_groups` sends embeddings, output head, norms and biases there, as the paper does.
+
+    Args:
+        params: parameters, (name, parameter) pairs or groups of either; every option may be set per group.
+        lr: learning rate, a number or a tensor of one element.
+        betas: decay of the first and the second moment, in [0, 1).
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, as in AdamW.
+        rank: r, or None for dense AdamW.
+        scale: factor on the update of the factorised weights alone (the paper trains with 0.25).
+        variant: "calibrated", "paper" (as printed) or "subspace"; docs/maths.md has the differences.
+        compress: which moments are factorised: "both", "first" or "second".
+        maximize: ascend instead.
+        nonfinite: what a NaN or infinite gradient does: "propagate" as in torch, or "skip" the step of that weight,
+            which is counted in its state as ``skipped`` without waiting for the device.
+        seed: of the random start; the start depends on it and on the shape of the weight, on nothing else.
+
+    Raises:
+        ValueError: an option is out of range; the message names it.
+
+    State of a factorised weight, all float32: ``step``, ``m_B`` (p, r), ``m_A`` (r, q), ``v_B``, ``v_A``; in the
+    subspace variant ``v_row`` (p) and ``v_col`` (q); of an uncompressed moment ``exp_avg`` or ``exp_avg_sq``.
+    Fused experts (E, p, q) are E matrices, and their factors have E in front; a convolution is the matrix
+    (out, in * k * k).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = 128,
+        scale: float = 1.0,
+        variant: str = "calibrated",
+        compress: str = "both",
+        maximize: bool = False,
+        nonfinite: str = "propagate",
+        seed: int = 0,
+    ) -> None:
+        defaults = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, scale=scale, variant=variant,
+            compress=compress, maximize=maximize, nonfinite=nonfinite, seed=seed, flatten=False,
+        )  # fmt: skip
+        super().__init__(params, defaults)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        _require_betas(group, "betas")
+        _require(group, "scale", group["scale"] >= 0, "at least 0")
+        _require_choice(group, "compress", "both", "first", "second")
+
+    def _update(self, batch: Batch, group: dict[str, Any]) -> None:
+        (beta1, beta2), compress = group["betas"], group["compress"]
+        variant = VARIANTS[group["variant"]]
+        adam(
+            batch,
+            Dense(batch, "exp_avg", beta1) if compress == "second" else FirstMoment(batch, beta1, variant),
+            Dense(batch, "exp_avg_sq", beta2) if compress == "first" else SecondMoment(batch, beta2, variant),
+            lr=_lr(group), scale=group["scale"], eps=group["eps"], weight_decay=group["weight_decay"],
+        )  # fmt: skip
+
+    def _update_dense(self, batch: Batch, group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        adam(
+            batch, Dense(batch, "exp_avg", beta1), Dense(batch, "exp_avg_sq", beta2),
+            eps=group["eps"], lr=_lr(group), scale=1.0, weight_decay=group["weight_decay"],
+        )  # fmt: skip
+
+
+class LoRAPreMuon(LoRAPreOptimizer):
+    """Muon whose momentum lives as low-rank factors B (p, r), A (r, q) (paper, Algorithm 2).
+
+    The state of a (p, q) weight takes (p + q) r float32 numbers instead of p q. Groups with ``rank=None`` and
+    weights too small for factors take AdamW; :func:`lorapre.param_groups` makes the groups of a model.
+
+    Args:
+        params: parameters, (name, parameter) pairs or groups of either; every option may be set per group.
+        lr: learning rate, a number or a tensor of one element.
+        weight_decay: decoupled, as in torch.optim.Muon.
+        momentum: decay of the momentum, in [0, 1).
+        nesterov: as in torch.optim.Muon; the paper has none.
+        ns_coefficients: of the Newton-Schulz iteration, three numbers.
+        eps: least norm of a matrix in the Newton-Schulz iteration.
+        ns_steps: Newton-Schulz iterations, 1 to 99.
+        adjust_lr_fn: factor on lr by shape, as in torch.optim.Muon: None or "original" is sqrt(max(1, p / q)),
+            "match_rms_adamw" is 0.2 sqrt(max(p, q)), with which AdamW's learning rates carry over.
+        rank: r, or None for dense AdamW.
+        variant: "calibrated", "paper" (as printed) or "subspace"; docs/maths.md has the differences.
+        adamw_lr: learning rate of the dense weights, None for lr. A group with ``rank=None`` takes it as its lr
+            unless it names its own. Dense weights inside a factorised group keep the ratio adamw_lr / lr that
+            they start with, so that one schedule serves both.
+        adamw_betas: of the dense weights.
+        adamw_eps: of the dense weights.
+        adamw_weight_decay: of the dense weights, None for the group's weight_decay.
+        maximize: ascend instead.
+        nonfinite: as in :class:`LoRAPreAdamW`.
+        seed: as in :class:`LoRAPreAdamW`.
+
+    Raises:
+        ValueError: an option is out of range; the message names it.
+
+    State of a factorised weight, all float32: ``step``, ``m_B`` (p, r), ``m_A`` (r, q).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = False,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        rank: int | None = 128,
+        variant: str = "calibrated",
+        adamw_lr: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float | None = None,
+        maximize: bool = False,
+        nonfinite: str = "propagate",
+        seed: int = 0,
+    ) -> None:
+        defaults = dict(
+            lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
+            ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn, rank=rank,
+            variant=variant, adamw_lr=adamw_lr, adamw_betas=adamw_betas, adamw_eps=adamw_eps,
+            adamw_weight_decay=adamw_weight_decay, maximize=maximize, nonfinite=nonfinite, seed=seed,
+            flatten=False, dense_ratio=1.0,
+        )  # fmt: skip
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see :meth:`LoRAPreOptimizer.add_param_group`."""
+        group = {**self.defaults, **param_group}
+        self._check(group)
+        adamw_lr = group["adamw_lr"]
+        if adamw_lr is not None and group["rank"] is None:
+            param_group = {"lr": adamw_lr, **param_group}
+        elif adamw_lr is not None:
+            _require(
+                group,
+                "lr",
+                float(group["lr"]) > 0,
+                "above 0 where adamw_lr is given, since they keep their ratio",
+            )
+            param_group = {**param_group, "dense_ratio": adamw_lr / float(group["lr"])}
+        super().add_param_group(param_group)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        _require(group, "momentum", 0 <= group["momentum"] < 1, "in [0, 1)")
+        _require(group, "ns_coefficients", len(group["ns_coefficients"]) == 3, "three numbers")
+        _require(
+            group, "ns_steps", _is_integer(group["ns_steps"]) and 1 <= group["ns_steps"] < 100, "1 to 99"
+        )
+        _require_choice(group, "adjust_lr_fn", None, "original", "match_rms_adamw")
+        _require_betas(group, "adamw_betas")
+        for name in ("adamw_lr", "adamw_eps", "adamw_weight_decay"):
+            _require(group, name, group[name] is None or group[name] >= 0, "at least 0")
+
+    def _update(self, batch: Batch, group: dict[str, Any]) -> None:
+        mu = group["momentum"]
+        tracker = VARIANTS[group["variant"]].tracker
+        B, A = batch.read("m_B"), batch.read("m_A")
+        everything = slice(None)
+        g = batch.gradient(everything)
+        m = torch.baddbmm(g, B, A, alpha=mu)
+        if group["nesterov"]:
+            m.mul_(mu).add_(g)
+        update = rules.newton_schulz(m, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        lr = _lr(group)
+        scale = rules.adjusted_scale(group["adjust_lr_fn"], batch.p, batch.q)
+        batch.descend(everything, update.float(), lr * scale, 1 - lr * group["weight_decay"])
+        # The sum m is the EMA of g / (1 - mu), which the factors follow; the sum is never debiased.
+        rate = mu if tracker is factors.SUBSPACE else 1 - math.sqrt(mu)
+        B, A = factors.track(tracker, B, A, g / (1 - mu), rate)
+        batch.write("m_B", B)
+        batch.write("m_A", A)
+
+    def _update_dense(self, batch: Batch, group: dict[str, Any]) -> None:
+        beta1, beta2 = group["adamw_betas"]
+        weight_decay = group["adamw_weight_decay"]
+        adam(
+            batch, Dense(batch, "exp_avg", beta1), Dense(batch, "exp_avg_sq", beta2),
+            eps=group["adamw_eps"], lr=_lr(group) * group["dense_ratio"], scale=1.0,
+            weight_decay=group["weight_decay"] if weight_decay is None else weight_decay,
+        )  # fmt: skip
+
+
+def _start(p: Tensor, group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The state before the first step: zeros, and in A what the variant starts from."""
+    state = {
+        name: torch.zeros(shape, dtype=_state_dtype(p, name), device=p.device)
+        for name, shape in shapes.items()
+    }
+    for stream, (name, absolute) in enumerate((("m_A", False), ("v_A", True))):
+        if name not in shapes:
+            continue
+        r, q = shapes[name][-2:]
+        random = factors.gaussian(r, q, seed=4 * group["seed"] + stream).to(p.device)
+        start = VARIANTS[group["variant"]].start
+        if start == "printed":
+            state[name].copy_(random * 0.02)
+            continue
+        sketch = torch.zeros_like(state[name])
+        if start == "sketch":
+            assert p.grad is not None
+            batch = Batch(group, [p], [p.grad], {})
+            omega = factors.gaussian(batch.p, r, seed=4 * group["seed"] + 2 + stream).to(p.device)
+            for rows in batch.tiles:
+                T = batch.gradient(rows)
+                sketch += (omega[rows].mT @ (T.abs() if absolute else T)).view(sketch.shape)
+        state[name].copy_(factors.start(sketch, random))
+    return state
+
+
+def _state_dtype(p: Tensor, name: str) -> torch.dtype:
+    """float32, whatever the weight has; only a dense moment of a float64 weight is float64."""
+    return wide(p.dtype) if name in ("exp_avg", "exp_avg_sq") else torch.float32
+
+
+def _lr(group: dict[str, Any]) -> float | Tensor:
+    lr = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
+def _name(group: dict[str, Any], index: int) -> str:
+    names = group.get("param_names")
+    return f"parameter {names[index]!r}" if names else f"parameter {index} of its group"
+
+
+def _merge(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The options to go on with: those saved, where they are ours; where a foreign optimizer's, what we know of."""
+    known = saved if "rank" in saved else {k: v for k, v in saved.items() if k in own or k == "initial_lr"}
+    return {**own, **known, "params": saved["params"]}
+
+
+def _check_state(saved: dict[str, Any], group: dict[str, Any], index: int) -> None:
+    """Raise a ValueError unless the saved state of a parameter is what its group would make."""
+    shape = group["params"][index].shape
+    wanted = state_shapes(group, shape)
+    found = {name: tuple(value.shape) if isinstance(value, Tensor) else () for name, value in saved.items()}
+    if {**found, "skipped": ()} != {**wanted, "skipped": ()}:
+        raise ValueError(
+            f"state_dict does not fit {_name(group, index)} of shape {tuple(shape)} (rank={group['rank']}, "
+            f"variant={group['variant']!r}): it holds {found}, this optimizer keeps {wanted}"
+        )
+
+
+def _require(group: dict[str, Any], name: str, condition: bool, wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {wanted}, but is {group[name]!r}")
+
+
+def _require_choice(group: dict[str, Any], name: str, *choices: str | None) -> None:
+    _require(group, name, group[name] in choices, f"one of {', '.join(map(repr, choices))}")
+
+
+def _require_betas(group: dict[str, Any], name: str) -> None:
+    betas = group[name]
+    _require(group, name, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
