@@ -1,0 +1,298 @@
+"""Which parameter takes which route: low-rank momenta or dense AdamW."""
+
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+__all__ = ["Rule", "is_low_rank", "matrix_shape", "param_groups", "state_shapes"]
+
+Rule: TypeAlias = tuple[str, int | Mapping[str, Any] | None]
+"""(regular expression, a rank, None for dense, or a dict of group options)."""
+
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_PIXEL_CHANNELS = 4  # a convolution that reads at most this many channels reads the input: grey, RGB, RGBA
+_NORM = re.compile(r"[Nn]orm(\dd)?$")  # LlamaRMSNorm, BatchNorm2d, but not a fused LayerNormLinear
+
+
+def matrix_shape(shape: Sequence[int], flatten: bool = False) -> tuple[int, int, int]:
+    """Shape (E, p, q) of a parameter seen as a batch of E matrices.
+
+    A scalar is (1, 1, 1), a vector (n,) is (1, 1, n), a matrix (p, q) is (1, p, q). Three dimensions are E
+    fused experts, unless `flatten` says that they are the weight (out, in, k) of a one-dimensional
+    convolution: that is the matrix (1, out, in * k). Four and more dimensions are always a convolution.
+    """
+    if len(shape) < 2:
+        return 1, 1, math.prod(shape)
+    if len(shape) == 3 and not flatten:
+        return shape[0], shape[1], shape[2]
+    return 1, shape[0], math.prod(shape[1:])
+
+
+def is_low_rank(shape: Sequence[int], rank: int | None, flatten: bool = False) -> bool:
+    """Whether a weight gets factors: it is a matrix, and rank (p + q) numbers are fewer than p q."""
+    if rank is None or len(shape) < 2:
+        return False
+    _, p, q = matrix_shape(shape, flatten)
+    return rank * (p + q) < p * q
+
+
+def state_shapes(group: Mapping[str, Any], shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the state tensors that a weight of `shape` holds under the options of `group`.
+
+    Factors are (p, r) and (r, q), with E in front for fused experts. `exp_avg` and `exp_avg_sq` have the
+    shape of the weight, counters none.
+    """
+    rank, flatten = group.get("rank"), group.get("flatten", False)
+    names = ["step", "skipped"] if group.get("nonfinite") == "skip" else ["step"]
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, ())
+    moment = tuple(shape)
+    if rank is None or not is_low_rank(shape, rank, flatten):
+        return shapes | {"exp_avg": moment, "exp_avg_sq": moment}
+    experts, p, q = matrix_shape(shape, flatten)
+    batch = (experts,) if len(shape) == 3 and not flatten else ()
+    m_factors = {"m_B": (*batch, p, rank), "m_A": (*batch, rank, q)}
+    if "momentum" in group:  # Muon has no second moment
+        return shapes | m_factors
+    v_factors = {"v_B": (*batch, p, rank), "v_A": (*batch, rank, q)}
+    if group.get("variant") == "subspace":
+        v_factors |= {"v_row": (*batch, p), "v_col": (*batch, q)}
+    compress = group.get("compress")
+    shapes |= {"exp_avg": moment} if compress == "second" else m_factors
+    return shapes | ({"exp_avg_sq": moment} if compress == "first" else v_factors)
+
+
+def param_groups(
+    model: nn.Module, *, rank: int | None = 128, rules: Sequence[Rule] = (), strict: bool = False
+) -> list[dict[str, Any]]:
+    """Sort a model's parameters into groups for `LoRAPreAdamW` or `LoRAPreMuon`.
+
+    Low rank are the matrices inside the network: attention and MLP weights (of `nn.Linear`, of transformers'
+    `Conv1D`, of any module that keeps a matrix under a name with "weight"), fused experts (E, p, q),
+    convolutions.
+
+    Dense (`rank=None` in the group) are
+
+    * the ends of the network: embedding tables (tokens, positions), patch embeddings and convolutions that
+      read pixels, the output head, tied or not, and the classification head of a transformers model. In a
+      plain PyTorch model the last `nn.Linear` is the head if it has the shape of an embedding table; without
+      such a table a head cannot be told from a hidden matrix and goes low rank: give a rule.
+    * routers (beside the experts, one row per expert) and depthwise convolutions (filters, not a matrix
+      product);
+    * class tokens and other parameters that are not applied as a matrix;
+    * norms, biases and all else with fewer than two dimensions. These also get `weight_decay=0.0`, as
+      transformers' Trainer does; every other group keeps the optimizer's.
+
+    Frozen parameters are routed like the others, so that they can be unfrozen later; they hold no state until
+    then. Shared parameters appear once, under their first name.
+
+    Args:
+        model: the model, wrapped (DDP, FSDP2, torch.compile, PEFT) or not.
+        rank: rank of the momenta, a positive integer, or None for dense AdamW everywhere.
+        rules: (regular expression, options) pairs that override the above. The expression is searched in the
+            name of the parameter; the first match wins. Options are a rank, None (dense) or a dict of group
+            options, for instance `("lm_head", {"rank": 64, "lr": 1e-4})`; what a rule leaves open keeps its
+            default.
+        strict: raise where the default only warns, and where a trainable matrix that a rule or the default
+            sent to low rank stays dense because its factors would not be smaller, rank (p + q) >= p q.
+
+    Returns:
+        Groups `{"params": [(name, parameter), ...], "rank": ..., ...}`. Parameters with equal options share
+        one.
+
+    Raises:
+        ValueError: a rank that is neither None nor a positive integer, a malformed rule, a rule that no
+            parameter reaches, or what `strict` forbids.
+
+    Warns:
+        UserWarning: no trainable parameter becomes low rank, or a matrix goes dense because its use is
+            unknown.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_rank(rank, "rank")
+    parsed = [_parse_rule(pattern, options) for pattern, options in rules]
+    routed = _route(model, rank, parsed)
+    _check_rules(parsed, routed)
+    _check_coverage(routed, rank, strict)
+
+    groups: list[dict[str, Any]] = []
+    for item in routed:
+        for group in groups:
+            if {key: value for key, value in group.items() if key != "params"} == item.options:
+                group["params"].append((item.name, item.parameter))
+                break
+        else:
+            groups.append({"params": [(item.name, item.parameter)], **item.options})
+    return groups
+
+
+class _Routed(NamedTuple):
+    name: str
+    parameter: nn.Parameter
+    options: dict[str, Any]  # of its group
+    known: bool  # a rule names it, or its use was recognised
+    rule: int | None  # index of the rule that matched
+
+
+_ParsedRule: TypeAlias = tuple[re.Pattern[str], dict[str, Any]]
+
+
+def _route(model: nn.Module, rank: int | None, rules: Sequence[_ParsedRule]) -> list[_Routed]:
+    routed = []
+    ends_and_routers = _ends(model) | _routers(model)
+    for name, parameter in model.named_parameters():
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        use = _use(owner, attribute, parameter)
+        if use != "vector" and parameter in ends_and_routers:
+            use = "dense"
+        options: dict[str, Any] = {"rank": rank if use == "matrix" else None}
+        if use == "vector":
+            options["weight_decay"] = 0.0
+        rule = next((index for index, (pattern, _) in enumerate(rules) if pattern.search(name)), None)
+        if rule is not None:
+            options |= rules[rule][1]
+        if parameter.ndim < 2:
+            options["rank"] = None
+        if options["rank"] is not None and parameter.ndim == 3 and isinstance(owner, _CONVOLUTIONS):
+            options["flatten"] = True
+        routed.append(_Routed(name, parameter, options, use != "unknown" or rule is not None, rule))
+    return routed
+
+
+def _check_rules(rules: Sequence[_ParsedRule], routed: Sequence[_Routed]) -> None:
+    for index, (pattern, options) in enumerate(rules):
+        matched = [item.parameter for item in routed if item.rule == index]
+        if not matched:
+            raise ValueError(f"rules: no parameter is left for {pattern.pattern!r}")
+        if options.get("rank") is not None and all(parameter.ndim < 2 for parameter in matched):
+            raise ValueError(f"rules: {pattern.pattern!r} sets a rank and finds no matrix")
+
+
+def _check_coverage(routed: Sequence[_Routed], rank: int | None, strict: bool) -> None:
+    """Nothing stays dense silently: raise, or warn where `strict` does not ask for more."""
+    low_rank, not_smaller, unknown = [], [], []
+    trainable = [item for item in routed if item.parameter.requires_grad]
+    for name, parameter, options, known, _ in trainable:
+        if is_low_rank(parameter.shape, options["rank"], options.get("flatten", False)):
+            low_rank.append(name)
+        elif options["rank"] is not None:
+            not_smaller.append(name)
+        elif not known and is_low_rank(parameter.shape, rank):
+            unknown.append(name)
+    if strict and not_smaller:
+        raise ValueError(f"rank: factors would not be smaller than the matrix for {_listed(not_smaller)}")
+    problems = []
+    if unknown:
+        problems.append(f"matrices of unknown use go dense, give a rule for them: {_listed(unknown)}")
+    if rank is not None and trainable and not low_rank:
+        problems.append(
+            f"no trainable parameter gets low-rank momenta at rank {rank}: all state is AdamW's. A matrix "
+            "(p, q) needs rank (p + q) < p q; the factors of a LoRA adapter, for one, are too thin for it"
+        )
+    for problem in problems:
+        if strict:
+            raise ValueError(problem)
+        warnings.warn(problem, stacklevel=3)  # of param_groups' caller
+
+
+def _check_rank(rank: object, argument: str) -> None:
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise ValueError(f"{argument} must be a positive integer or None, got {rank!r}")
+
+
+def _parse_rule(
+    pattern: str, options: int | Mapping[str, Any] | None
+) -> tuple[re.Pattern[str], dict[str, Any]]:
+    override = dict(options) if isinstance(options, Mapping) else {"rank": options}
+    _check_rank(override.get("rank"), f"rules: rank for {pattern!r}")
+    if "params" in override:
+        raise ValueError(f"rules: options for {pattern!r} must not contain 'params'")
+    try:
+        return re.compile(pattern), override
+    except re.error as error:
+        raise ValueError(f"rules: {pattern!r} is not a regular expression: {error}") from None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _use(owner: nn.Module, attribute: str, parameter: nn.Parameter) -> str:
+    """What a module does with a parameter: "matrix", "vector" (norms, biases), "dense" or "unknown"."""
+    if parameter.ndim < 2 or _NORM.search(type(owner).__name__) or attribute.endswith("bias"):
+        return "vector"
+    token = parameter.shape[0] == 1  # class tokens (1, 1, d), position embeddings (1, n, d)
+    thin = 1 in matrix_shape(parameter.shape, flatten=isinstance(owner, _CONVOLUTIONS))[1:]
+    depthwise = isinstance(owner, _CONVOLUTIONS) and 1 < owner.groups == owner.in_channels
+    if token or thin or depthwise:
+        return "dense"
+    weight = attribute.startswith("weight") or attribute.endswith("weight")
+    experts = parameter.ndim == 3 and not isinstance(owner, ParametrizationList)
+    return "matrix" if weight or experts else "unknown"
+
+
+def _ends(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters of the layers that read the input or write the output."""
+    modules = list(model.modules())
+    tables = [module for module in modules if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    pixels = [m for m in modules if isinstance(m, _CONVOLUTIONS) and m.in_channels <= _PIXEL_CHANNELS]
+    ends: list[nn.Module] = [*tables, *pixels]
+    for module in modules:  # not of the root alone, which may be a wrapper
+        ends += _transformers_ends(module)
+    linear = [module for module in modules if isinstance(module, nn.Linear)]
+    if linear and linear[-1].weight.shape in {table.weight.shape for table in tables}:
+        ends.append(linear[-1])
+    return {parameter for end in ends for parameter in end.parameters()}
+
+
+def _transformers_ends(module: nn.Module) -> Iterator[nn.Module]:
+    """Input and output layers that a transformers model names, and its classification head."""
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            end = getattr(module, getter)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(end, nn.Module):
+            yield end
+    backbone = getattr(module, "base_model", None)
+    labels = getattr(getattr(module, "config", None), "num_labels", None)
+    if isinstance(backbone, nn.Module) and labels is not None:
+        for layer in set(module.modules()) - set(backbone.modules()):
+            if isinstance(layer, nn.Linear) and layer.out_features == labels:
+                yield layer
+
+
+def _routers(model: nn.Module) -> set[nn.Parameter]:
+    """Layers of mixture-of-experts blocks, beside the experts, that hold one matrix with one row per expert.
+
+    One matrix, because a shared expert can be as wide as there are experts, but it holds several.
+    """
+    routers = set()
+    for block in model.modules():
+        experts = {_expert_count(child) for child in block.children()} - {None}
+        for child in block.children() if experts else ():
+            matrices = [parameter for parameter in child.parameters() if parameter.ndim > 1]
+            if len(matrices) == 1 and matrices[0].ndim == 2 and matrices[0].shape[0] in experts:
+                routers.add(matrices[0])
+    return routers
+
+
+def _expert_count(module: nn.Module) -> int | None:
+    """How many experts a module holds, as a list of modules or fused (E, p, q); None if it has neither."""
+    if isinstance(module, nn.ModuleList):
+        return len(module)
+    fused = [parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
+    return fused[0] if fused and not isinstance(module, _CONVOLUTIONS) else None

@@ -1,0 +1,238 @@
+"""What an optimizer made of a model: route, rank and bytes of state of every parameter."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorapre.groups import is_low_rank, state_shapes
+
+__all__ = ["Coverage", "Row", "coverage"]
+
+_WIDTH = 80
+_NOT_SMALLER = "factors not smaller"
+_INDEX = re.compile(
+    r"(?:^|(?<=\.))(\d+)(?=\.|$)"
+)  # a part of a dotted name that is a number: a layer, an expert
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter of an optimizer; bytes are those of this process, where the weight is sharded.
+
+    Attributes:
+        name: name of the parameter, or "group.index" where the optimizer was not given names.
+        shape: shape of the whole weight.
+        route: "low-rank" or "dense".
+        rank: rank of its factors; None on the dense route.
+        state_bytes: state held now; 0 before the first step that has a gradient.
+        planned_bytes: state held after that step; 0 for a frozen parameter.
+        adamw_bytes: what `torch.optim.AdamW` would hold, two moments in the weight's dtype and a step; 0 for
+            a frozen parameter.
+        note: "factors not smaller" for a matrix that has a rank and is dense, "frozen", or empty.
+        skipped: steps skipped for non-finite gradients; None where they are not counted.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    route: str
+    rank: int | None
+    state_bytes: int
+    planned_bytes: int
+    adamw_bytes: int
+    note: str
+    skipped: int | None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Rows of `coverage`; `str()` is a table of at most 80 columns, repeated layers folded into one line."""
+
+    rows: tuple[Row, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state held now."""
+        return sum(row.state_bytes for row in self.rows)
+
+    @property
+    def planned_bytes(self) -> int:
+        """Bytes of state once every trainable parameter has had a gradient."""
+        return sum(row.planned_bytes for row in self.rows)
+
+    @property
+    def adamw_bytes(self) -> int:
+        """Bytes that `torch.optim.AdamW` would hold for the same parameters."""
+        return sum(row.adamw_bytes for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Totals and rows as plain values, for JSON."""
+        return {
+            "state_bytes": self.state_bytes,
+            "planned_bytes": self.planned_bytes,
+            "adamw_bytes": self.adamw_bytes,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        column = "state_bytes" if self.state_bytes else "planned_bytes"
+        lines = [("parameter", "", "shape", "rank", column.removesuffix("_bytes"), "AdamW")]
+        for rows in _folded(self.rows):
+            held = _bytes(sum(getattr(row, column) for row in rows))
+            lines.append((*_described(rows), held, _bytes(sum(row.adamw_bytes for row in rows))))
+        total = getattr(self, column)
+        lines.append(("total", f"x{len(self)}", "", "", _bytes(total), _bytes(self.adamw_bytes)))
+        return "\n".join([*_table(lines), "", *self._remarks(total)])
+
+    def _remarks(self, total: int) -> Iterator[str]:
+        low_rank = [row for row in self.rows if row.route == "low-rank"]
+        share = sum(math.prod(row.shape) for row in low_rank) / sum(math.prod(row.shape) for row in self.rows)
+        ratio = total / max(1, self.adamw_bytes)  # AdamW holds nothing where everything is frozen
+        yield f"{len(low_rank)} low-rank weights hold {share:.1%} of the parameters."
+        yield f"State is {ratio:.1%} of AdamW's."
+        waiting = [row for row in self.rows if row.planned_bytes and not row.state_bytes]
+        if not self.state_bytes:
+            yield "No state is held yet; the first step allocates the planned bytes."
+        elif waiting:
+            more = _bytes(sum(row.planned_bytes for row in waiting))
+            yield f"{len(waiting)} parameters have had no gradient yet; their state will add {more}."
+        if any(row.note == _NOT_SMALLER for row in self.rows):
+            yield "* dense although the group has a rank: the factors would not be smaller."
+        if skipped := max(row.skipped or 0 for row in self.rows):
+            yield f"Steps skipped for non-finite gradients: at most {skipped} of one parameter."
+
+
+def coverage(optimizer: torch.optim.Optimizer) -> Coverage:
+    """Route, rank and bytes of state of every parameter, beside what `torch.optim.AdamW` would hold.
+
+    Before the first step there is no state; `planned_bytes` is what that step will allocate. It is exact for
+    `LoRAPreAdamW` and `LoRAPreMuon`. Any other optimizer is planned as if it were AdamW; its `state_bytes`
+    are right.
+
+    Reads the counters of skipped steps and so waits for the device: a report, not for the training loop.
+
+    Args:
+        optimizer: any torch optimizer.
+    """
+    rows = []
+    for number, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
+        for name, weight in zip(names, group["params"], strict=True):
+            state = optimizer.state.get(weight, {})
+            tensors = {key: _local(value) for key, value in state.items() if isinstance(value, Tensor)}
+            rows.append(_row(name, weight, group, tensors))
+    return Coverage(tuple(rows))
+
+
+def _row(name: str, weight: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor]) -> Row:
+    rank = group.get("rank")
+    low_rank = is_low_rank(weight.shape, rank, group.get("flatten", False))
+    note = _NOT_SMALLER if rank is not None and weight.ndim > 1 and not low_rank else ""
+    trainable = weight.requires_grad
+    local = _local(weight)
+    return Row(
+        name=name,
+        shape=tuple(weight.shape),
+        route="low-rank" if low_rank else "dense",
+        rank=rank if low_rank else None,
+        state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
+        planned_bytes=_planned_bytes(weight, group) if trainable else 0,
+        adamw_bytes=2 * local.numel() * local.element_size() + 4 if trainable else 0,
+        note=note if trainable else "frozen",
+        skipped=int(state["skipped"]) if "skipped" in state else None,
+    )
+
+
+def _planned_bytes(weight: Tensor, group: Mapping[str, Any]) -> int:
+    """All state is float32, but for the dense moments of a float64 weight."""
+    moment = _local(weight).numel() * (8 if weight.dtype == torch.float64 else 4)
+    shapes = state_shapes(group, weight.shape)
+    return sum(moment if "exp_avg" in name else 4 * math.prod(shape) for name, shape in shapes.items())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The shard that this process holds of a DTensor; any other tensor itself."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _folded(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that share a line of the table: one weight of every layer, or all vectors and scalars."""
+    lines: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        alike = (_INDEX.sub("#", row.name), row.shape) if len(row.shape) > 1 else ()
+        lines.setdefault((alike, row.rank, row.note), []).append(row)
+    return list(lines.values())
+
+
+def _described(rows: Sequence[Row]) -> tuple[str, str, str, str]:
+    """Name, count, shape and rank of a line of the table."""
+    first = rows[0]
+    name, shape = _pattern([row.name for row in rows]), "x".join(map(str, first.shape))
+    if len(rows) > 1 and len(first.shape) < 2:
+        name, shape = "vectors and scalars", ""
+    rank = {"frozen": "frozen", _NOT_SMALLER: "dense*"}.get(first.note, str(first.rank or "dense"))
+    return name, f"x{len(rows)}" if len(rows) > 1 else "", shape, rank
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """Names that differ in their numbers as one: h.0.weight and h.1.weight as h.0-1.weight."""
+    parts = list(zip(*(_INDEX.split(name) for name in names), strict=False))
+    return "".join(_ranges({int(x) for x in part}) if i % 2 else part[0] for i, part in enumerate(parts))
+
+
+def _ranges(numbers: set[int]) -> str:
+    """{0, 1, 2, 5} as "0-2,5", and only the ends of what grows long."""
+    runs: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    text = ",".join(f"{low}-{high}" if low < high else f"{low}" for low, high in runs)
+    return text if len(text) <= 8 else f"{min(numbers)}..{max(numbers)}"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Header, body and total, aligned; the first column gives way to keep within the width."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * len(widths[1:]))
+    text = []
+    for name, *cells in lines:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        text.append("  ".join([_shorten(name, widths[0]).ljust(widths[0]), *aligned]))
+    rule = "-" * len(text[0])
+    return [text[0], rule, *text[1:-1], rule, text[-1]]
+
+
+def _shorten(name: str, width: int) -> str:
+    """Leading parts of a dotted name give way to their first letters, then the middle to two dots."""
+    name = name.removesuffix(".weight")
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) > width and not part[:1].isdigit():
+            parts[i] = part[:1]
+    name = ".".join(parts)
+    if len(name) > width:
+        head = (width - 2) // 2
+        name = f"{name[:head]}..{name[head + 2 - width :]}"
+    return name
+
+
+def _bytes(count: int) -> str:
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1000:  # at most three digits
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
