@@ -207,6 +207,11 @@ def test_head_of_a_plain_model_with_an_embedding():
     assert low_rank(model) == {"1.weight"}
 
 
+def test_a_hidden_layer_with_the_shape_of_the_embedding_is_no_head():
+    model = nn.Sequential(nn.Embedding(64, 32), nn.ModuleList(nn.Linear(32, 64) for _ in range(2)))
+    assert low_rank(model) == {"1.0.weight", "1.1.weight"}
+
+
 def test_wrapped_model():
     class Wrapper(nn.Module):
         def __init__(self, model):

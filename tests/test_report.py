@@ -160,7 +160,7 @@ def test_table_folds_layers_and_keeps_to_80_columns():
     assert text.count("x12") == 2
     assert "vectors and scalars" in text
     (line,) = [line for line in text.splitlines() if "64x32" in line and "x12" in line]
-    assert line.split()[-5:] == ["4", "37.0", "KiB", "192", "KiB"]
+    assert line.split()[-5:] == ["4", "36.0", "KiB", "192", "KiB"]
 
 
 def test_table_marks_what_has_a_rank_and_is_dense():

@@ -86,8 +86,8 @@ def param_groups(
 
     * the ends of the network: embedding tables (tokens, positions), patch embeddings and convolutions that
       read pixels, the output head, tied or not, and the classification head of a transformers model. In a
-      plain PyTorch model the last `nn.Linear` is the head if it has the shape of an embedding table; without
-      such a table a head cannot be told from a hidden matrix and goes low rank: give a rule.
+      plain PyTorch model the last `nn.Linear` is the head if it has the shape of an embedding table and lies
+      in no `nn.ModuleList`; another head cannot be told from a hidden matrix and goes low rank: give a rule.
     * routers (beside the experts, one row per expert) and depthwise convolutions (filters, not a matrix
       product);
     * class tokens and other parameters that are not applied as a matrix;
@@ -252,9 +252,11 @@ def _ends(model: nn.Module) -> set[nn.Parameter]:
     ends: list[nn.Module] = [*tables, *pixels]
     for module in modules:  # not of the root alone, which may be a wrapper
         ends += _transformers_ends(module)
-    linear = [module for module in modules if isinstance(module, nn.Linear)]
-    if linear and linear[-1].weight.shape in {table.weight.shape for table in tables}:
-        ends.append(linear[-1])
+    # A hidden layer of a small model can have the shape of the table by chance, but it lies in a list of layers.
+    listed = {layer for module in modules if isinstance(module, nn.ModuleList) for layer in module.modules()}
+    shapes = {table.weight.shape for table in tables}
+    last = [module for module in modules if isinstance(module, nn.Linear)][-1:]
+    ends += [layer for layer in last if layer.weight.shape in shapes and layer not in listed]
     return {parameter for end in ends for parameter in end.parameters()}
 
 
