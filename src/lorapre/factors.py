@@ -1,14 +1,15 @@
 """One momentum as a product of two factors, m = B A, updated in closed form (paper, Section 3).
 
-Shapes, with any leading batch dimensions: ``B`` (..., p, r), ``A`` (..., r, q), target ``T`` (..., p, q),
-r < min(p, q). A tracker never needs T itself, only its two projections ``T A^T`` (..., p, r) and ``L^T T``
+Shapes, with any leading batch dimensions: `B` (..., p, r), `A` (..., r, q), target `T` (..., p, q),
+r < min(p, q). A tracker never needs T itself, only its two projections `T A^T` (..., p, r) and `L^T T`
 (..., r, q) on a left basis L (..., p, r), so T can come in tiles or in shards:
 
     printed   L = unit(B), the old factor                 paper, Theorem 3.1, Eq. 11-12, both factors at once
     newton    L = B', the new factor                      the same two steps, one after the other
     subspace  L = orth(beta B A A^T + (1 - beta) T A^T)   one subspace iteration on the projected EMA
 
-docs/maths.md says where each comes from and which test holds it. Everything here is a pure function; nothing synchronises with the host.
+docs/maths.md says where each comes from and which test holds it. Everything here is a pure function; nothing
+synchronises with the host.
 """
 
 import math
@@ -39,8 +40,9 @@ def product(B: Tensor, A: Tensor) -> Tensor:
 def norm(X: Tensor) -> Tensor:
     """Frobenius norm of each matrix, (..., 1, 1); exact where the squares would leave float32's range."""
     largest = X.abs().amax((-2, -1), keepdim=True)
-    unit = X / torch.where(largest > 0, largest, 1)
-    return largest * torch.linalg.vector_norm(unit, dim=(-2, -1), keepdim=True)
+    scaled = X / torch.where(largest > 0, largest, 1)
+    length: Tensor = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
+    return largest * length
 
 
 def unit(B: Tensor) -> Tensor:
@@ -52,8 +54,8 @@ def unit(B: Tensor) -> Tensor:
 def gauge(B: Tensor, A: Tensor, A_before: Tensor) -> tuple[Tensor, Tensor]:
     """Rescale so that ||A||_F = sqrt(r) without changing the product (docs/maths.md, departure d).
 
-    Where A is zero, or has left the range of its type, the product is taken as zero and ``A_before`` (..., r, q)
-    stays, so that the factor never loses its directions.
+    Where A is zero, or has left the range of its type, the product is taken as zero and `A_before` (..., r,
+    q) stays, so that the factor never loses its directions.
     """
     size = norm(A) / math.sqrt(A.shape[-2])
     alive = (size > 0) & size.isfinite()
@@ -62,9 +64,9 @@ def gauge(B: Tensor, A: Tensor, A_before: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def start(sketch: Tensor, fallback: Tensor) -> Tensor:
-    """The first A (..., r, q) from ``sketch`` = Omega^T T, at the scale of :func:`gauge` (departure b).
+    """The first A (..., r, q) from `sketch` = Omega^T T, at the scale of `gauge` (departure b).
 
-    Where the sketch is zero or not finite, ``fallback`` (r, q) takes its place, at the same scale.
+    Where the sketch is zero or not finite, `fallback` (r, q) takes its place, at the same scale.
     """
     size = norm(sketch)
     A = torch.where((size > 0) & size.isfinite(), sketch, fallback)
@@ -107,7 +109,7 @@ def printed(B: Tensor, A: Tensor, L: Tensor, TAt: Tensor, LtT: Tensor, gamma: fl
 
 
 def newton_basis(B: Tensor, A: Tensor, TAt: Tensor, gamma: float) -> Tensor:
-    """B' (..., p, r): a Newton step of length gamma in the left factor, the right one fixed (paper, Eq. 11)."""
+    """B' (..., p, r): a Newton step of length gamma in the left factor, the right one fixed (Eq. 11)."""
     gram = A @ A.mT
     return torch.lerp(B, _damped_solve(gram, TAt.mT, DAMPING * _mean_eigenvalue(gram)).mT, gamma)
 
@@ -115,11 +117,12 @@ def newton_basis(B: Tensor, A: Tensor, TAt: Tensor, gamma: float) -> Tensor:
 def newton(B: Tensor, A: Tensor, L: Tensor, TAt: Tensor, LtT: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """A Newton step of length gamma in the right factor, the left one fixed at L = B' (paper, Eq. 12).
 
-        A' = (1 - gamma) A + gamma (L^T L + lambda I)^-1 L^T T,   lambda = 1e-6 trace / r,   (B, A) = gauge(L, A')
+        A' = (1 - gamma) A + gamma (L^T L + lambda I)^-1 L^T T,   lambda = 1e-6 trace / r
+        (B, A) = gauge(L, A')
 
     Taken from the new left factor and not, as printed, from the old one, the product is
-    B' A' = (1 - gamma) B' A + gamma P T with P the projection on the columns of B': no term is quadratic in T,
-    nothing grows when T is much larger than B A (departure f). Shapes as in :func:`printed`.
+    B' A' = (1 - gamma) B' A + gamma P T with P the projection on the columns of B': no term is quadratic in
+    T, nothing grows when T is much larger than B A (departure f). Shapes as in `printed`.
     """
     size = norm(L)
     inverse = torch.where(size > 0, 1 / size, 0)
@@ -137,18 +140,18 @@ def subspace_basis(B: Tensor, A: Tensor, TAt: Tensor, beta: Tensor | float) -> T
 def subspace(
     B: Tensor, A: Tensor, L: Tensor, TAt: Tensor, LtT: Tensor, beta: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """The EMA beta B A + (1 - beta) T projected on the columns of L = Q (docs/maths.md, "The subspace tracker").
+    """The EMA beta B A + (1 - beta) T projected on the columns of L = Q.
 
         A' = beta (Q^T B) A + (1 - beta) Q^T T,   (B, A) = gauge(Q, A')
 
-    Linear in T and undamped. Shapes as in :func:`printed`; ``beta`` is the decay of the EMA, a number or one per
-    matrix (..., 1, 1).
+    Linear in T and undamped (docs/maths.md, "The subspace tracker"). `beta` is the decay of the EMA, a number
+    or one per matrix (..., 1, 1); other shapes as in `printed`.
     """
     return gauge(L, beta * ((L.mT @ B) @ A) + (1 - beta) * LtT, A)
 
 
 class Tracker(NamedTuple):
-    """How the factors follow a target: ``L = basis(B, A, T A^T, rate)``, ``step(B, A, L, T A^T, L^T T, rate)``."""
+    """How factors follow a target: L = basis(B, A, T A^T, rate), then step(B, A, L, T A^T, L^T T, rate)."""
 
     basis: Callable[..., Tensor]
     step: Callable[..., tuple[Tensor, Tensor]]
@@ -160,17 +163,17 @@ SUBSPACE = Tracker(subspace_basis, subspace)
 
 
 def track(tracker: Tracker, B: Tensor, A: Tensor, T: Tensor, rate: Tensor | float) -> tuple[Tensor, Tensor]:
-    """One step of ``tracker`` towards T (..., p, q), which is at hand as a whole: (B', A')."""
+    """One step of `tracker` towards T (..., p, q), which is at hand as a whole: (B', A')."""
     TAt = T @ A.mT
     L = tracker.basis(B, A, TAt, rate)
     return tracker.step(B, A, L, TAt, L.mT @ T, rate)
 
 
 def match_means(B: Tensor, A: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """Rescale rows of B, then columns of A, so that the means of (B A)**2 are ``row``, then ``column``.
+    """Rescale rows of B, then columns of A, so that the means of (B A)**2 are `row`, then `column`.
 
-    The square of an estimate of E|g| falls short of E g**2; the true means of g**2 over the rows and columns are
-    cheap to keep and put that right (docs/maths.md, "The second moment"). Only Grams are formed.
+    The square of an estimate of E|g| falls short of E g**2; the true means of g**2 over the rows and columns
+    are cheap to keep and put that right (docs/maths.md, "The second moment"). Only Grams are formed.
 
     Args:
         B: (..., p, r).
@@ -188,10 +191,10 @@ def match_means(B: Tensor, A: Tensor, row: Tensor, column: Tensor) -> tuple[Tens
 def orth(Y: Tensor) -> Tensor:
     """An orthonormal basis Q (..., p, r) of the range of Y (..., p, r), r <= p.
 
-    Cholesky QR, three times over: shifted twice, so that columns which almost depend on each other survive, then
-    plain. Where Y has lost rank (a gradient of rank below r, an expert with few tokens) the free columns of Q
-    are directions in general position, orthogonal to the range. It needs no more than Y^T Y, so the rows of Y
-    may be spread over processes.
+    Cholesky QR, three times over: shifted twice, so that columns which almost depend on each other survive,
+    then plain. Where Y has lost rank (a gradient of rank below r, an expert with few tokens) the free columns
+    of Q are directions in general position, orthogonal to the range. It needs no more than Y^T Y, so the rows
+    of Y may be spread over processes.
     """
     p, r = Y.shape[-2:]
     eps = torch.finfo(Y.dtype).eps
@@ -209,7 +212,8 @@ def _cholesky_qr(Y: Tensor, *, shift: float) -> Tensor:
     scale = torch.where(squares > 0, squares.rsqrt(), 0)[..., None, :]
     eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     L = torch.linalg.cholesky_ex(scale.mT * G * scale + shift * eye).L
-    return torch.linalg.solve_triangular(L.mT, scale * Y, upper=True, left=False)
+    Q: Tensor = torch.linalg.solve_triangular(L.mT, scale * Y, upper=True, left=False)
+    return Q
 
 
 def _waves(p: int, r: int, like: Tensor) -> Tensor:
@@ -228,8 +232,8 @@ def _damped_solve(G: Tensor, R: Tensor, damping: Tensor) -> Tensor:
     """(G + lambda I)^-1 R for Gram matrices G (..., r, r), R (..., r, n), damping (..., 1, 1).
 
     lambda is never below the resolution of G: the Gram of a target of rank one has eigenvalues that rounding
-    makes negative, by more than 1e-6 trace / r once r is large (docs/maths.md, departure a). The last term lets
-    the all-zero Gram of the first step solve to zero.
+    makes negative, by more than 1e-6 trace / r once r is large (docs/maths.md, departure a). The last term
+    lets the all-zero Gram of the first step solve to zero.
     """
     limits = torch.finfo(G.dtype)
     lam = torch.maximum(damping, limits.eps * G.shape[-1] * _mean_eigenvalue(G)) + limits.tiny

@@ -1,8 +1,8 @@
-"""The step of a batch of same-shaped weights: moments, dense or factorised, and the Adam update that reads them.
+"""The step of a batch of same-shaped weights: its moments, dense or factorised, and the Adam update.
 
-Weights of one shape are stepped together as N matrices, in sweeps over row tiles: nothing of size p x q is formed
-beyond a tile. The first sweep updates the weights from the old factors and gathers T A^T, the second gathers
-L^T T for the trackers in :mod:`lorapre.factors`.
+Weights of one shape are stepped together as N matrices, in sweeps over row tiles: nothing of size p x q is
+formed beyond a tile. The first sweep updates the weights from the old factors and gathers T A^T, the second
+gathers L^T T for the trackers in `lorapre.factors`.
 """
 
 import math
@@ -31,8 +31,8 @@ VARIANTS = {
     "subspace": Variant(factors.SUBSPACE, start="random", second="means"),
 }
 
-# Elements of a tile and of a batch: a tile and its temporaries stay in a core's cache, a batch is large enough
-# to hide the cost of a call and small enough that its stacked factors do not count.
+# Elements of a tile and of a batch: a tile and its temporaries stay in a core's cache, a batch is large
+# enough to hide the cost of a call and small enough that its stacked factors do not count.
 TILE = 2**17
 BATCH = 2**20
 
@@ -40,7 +40,7 @@ BATCH = 2**20
 class Batch:
     """Same-shaped parameters, stepped together as N = n E matrices (p, q).
 
-    ``read`` and ``write`` take a state tensor of all of them as one (N, ...); ``gradient`` and ``descend`` work on
+    `read` and `write` take a state tensor of all of them as one (N, ...); `gradient` and `descend` work on
     a slice of rows, since a whole (N, p, q) is what the step must not form.
     """
 
@@ -65,7 +65,7 @@ class Batch:
         self.finite: Tensor | None = None
 
     def begin(self, nonfinite: str) -> None:
-        """Count the step: ``t`` and, if asked for, ``finite`` (N, 1, 1), whether the weight takes part in it."""
+        """Count the step: `t` and, if asked for, `finite` (N, 1, 1), whether the weight takes part in it."""
         steps = torch.stack(self.state["step"])
         self.t = self._per_matrix(steps + 1)
         if nonfinite == "skip":
@@ -77,7 +77,7 @@ class Batch:
             torch._foreach_add_(self.state["step"], 1)
 
     def matrices(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Views (E, p, ...): what follows the rows is flattened tile by tile, since it may not be contiguous."""
+        """Views (E, p, ...); load flattens what follows the rows, which need not be contiguous."""
         if self.fused:
             return tensors
         return [x[None] if x.ndim > 1 else x.view(1, 1, -1) for x in tensors]
@@ -91,11 +91,13 @@ class Batch:
         return (tiles[0] if len(tiles) == 1 else torch.cat(tiles)).to(self.dtype)
 
     def store(self, matrices: list[Tensor], rows: slice, new: Tensor, old: Tensor) -> None:
-        """Write (N, rows, q) back; ``old`` stays where the gradient was not finite."""
+        """Write (N, rows, q) back; `old` stays where the gradient was not finite."""
         if self.finite is not None:
             new = torch.where(self.finite, new, old)
         tiles = [x[:, rows] for x in matrices]
-        torch._foreach_copy_(tiles, [y.view(x.shape) for x, y in zip(tiles, new.split(self.E), strict=True)])
+        torch._foreach_copy_(
+            tiles, [y.view(x.shape) for x, y in zip(tiles, torch.split(new, self.E), strict=True)]
+        )
 
     def gradient(self, rows: slice) -> Tensor:
         """Rows of the gradient (N, rows, q), to be minimised along, zero where it was not finite."""
@@ -105,7 +107,7 @@ class Batch:
         return -g if self.sign < 0 else g
 
     def descend(self, rows: slice, update: Tensor, lr: float | Tensor, keep: float | Tensor) -> None:
-        """Rows of the weights <- keep * weights - lr * update; ``update`` (N, rows, q) is overwritten."""
+        """Rows of the weights <- keep * weights - lr * update; `update` (N, rows, q) is overwritten."""
         old = self.load(self.weights, rows)
         self.store(self.weights, rows, torch.sub(old * keep, update.mul_(lr)), old)
 
@@ -122,12 +124,12 @@ class Batch:
             new = torch.where(self.finite.view(-1, *[1] * (new.ndim - 1)), new, self.read(name))
         tensors = self.state[name]
         torch._foreach_copy_(
-            tensors, [y.view(x.shape) for x, y in zip(tensors, new.split(self.E), strict=True)]
+            tensors, [y.view(x.shape) for x, y in zip(tensors, torch.split(new, self.E), strict=True)]
         )
 
 
 class Dense:
-    """A moment of a batch kept in full: the EMA of g or, as ``exp_avg_sq``, of g**2."""
+    """A moment of a batch kept in full: the EMA of g or, as `exp_avg_sq`, of g**2."""
 
     def __init__(self, batch: Batch, name: str, beta: float) -> None:
         self.batch, self.beta, self.square = batch, beta, name == "exp_avg_sq"
@@ -143,10 +145,10 @@ class Dense:
 
 
 class Factors:
-    """A factorised moment of a batch: B (N, p, r), A (N, r, q), and what the two sweeps gather to track a target.
+    """A factorised moment of a batch, B (N, p, r), A (N, r, q), and what the sweeps gather to track a target.
 
-    The corrected moment of a row tile is ``left @ A + fresh g`` from the old factors, for the second moment with
-    both terms squared.
+    The corrected moment of a row tile is `left @ A + fresh g` from the old factors, for the second moment
+    with both terms squared.
     """
 
     def __init__(self, batch: Batch, prefix: str, tracker: Tracker, beta: float) -> None:
@@ -189,9 +191,11 @@ class FirstMoment(Factors):
         self.left = self.B * keep
 
     def target(self, g: Tensor) -> Tensor:
+        """The gradient."""
         return g
 
     def sweep(self, rows: slice, g: Tensor) -> Tensor:
+        """Rows of the corrected m (N, rows, q); gathers T A^T."""
         torch.bmm(g, self.A.mT, out=self.TAt[:, rows])
         return torch.bmm(self.left[:, rows], self.A).addcmul_(g, self.fresh)
 
@@ -217,9 +221,11 @@ class SecondMoment(Factors):
         self.fresh = (1 - beta2) / correction
 
     def target(self, g: Tensor) -> Tensor:
+        """The gradient's absolute value, not its square."""
         return g.abs()
 
     def sweep(self, rows: slice, g: Tensor) -> Tensor:
+        """Rows of the corrected v (N, rows, q); gathers T A^T and the means of g**2."""
         torch.bmm(g.abs(), self.A.mT, out=self.TAt[:, rows])
         square = g.square()
         if self.row is not None:
@@ -228,6 +234,7 @@ class SecondMoment(Factors):
         return torch.bmm(self.left[:, rows], self.right).square_().addcmul_(square, self.fresh)
 
     def finish(self) -> None:
+        """Take the tracking step and store the new factors and means."""
         super().finish()
         if self.row is not None:
             self.batch.write("v_row", self.new_row)

@@ -16,7 +16,7 @@ __all__ = ["LoRAPreAdamW", "LoRAPreMuon"]
 
 
 class LoRAPreOptimizer(Optimizer):
-    """What both optimizers share. Use :class:`LoRAPreAdamW` or :class:`LoRAPreMuon`."""
+    """What both optimizers share. Use `LoRAPreAdamW` or `LoRAPreMuon`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -26,7 +26,7 @@ class LoRAPreOptimizer(Optimizer):
             closure: evaluates the model again and returns the loss.
 
         Returns:
-            What ``closure`` returned, or None.
+            What `closure` returned, or None.
 
         Raises:
             RuntimeError: a gradient is sparse. Nothing has changed then.
@@ -67,7 +67,7 @@ class LoRAPreOptimizer(Optimizer):
     def _init_group(
         self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], state: list[Tensor]
     ) -> bool:
-        """Append what has a gradient, and its state in the order of ``state_shapes``; create what is missing.
+        """Append what has a gradient, and its state in the order of `state_shapes`; create what is missing.
 
         torch.compile runs the method of this name by itself, outside the graph, and takes the lists it has
         filled as the graph's inputs.
@@ -90,7 +90,8 @@ class LoRAPreOptimizer(Optimizer):
         """Add a group, which may set any option of the constructor for itself.
 
         Args:
-            param_group: ``params`` (tensors or (name, tensor) pairs) and options; ``rank=None`` means dense AdamW.
+            param_group: `params` (tensors or (name, tensor) pairs) and options; `rank=None` means dense
+            AdamW.
 
         Raises:
             ValueError: an option is out of range, or a parameter is complex; the message names it.
@@ -132,13 +133,13 @@ class LoRAPreOptimizer(Optimizer):
                 group.setdefault(key, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict``: one of this class, or of torch.optim.AdamW where all it holds is dense.
+        """Continue from `state_dict`: one of this class, or of torch.optim.AdamW where all it holds is dense.
 
         The factors keep their float32 whatever the weights' dtype.
 
         Raises:
-            ValueError: the state of a parameter does not fit it, its rank or its variant. The message names the
-                parameter and what was found and expected, and the optimizer is as it was.
+            ValueError: the state of a parameter does not fit it, its rank or its variant. The message names
+                the parameter and what was found and expected, and the optimizer is as it was.
         """
         saved_groups = state_dict["param_groups"]
         sizes = [len(group["params"]) for group in saved_groups]
@@ -168,9 +169,9 @@ class LoRAPreOptimizer(Optimizer):
 class LoRAPreAdamW(LoRAPreOptimizer):
     r"""AdamW whose two moments live as low-rank factors, B (p, r) and A (r, q) each (paper, Algorithm 1).
 
-    The state of a (p, q) weight takes 2 (p + q) r float32 numbers instead of 2 p q. Weights for which that would
-    not be less, and groups with ``rank=None``, take AdamW; :func:`lorapre.coverage` shows which took what.
-    :func:`lorapre.param_groups` sends embeddings, output head, norms and biases there, as the paper does.
+    The state of a (p, q) weight takes 2 (p + q) r float32 numbers instead of 2 p q. Weights for which that
+    would not be less, and groups with `rank=None`, take AdamW; `lorapre.coverage` shows which took what.
+    `lorapre.param_groups` sends embeddings, output head, norms and biases there, as the paper does.
 
     Args:
         params: parameters, (name, parameter) pairs or groups of either; every option may be set per group.
@@ -183,15 +184,15 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         variant: "calibrated", "paper" (as printed) or "subspace"; docs/maths.md has the differences.
         compress: which moments are factorised: "both", "first" or "second".
         maximize: ascend instead.
-        nonfinite: what a NaN or infinite gradient does: "propagate" as in torch, or "skip" the step of that weight,
-            which is counted in its state as ``skipped`` without waiting for the device.
+        nonfinite: what a NaN or infinite gradient does: "propagate" as in torch, or "skip" the step of that
+            weight, which is counted in its state as `skipped` without waiting for the device.
         seed: of the random start; the start depends on it and on the shape of the weight, on nothing else.
 
     Raises:
         ValueError: an option is out of range; the message names it.
 
-    State of a factorised weight, all float32: ``step``, ``m_B`` (p, r), ``m_A`` (r, q), ``v_B``, ``v_A``; in the
-    subspace variant ``v_row`` (p) and ``v_col`` (q); of an uncompressed moment ``exp_avg`` or ``exp_avg_sq``.
+    State of a factorised weight, all float32: `step`, `m_B` (p, r), `m_A` (r, q), `v_B`, `v_A`; in the
+    subspace variant `v_row` (p) and `v_col` (q); of an uncompressed moment `exp_avg` or `exp_avg_sq`.
     Fused experts (E, p, q) are E matrices, and their factors have E in front; a convolution is the matrix
     (out, in * k * k).
     """
@@ -245,8 +246,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
 class LoRAPreMuon(LoRAPreOptimizer):
     """Muon whose momentum lives as low-rank factors B (p, r), A (r, q) (paper, Algorithm 2).
 
-    The state of a (p, q) weight takes (p + q) r float32 numbers instead of p q. Groups with ``rank=None`` and
-    weights too small for factors take AdamW; :func:`lorapre.param_groups` makes the groups of a model.
+    The state of a (p, q) weight takes (p + q) r float32 numbers instead of p q. Groups with `rank=None` and
+    weights too small for factors take AdamW; `lorapre.param_groups` makes the groups of a model.
 
     Args:
         params: parameters, (name, parameter) pairs or groups of either; every option may be set per group.
@@ -257,24 +258,24 @@ class LoRAPreMuon(LoRAPreOptimizer):
         ns_coefficients: of the Newton-Schulz iteration, three numbers.
         eps: least norm of a matrix in the Newton-Schulz iteration.
         ns_steps: Newton-Schulz iterations, 1 to 99.
-        adjust_lr_fn: factor on lr by shape, as in torch.optim.Muon: None or "original" is sqrt(max(1, p / q)),
-            "match_rms_adamw" is 0.2 sqrt(max(p, q)), with which AdamW's learning rates carry over.
+        adjust_lr_fn: factor on lr by shape, as in torch.optim.Muon: None or "original" is sqrt(max(1, p /
+            q)), "match_rms_adamw" is 0.2 sqrt(max(p, q)), with which AdamW's learning rates carry over.
         rank: r, or None for dense AdamW.
         variant: "calibrated", "paper" (as printed) or "subspace"; docs/maths.md has the differences.
-        adamw_lr: learning rate of the dense weights, None for lr. A group with ``rank=None`` takes it as its lr
+        adamw_lr: learning rate of the dense weights, None for lr. A group with `rank=None` takes it as its lr
             unless it names its own. Dense weights inside a factorised group keep the ratio adamw_lr / lr that
             they start with, so that one schedule serves both.
         adamw_betas: of the dense weights.
         adamw_eps: of the dense weights.
         adamw_weight_decay: of the dense weights, None for the group's weight_decay.
         maximize: ascend instead.
-        nonfinite: as in :class:`LoRAPreAdamW`.
-        seed: as in :class:`LoRAPreAdamW`.
+        nonfinite: as in `LoRAPreAdamW`.
+        seed: as in `LoRAPreAdamW`.
 
     Raises:
         ValueError: an option is out of range; the message names it.
 
-    State of a factorised weight, all float32: ``step``, ``m_B`` (p, r), ``m_A`` (r, q).
+    State of a factorised weight, all float32: `step`, `m_B` (p, r), `m_A` (r, q).
     """
 
     def __init__(
@@ -309,7 +310,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; see :meth:`LoRAPreOptimizer.add_param_group`."""
+        """Add a group; see `LoRAPreOptimizer.add_param_group`."""
         group = {**self.defaults, **param_group}
         self._check(group)
         adamw_lr = group["adamw_lr"]
@@ -409,7 +410,7 @@ def _name(group: dict[str, Any], index: int) -> str:
 
 
 def _merge(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """The options to go on with: those saved, where they are ours; where a foreign optimizer's, what we know of."""
+    """The options to go on with: those saved, where they are ours; of a foreign optimizer, what we know."""
     known = saved if "rank" in saved else {k: v for k, v in saved.items() if k in own or k == "initial_lr"}
     return {**own, **known, "params": saved["params"]}
 

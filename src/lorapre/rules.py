@@ -36,8 +36,8 @@ def newton_schulz(
 ) -> Tensor:
     """Orthogonalise each matrix M (..., p, q): about U V^T of its singular value decomposition U S V^T.
 
-    The quintic iteration of Keller Jordan's Muon, X <- a X + (b G + c G G) X with G = X X^T, from X = M / ||M||_F,
-    with the operations of torch.optim.Muon, on a batch.
+    The quintic iteration of Keller Jordan's Muon, X <- a X + (b G + c G G) X with G = X X^T, from X = M /
+    ||M||_F, with the operations of torch.optim.Muon, on a batch.
 
     Args:
         M: (..., p, q).
