@@ -252,7 +252,7 @@ def _ends(model: nn.Module) -> set[nn.Parameter]:
     ends: list[nn.Module] = [*tables, *pixels]
     for module in modules:  # not of the root alone, which may be a wrapper
         ends += _transformers_ends(module)
-    # A hidden layer of a small model can have the shape of the table by chance, but it lies in a list of layers.
+    # A hidden layer of a small model can have the shape of a table by chance, but lies in a list of layers.
     listed = {layer for module in modules if isinstance(module, nn.ModuleList) for layer in module.modules()}
     shapes = {table.weight.shape for table in tables}
     last = [module for module in modules if isinstance(module, nn.Linear)][-1:]
