@@ -222,6 +222,14 @@ def test_wrapped_model():
     assert low_rank(model) == matching(model, r"_proj\.weight")
 
 
+def test_a_getter_that_takes_arguments_is_not_the_one_of_transformers():
+    class Model(nn.Linear):
+        def get_input_embeddings(self, ids):
+            raise AssertionError
+
+    assert low_rank(Model(32, 32)) == {"weight"}
+
+
 def test_shared_weights_appear_once():
     model = nn.ModuleList([nn.Linear(32, 32, bias=False)] * 3)
     assert [len(group["params"]) for group in param_groups(model, rank=RANK)] == [1]
