@@ -85,10 +85,10 @@ class Batch:
     def _per_matrix(self, x: Tensor) -> Tensor:
         return x.repeat_interleave(self.E).view(-1, 1, 1)
 
-    def load(self, matrices: list[Tensor], rows: slice) -> Tensor:
-        """(N, rows, q) in the batch's dtype; may share memory with the originals."""
+    def load(self, matrices: list[Tensor], rows: slice, dtype: torch.dtype | None = None) -> Tensor:
+        """(N, rows, q) in `dtype`, else the batch's; may share memory with the originals."""
         tiles = [x[:, rows].flatten(2) for x in matrices]
-        return (tiles[0] if len(tiles) == 1 else torch.cat(tiles)).to(self.dtype)
+        return (tiles[0] if len(tiles) == 1 else torch.cat(tiles)).to(dtype or self.dtype)
 
     def store(self, matrices: list[Tensor], rows: slice, new: Tensor, old: Tensor) -> None:
         """Write (N, rows, q) back; `old` stays where the gradient was not finite."""
@@ -108,7 +108,7 @@ class Batch:
 
     def descend(self, rows: slice, update: Tensor, lr: float | Tensor, keep: float | Tensor) -> None:
         """Rows of the weights <- keep * weights - lr * update; `update` (N, rows, q) is overwritten."""
-        old = self.load(self.weights, rows)
+        old = self.load(self.weights, rows, wide(self.weights[0].dtype))
         self.store(self.weights, rows, torch.sub(old * keep, update.mul_(lr)), old)
 
     def read(self, name: str) -> Tensor:
@@ -274,6 +274,8 @@ def batches(
         starts.append(offset)
         offset += len(state_shapes(group, p.shape))
     for (shape, *_), members in kinds.items():
+        if 0 in shape:
+            continue  # no elements, nothing to step
         names = list(state_shapes(group, shape))
         size = max(1, BATCH // max(1, math.prod(shape)))
         for chunk in (members[i : i + size] for i in range(0, len(members), size)):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lorapre import factors, rules
-from lorapre.groups import state_shapes
+from lorapre.groups import is_low_rank, state_shapes
 from lorapre.moments import VARIANTS, Batch, Dense, FirstMoment, SecondMoment, adam, batches, wide
 
 __all__ = ["LoRAPreAdamW", "LoRAPreMuon"]
@@ -78,7 +78,8 @@ class LoRAPreOptimizer(Optimizer):
             own = self.state[p]
             shapes = state_shapes(group, p.shape)
             if "step" not in own:
-                own.update(_start(p, group, shapes))
+                with torch.autocast(p.device.type, enabled=False):
+                    own.update(_start(p, group, shapes))
             elif "skipped" in shapes and "skipped" not in own:
                 own["skipped"] = torch.zeros_like(own["step"])
             weights.append(p)
@@ -99,6 +100,10 @@ class LoRAPreOptimizer(Optimizer):
         group = {**self.defaults, **param_group}
         self._check(group)
         params = group["params"]
+        if isinstance(params, set):
+            raise TypeError(
+                "params must be ordered, but is a set: a checkpoint finds parameters by their order"
+            )
         params = [params] if isinstance(params, Tensor) else list(params)
         for item in params:
             p = item[1] if isinstance(item, tuple) else item
@@ -141,29 +146,38 @@ class LoRAPreOptimizer(Optimizer):
             ValueError: the state of a parameter does not fit it, its rank or its variant. The message names
                 the parameter and what was found and expected, and the optimizer is as it was.
         """
-        saved_groups = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in saved_groups]
-        if sizes == [len(group["params"]) for group in self.param_groups]:
+        loaded: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            saved_groups, state = state_dict["param_groups"], state_dict["state"]
+            if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
+                return state_dict  # torch refuses, with its own message
+            for saved, group in zip(saved_groups, self.param_groups, strict=True):
+                for index, key in enumerate(saved["params"]):
+                    _check_fit(saved, state.get(key), group, index)
+                    if key in state:
+                        loaded.append((group["params"][index], state[key]))
             merged = [_merge(saved, own) for saved, own in zip(saved_groups, self.param_groups, strict=True)]
-            state_dict = {**state_dict, "param_groups": merged}
-        # else torch's own method refuses, with its own message
-        saved_state = state_dict["state"]
-        pairs = [
-            (saved_state[key], group, index)
-            for group, saved in zip(self.param_groups, saved_groups, strict=False)
-            for index, key in enumerate(saved["params"][: len(group["params"])])
-            if key in saved_state
-        ]
-        for saved, group, index in pairs:
-            _check_state(saved, group, index)
-        super().load_state_dict(state_dict)
-        # torch has cast everything but "step" to the dtype of the weight.
-        for saved, group, index in pairs:
-            p = group["params"][index]
-            self.state[p] = {
-                name: value.to(device=p.device, dtype=_state_dtype(p, name), copy=True)
-                for name, value in saved.items()
-            }
+            return {**state_dict, "param_groups": merged}
+
+        def restore(_: Optimizer) -> None:
+            # torch has cast everything but "step" to the dtype of the weight.
+            for p, saved in loaded:
+                self.state[p] = {
+                    name: torch.as_tensor(value).to(device=p.device, dtype=_state_dtype(p, name), copy=True)
+                    for name, value in saved.items()
+                }
+
+        # Between the hooks of users, who may adapt a checkpoint before and look at the state after.
+        hooks = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class LoRAPreAdamW(LoRAPreOptimizer):
@@ -410,21 +424,40 @@ def _name(group: dict[str, Any], index: int) -> str:
 
 
 def _merge(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """The options to go on with: those saved, where they are ours; of a foreign optimizer, what we know."""
-    known = saved if "rank" in saved else {k: v for k, v in saved.items() if k in own or k == "initial_lr"}
+    """The options to go on with: those saved, where they are ours; of torch.optim.AdamW, what we know."""
+    known = saved
+    if "rank" not in saved:
+        known = {k: v for k, v in saved.items() if k in own or k == "initial_lr"}
+        if "momentum" in own:  # in Muon these are options of its matrices
+            renamed = {f"adamw_{k}": known.pop(k) for k in ("betas", "eps", "weight_decay") if k in saved}
+            known |= {**renamed, "dense_ratio": 1.0}
     return {**own, **known, "params": saved["params"]}
 
 
-def _check_state(saved: dict[str, Any], group: dict[str, Any], index: int) -> None:
-    """Raise a ValueError unless the saved state of a parameter is what its group would make."""
+def _check_fit(
+    saved: dict[str, Any], state: dict[str, Any] | None, group: dict[str, Any], index: int
+) -> None:
+    """Raise a ValueError unless what was saved of a parameter is what its group would make, and means."""
     shape = group["params"][index].shape
-    wanted = state_shapes(group, shape)
-    found = {name: tuple(value.shape) if isinstance(value, Tensor) else () for name, value in saved.items()}
-    if {**found, "skipped": ()} != {**wanted, "skipped": ()}:
+    found_kind, wanted_kind = _kind(saved, shape), _kind(group, shape)
+    wanted = found = state_shapes(group, shape)
+    if state is not None:
+        found = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
+    kinds_fit = found_kind == wanted_kind or "rank" not in saved
+    if not kinds_fit or {**found, "skipped": ()} != {**wanted, "skipped": ()}:
         raise ValueError(
-            f"state_dict does not fit {_name(group, index)} of shape {tuple(shape)} (rank={group['rank']}, "
-            f"variant={group['variant']!r}): it holds {found}, this optimizer keeps {wanted}"
+            f"state_dict does not fit {_name(group, index)} of shape {tuple(shape)}: saved was {found_kind} "
+            f"with {found}, this optimizer keeps {wanted_kind} with {wanted}"
         )
+
+
+def _kind(group: dict[str, Any], shape: torch.Size) -> str:
+    """What the state of a weight means; other variants fill the same names and shapes with other numbers."""
+    rule = "Muon" if "momentum" in group else "Adam"
+    if not is_low_rank(shape, group.get("rank"), group.get("flatten", False)):
+        return f"{rule} (dense)"
+    options = [f"{name}={group[name]!r}" for name in ("rank", "variant", "compress") if name in group]
+    return f"{rule} ({', '.join(options)})"
 
 
 def _require(group: dict[str, Any], name: str, condition: bool, wanted: str) -> None:
