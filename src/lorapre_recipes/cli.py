@@ -1,8 +1,8 @@
 """The command line, `lorapre`.
 
 Built on cyclopts: options, their types and the help are read from the signature and its docstring, so that
-nothing is declared twice and the type checker sees it all; and it raises its errors, which makes the rule here
-possible: a user's mistake is one line on stderr that names the argument, exit code 2, no traceback.
+nothing is declared twice and the type checker sees all; and it raises its errors, which allows one rule here:
+a user's mistake is one line on stderr that names the argument, exit code 2, no traceback.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def check_one_process() -> None:
 
 def quieten() -> None:
     """Leave the console to our bar and to errors: the libraries' notes are not about what a user did."""
-    import datasets
+    import datasets  # type: ignore[import-untyped]
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -159,7 +159,7 @@ def quieten() -> None:
 def main() -> int:
     """Run sys.argv and return the exit code: 0, 1 for a run that failed, 2 for a user's mistake."""
     try:
-        result = app(exit_on_error=False, print_error=False, result_action="return_value")
+        result = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
     except (UserError, CycloptsError) as error:
         print(f"lorapre: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -53,19 +53,26 @@ class PackedData:
 
 
 class PackedStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
-    """Packs a stream of documents as it is read, one epoch after the other."""
+    """Packs a stream of documents as it is read, epoch after epoch, each shuffled anew, without end.
+
+    The trainer cannot know where an epoch of a stream ends, and a run that goes on in a later one would see other
+    data: to the trainer, this is one epoch.
+    """
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, length: int) -> None:
         self.corpus, self.tokenizer, self.length = corpus, tokenizer, length
 
-    def set_epoch(self, epoch: int) -> None:
-        """Shuffle anew. The trainer calls it before each epoch."""
-        if self.corpus.set_epoch is not None:
-            self.corpus.set_epoch(epoch)
-
     def __iter__(self) -> Iterator[dict[str, Sequence]]:
-        for sequence in pack(self.corpus.train, self.tokenizer, self.length):
-            yield {"input_ids": sequence}
+        assert self.corpus.set_epoch is not None
+        for epoch in itertools.count():
+            self.corpus.set_epoch(epoch)
+            sequence = None
+            for sequence in pack(self.corpus.train, self.tokenizer, self.length):
+                yield {"input_ids": sequence}
+            if sequence is None:
+                raise UserError(
+                    f"--data: the stream holds too little text for one sequence of {self.length} tokens"
+                )
 
 
 def load_data(config: PretrainConfig, tokenizer_file: Path | None = None) -> PackedData:
@@ -93,13 +100,15 @@ def load_data(config: PretrainConfig, tokenizer_file: Path | None = None) -> Pac
         # Reading on until a stream's every held-out document is found would take for ever.
         validation = as_dataset(list(itertools.islice(held_out, config.eval_sequences)))
     else:
-        train = as_dataset(list(pack(corpus.train, tokenizer, length)))
-        validation = as_dataset(list(held_out))
-        if len(train) < config.sequences_per_step:
+        sequences = list(pack(corpus.train, tokenizer, length))
+        if len(sequences) < config.sequences_per_step:
             raise UserError(
-                f"--data {config.data}: too little text, {len(train)} sequences of {length} tokens "
+                f"--data {config.data}: too little text, {len(sequences)} sequences of {length} tokens "
                 f"where one step takes {config.sequences_per_step}"
             )
+        steps = len(sequences) // config.sequences_per_step  # in an epoch: whole ones, all of one size
+        train = as_dataset(sequences[: steps * config.sequences_per_step])
+        validation = as_dataset(list(held_out))
         if len(validation) > config.eval_sequences:
             # Evenly spaced, so that every held-out document has its say.
             picks = np.linspace(0, len(validation) - 1, config.eval_sequences).astype(int)

@@ -130,18 +130,3 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> Optimizer:
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes that the optimizer's state holds now, every tensor of it, step counters included."""
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
-
-
-def adamw_state_bytes(model: nn.Module) -> int:
-    """Bytes that torch.optim.AdamW would hold: two tensors like each weight, and a float32 step counter."""
-    return sum(2 * p.numel() * p.element_size() + 4 for p in model.parameters() if p.requires_grad)

@@ -8,7 +8,7 @@ module adds the optimizer, the clock that knows how long it takes, and the files
     data.json        sha256 of the text, sizes of the two splits
     tokenizer.json
     metrics.jsonl    one line per logged training loss and per evaluation
-    coverage.txt     which parameter took which route, and its bytes (LoRA-Pre optimizers)
+    coverage.txt     which parameter took which route, and its bytes
     summary.json     the figures of the table at the end
     curves.png
     checkpoint-N/    model.safetensors, its config, tokenizer, optimizer, scheduler, random state
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -41,9 +41,9 @@ from transformers import (
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from lorapre import coverage
-from lorapre_recipes.config import LOW_RANK, PretrainConfig, UserError
+from lorapre_recipes.config import PretrainConfig, UserError
 from lorapre_recipes.data import PackedData, for_transformers, load_data
-from lorapre_recipes.optim import adamw_state_bytes, build_optimizer, state_bytes
+from lorapre_recipes.optim import build_optimizer
 from lorapre_recipes.report import Metric, Summary, plot_curves, read_metrics, summary_table
 
 
@@ -69,11 +69,11 @@ def pretrain(
         callbacks: more of transformers' trainer callbacks.
 
     Raises:
-        UserError: the run cannot start, see `load_data`, `build_optimizer`, `check_loggers`.
+        UserError: the run cannot start, see `load_data`, `build_optimizer`, `check_machine`.
         Diverged: the loss became infinite or not a number.
     """
     start = time.perf_counter()
-    check_loggers(config)
+    check_machine(config)
     data = load_data(config, out / "tokenizer.json" if resume else None)
     tokenizer = for_transformers(data.tokenizer, config.sequence_length)
     set_seed(config.seed)
@@ -112,6 +112,7 @@ def pretrain(
 
     metrics = read_metrics(out / "metrics.jsonl")
     last = next(row for row in reversed(metrics) if "validation_loss" in row)
+    state = coverage(optimizer)
     summary = Summary(
         optimizer=config.optimizer,
         parameters=model.num_parameters(),
@@ -119,8 +120,8 @@ def pretrain(
         tokens=last["tokens"],
         validation_loss=last["validation_loss"],
         validation_perplexity=last["validation_perplexity"],
-        state_bytes=state_bytes(optimizer),
-        adamw_state_bytes=adamw_state_bytes(model),
+        state_bytes=state.state_bytes,
+        adamw_state_bytes=state.adamw_bytes,
         optimizer_share=clock.optimizer_seconds / clock.step_seconds,
         tokens_per_second=clock.steps * config.tokens_per_step / clock.step_seconds,
         wall_seconds=time.perf_counter() - start,
@@ -129,8 +130,7 @@ def pretrain(
         | {name: version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
     )
     summary.save(out / "summary.json")
-    if config.optimizer in LOW_RANK:
-        (out / "coverage.txt").write_text(f"{coverage(optimizer)}\n", encoding="utf-8")
+    (out / "coverage.txt").write_text(f"{state}\n", encoding="utf-8")
     plot_curves(metrics, config, summary.parameters, out / "curves.png")
     console = Console()
     console.print(summary_table(summary, config))
@@ -170,7 +170,6 @@ def training_arguments(config: PretrainConfig, out: Path) -> TrainingArguments:
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
-        dataloader_drop_last=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
         learning_rate=config.lr,
         lr_scheduler_type="cosine_with_min_lr",
@@ -178,6 +177,7 @@ def training_arguments(config: PretrainConfig, out: Path) -> TrainingArguments:
         warmup_steps=round(config.warmup * config.steps),
         max_grad_norm=0,
         bf16=config.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),  # without it bf16 is refused there
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,  # a loss that is no number must show
         eval_strategy="steps",
@@ -242,7 +242,7 @@ class PretrainTrainer(Trainer):
         super().__init__(**kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log to the trainer's history, loggers and metrics.jsonl. Raises Diverged at a loss of nan or inf."""
+        """Log to the trainer's history, loggers and metrics.jsonl. Raises Diverged at a loss of nan, inf."""
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
         logs["tokens"] = self.state.global_step * self.pretrain_config.tokens_per_step
         if "eval_loss" in logs:
@@ -369,8 +369,10 @@ def load_run(run: Path) -> PretrainConfig:
     return config
 
 
-def check_loggers(config: PretrainConfig) -> None:
-    """Refuse a logger that is not installed, before any work. Raises UserError."""
+def check_machine(config: PretrainConfig) -> None:
+    """Refuse what this machine cannot do, before any work. Raises UserError."""
+    if config.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UserError("--precision: this GPU has no bf16; use fp32")
     available = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for logger in config.report_to:
         if logger not in available:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,9 @@ def short(number: float) -> str:
     return f"{number:g}"
 
 
-def megabytes(count: int) -> str:
-    """Bytes in decimal megabytes."""
-    return f"{count / 1e6:.2f} MB"
+def mebibytes(count: int) -> str:
+    """Bytes in MiB, the unit of `coverage`."""
+    return f"{count / 2**20:.1f} MiB"
 
 
 def duration(seconds: float) -> str:
@@ -82,11 +82,11 @@ def summary_table(summary: Summary, config: PretrainConfig) -> Table:
         f"{summary.validation_perplexity:.2f}",
         f"per token; {summary.validation_loss:.4f} nats",
     )
-    table.add_row("optimizer state", megabytes(summary.state_bytes), f"AdamW's divided by {ratio:.2f}")
-    table.add_row("AdamW's state, same model", megabytes(summary.adamw_state_bytes), "")
+    table.add_row("optimizer state", mebibytes(summary.state_bytes), f"AdamW's divided by {ratio:.2f}")
+    table.add_row("AdamW's state, same model", mebibytes(summary.adamw_state_bytes), "")
     table.add_row("time in optimizer.step", f"{summary.optimizer_share:.1%}", "of the training steps' time")
     table.add_row("training speed", f"{summary.tokens_per_second:,.0f}", f"tokens/s, {summary.device}")
-    table.add_row("wall time", duration(summary.wall_seconds), "data, evaluation, checkpoints too")
+    table.add_row("wall time", duration(summary.wall_seconds), "with data and evaluation")
     table.add_row("trained on", short(summary.tokens), f"tokens in {summary.steps:,} steps")
     table.add_row("model", short(summary.parameters), "parameters")
     return table
@@ -97,33 +97,34 @@ def read_metrics(path: Path) -> list[Metric]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def smooth(values: Iterable[float], window: float = 5.0) -> list[float]:
-    """The debiased exponential moving average over about `window` values: no lag at the start."""
-    beta, average, weight, result = 1 - 1 / window, 0.0, 0.0, []
-    for value in values:
-        average = beta * average + (1 - beta) * value
-        weight = beta * weight + (1 - beta)
-        result.append(average / weight)
-    return result
+def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
+    """The mean of each value and of `reach` neighbours on either side: centred, so that it does not lag."""
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def round_perplexities(low: float, high: float) -> list[int]:
+    """1, 2, 5, 10, 20, ... as far as their logarithms, the losses, lie in [low, high]."""
+    candidates = (digit * 10**power for power in range(10) for digit in (1, 2, 5))
+    return [candidate for candidate in candidates if low <= math.log(candidate) <= high]
 
 
 def plot_curves(metrics: list[Metric], config: PretrainConfig, parameters: int, path: Path) -> None:
     """Draw training and validation loss over tokens, with perplexity on the right-hand axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display is needed
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     train = [row for row in metrics if "loss" in row]
     validation = [row for row in metrics if "validation_loss" in row]
+    last = validation[-1]
     figure = Figure(figsize=(8, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
 
     # In thousands or millions, so that the axis needs no power of ten.
-    unit, word = (1e6, "millions") if train and train[-1]["tokens"] >= 1e6 else (1e3, "thousands")
+    unit, word = (1e6, "millions") if last["tokens"] >= 1e6 else (1e3, "thousands")
     tokens = [row["tokens"] / unit for row in train]
     losses = [row["loss"] for row in train]
-    axes.plot(tokens, losses, color="C0", alpha=0.25, linewidth=1)
-    axes.plot(tokens, smooth(losses), color="C0", linewidth=1.8, label="training (smoothed; raw behind)")
+    axes.plot(tokens, losses, color="C0", alpha=0.3, linewidth=1, label="training")
+    axes.plot(tokens, smooth(losses), color="C0", linewidth=1.8, label="training, smoothed")
     axes.plot(
         [row["tokens"] / unit for row in validation],
         [row["validation_loss"] for row in validation],
@@ -131,28 +132,26 @@ def plot_curves(metrics: list[Metric], config: PretrainConfig, parameters: int, 
         marker="o",
         markersize=4.5,
         linewidth=1.2,
-        label="validation (held-out documents)",
+        label="validation, held-out documents",
     )
-    if validation:
-        last = validation[-1]
-        axes.annotate(
-            f"perplexity {last['validation_perplexity']:.1f}",
-            (last["tokens"] / unit, last["validation_loss"]),
-            xytext=(0, 12),
-            textcoords="offset points",
-            ha="right",
-            color="C1",
-        )
+    axes.annotate(
+        f"perplexity {last['validation_perplexity']:.1f}",
+        (last["tokens"] / unit, last["validation_loss"]),
+        xytext=(0, -16),
+        textcoords="offset points",
+        ha="right",
+        color="C1",
+    )
+    axes.margins(y=0.08)  # room for the line above
+    axes.set_xlim(left=0)
     axes.set_xlabel(f"tokens seen ({word})")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    right = axes.secondary_yaxis("right", functions=(lambda y: y, lambda y: y))
+    ticks = round_perplexities(*axes.get_ylim())
+    right = axes.secondary_yaxis("right")
+    right.set_yticks([math.log(tick) for tick in ticks], [f"{tick:,}" for tick in ticks])
     right.set_ylabel("perplexity")
-    figure.canvas.draw()  # fixes the ticks of the left axis, which the right one shares
-    ticks = [tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
-    right.set_yticks(ticks, [f"{math.exp(tick):,.0f}" for tick in ticks])
     axes.set_title(
         f"{describe_optimizer(config)}: Llama of {short(parameters)} parameters on {Path(config.data).name}\n"
         f"lr {config.lr:g} (matrices × {config.scale:g}), {config.steps:,} steps of "

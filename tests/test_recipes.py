@@ -1,0 +1,408 @@
+"""`lorapre pretrain`: the run folder, resuming, the four optimizers, and what a user's mistakes get."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
+
+from lorapre_recipes import cli, presets
+from lorapre_recipes.config import CHOICES, OptimizerName, PretrainConfig, UserError
+from lorapre_recipes.optim import MuonWithAdamW, build_optimizer
+from lorapre_recipes.presets import llama_tiny
+from lorapre_recipes.pretrain import build_model, load_run, pretrain
+from lorapre_recipes.report import Summary, read_metrics, round_perplexities, smooth, summary_table
+
+OPTIMIZERS = CHOICES["optimizer"]
+TEXTS = [f"Document {i}: the {i * i} quick brown foxes jump over {i} lazy dogs. " * 4 for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPRE_CACHE", str(tmp_path_factory.getbasetemp() / "lorapre-cache"))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    file = tmp_path / "corpus.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return file
+
+
+Tiny = Callable[..., PretrainConfig]
+
+
+@pytest.fixture
+def tiny(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """The preset `tiny` for the command line, and as a function: seconds for a whole run."""
+
+    def preset(optimizer: OptimizerName = "lorapre-adamw", **changes: Any) -> PretrainConfig:
+        config = llama_tiny(optimizer)
+        return config.replace(
+            **{
+                "preset": "tiny",
+                "data": str(corpus),
+                "vocab_size": 300,
+                "sequence_length": 16,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "layers": 2,
+                "heads": 2,
+                "rank": None if config.rank is None else 4,
+                "steps": 12,
+                "batch_size": 4,
+                "eval_sequences": 8,
+                "log_points": 12,
+                "evaluations": 3,
+                "checkpoints": 3,
+                **changes,
+            }
+        )
+
+    monkeypatch.setitem(presets.PRESETS, "tiny", preset)
+    return preset
+
+
+@pytest.fixture
+def lorapre(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Run the command line: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["lorapre", *map(str, arguments)])
+        code = cli.main()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def losses(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without the times."""
+    return [
+        {name: value for name, value in row.items() if not name.endswith("seconds")}
+        for row in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C at the end of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+# Runs
+
+
+def test_run_folder(tiny: Tiny, lorapre: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, stdout, stderr = lorapre("pretrain", "--preset", "tiny", "--out", out, "--seed", "3")
+    assert code == 0
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert f"{summary['validation_perplexity']:.2f}" in stdout
+    assert "12/12" in stderr  # the bar
+    assert "validation perplexity" in stdout
+    assert "{" not in stdout + stderr  # no dumps of the trainer
+    assert max(map(len, stdout.splitlines())) <= 80 or str(out) in stdout.splitlines()[-1]
+
+    assert PretrainConfig.load(out / "config.json") == tiny(seed=3)
+    assert (out / "command.txt").read_text() == f"lorapre pretrain --preset tiny --out {out} --seed 3\n"
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "q_proj" in (out / "coverage.txt").read_text()
+
+    metrics = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in metrics if "loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in metrics if "validation_loss" in row] == [4, 8, 12]
+    assert metrics[-1]["tokens"] == summary["tokens"] == 12 * 4 * 16
+    assert metrics[-1]["validation_loss"] == summary["validation_loss"]
+    assert summary["state_bytes"] < summary["adamw_state_bytes"]
+    assert 0 < summary["optimizer_share"] < 1
+
+    (checkpoint,) = out.glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-12"
+    model = LlamaForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    assert tokenizer.decode(tokenizer("lazy dogs")["input_ids"]) == "lazy dogs"
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    torch.load(checkpoint / "scheduler.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resume_gives_the_losses_of_the_uninterrupted_run(
+    optimizer: OptimizerName, tiny: Tiny, lorapre: Any, tmp_path: Path
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    pretrain(tiny(optimizer), whole)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(optimizer), cut, callbacks=[Interrupt(step=7)])
+    assert [row["step"] for row in losses(cut)][-2:] == [5, 6]  # after the checkpoint of step 4
+
+    code, _, _ = lorapre("pretrain", "--resume", cut)
+    assert code == 0
+    assert losses(cut) == losses(whole)
+    first, second = (load_file(run / "checkpoint-12" / "model.safetensors") for run in (whole, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    train = [row["loss"] for row in losses(whole) if "loss" in row]
+    assert train[-1] < train[0] - 0.1
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_resume_in_a_later_epoch(
+    streamed: bool, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    config = tiny(batch_size=12, accumulation=3, steps=18, **({"data": "owner/corpus"} if streamed else {}))
+    pretrain(config, tmp_path / "whole")
+    state = json.loads((tmp_path / "whole" / "checkpoint-18" / "trainer_state.json").read_text())
+    assert streamed or state["epoch"] > 1
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config, tmp_path / "cut", callbacks=[Interrupt(step=14)])
+    pretrain(load_run(tmp_path / "cut"), tmp_path / "cut", resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_equal_configs_give_equal_losses(tiny: Tiny, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        pretrain(tiny(steps=4), tmp_path / name)
+    pretrain(tiny(steps=4, seed=1), tmp_path / "c")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_bf16_accumulation_and_a_logger(tiny: Tiny, lorapre: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = {"precision": "bf16", "accumulation": 2, "steps": 4, "report-to": "tensorboard"}
+    code, _, _ = lorapre(
+        "pretrain", "--preset", "tiny", "--out", out, *(x for k, v in options.items() for x in (f"--{k}", v))
+    )
+    assert code == 0
+    assert losses(out)[-1]["tokens"] == 4 * 2 * 4 * 16
+    assert list(out.rglob("events.out.tfevents.*"))
+    weights = load_file(out / "checkpoint-4" / "model.safetensors").values()
+    assert {weight.dtype for weight in weights} == {torch.float32}
+
+
+def test_interrupt_says_how_to_go_on(
+    tiny: Tiny, lorapre: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorapre_recipes import pretrain as recipe
+
+    def interrupted(config: PretrainConfig, out: Path, **_: Any) -> None:
+        pretrain(config, out, callbacks=[Interrupt(step)])
+
+    monkeypatch.setattr(recipe, "pretrain", interrupted)
+    for step, hint in ((2, "there is no checkpoint yet"), (5, "--resume")):
+        code, _, stderr = lorapre("pretrain", "--preset", "tiny", "--out", tmp_path / str(step))
+        assert code == 130
+        assert hint in stderr.splitlines()[-1]
+
+
+def test_divergence_is_an_error(tiny: Tiny, lorapre: Any, tmp_path: Path) -> None:
+    options = ("--preset", "tiny", "--optimizer", "adamw", "--lr", "1e30", "--out", tmp_path / "run")
+    code, _, stderr = lorapre("pretrain", *options)
+    assert code == 1
+    assert "try a lower --lr or --scale" in stderr.splitlines()[-1]
+
+
+# Optimizers
+
+
+def model_and_optimizer(config: PretrainConfig) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = build_model(config, end_of_document=0)
+    return model, build_optimizer(model, config)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_matrices_have_their_own_learning_rate(optimizer: OptimizerName, tiny: Tiny) -> None:
+    config = tiny(optimizer, lr=0.01, scale=0.5)
+    model, built = model_and_optimizer(config)
+    rates = {
+        name: group["lr"] * (group.get("scale", 1.0) if group.get("rank") else 1.0)
+        for group in built.param_groups
+        for name in group["param_names"]
+    }
+    assert rates.keys() == {name for name, _ in model.named_parameters()}
+    matrices = {name for name, rate in rates.items() if rate == 0.005}
+    assert matrices == {name for name in rates if "_proj" in name}
+    assert {rate for name, rate in rates.items() if name not in matrices} == {0.01}
+    assert built.param_groups[0]["lr"] == 0.01  # what loggers report
+
+
+def test_muon_with_adamw_is_both(tiny: Tiny) -> None:
+    ours, combined = model_and_optimizer(tiny("muon"))
+    theirs, _ = model_and_optimizer(tiny("muon"))
+    assert isinstance(combined, MuonWithAdamW)
+    named = dict(theirs.named_parameters())
+    matrices = [p for name, p in named.items() if "_proj" in name]
+    rest = [p for name, p in named.items() if "_proj" not in name]
+    config = tiny("muon")
+    muon = torch.optim.Muon(
+        matrices, lr=config.lr * config.scale, momentum=0.95, weight_decay=0, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), weight_decay=0)
+    for step in range(4):
+        if step == 2:  # through a checkpoint
+            state = combined.state_dict()
+            _, combined = ours, build_optimizer(ours, config)
+            combined.load_state_dict(state)
+        tokens = torch.randint(0, 300, (2, 16))
+        for model in (ours, theirs):
+            model.zero_grad()
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        for optimizer in (combined, muon, adamw):
+            optimizer.step()
+    for name, weight in ours.named_parameters():
+        assert torch.equal(weight, named[name]), name
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer", "sgd"], "--optimizer. Choose from"),
+        (["--preset", "huge"], "--preset: there is no 'huge'; choose from llama-tiny"),
+        (["--rank", "0"], "--rank: must be at least 1"),
+        (["--rank", "four"], "--rank"),
+        (["--rank", "32"], "--rank 32: "),
+        (["--optimizer", "adamw", "--rank", "4"], "--rank: adamw has no such option"),
+        (
+            ["--optimizer", "lorapre-muon", "--compress", "first"],
+            "--compress: lorapre-muon has no such option",
+        ),
+        (["--variant", "better"], "--variant"),
+        (["--lr", "0"], "--lr: must be a positive number"),
+        (["--scale", "nan"], "--scale: must be a positive number"),
+        (["--steps", "0"], "--steps: must be at least 1"),
+        (["--seed", "-1"], "--seed: must be at least 0"),
+        (["--report-to", "nowhere"], "--report-to: 'nowhere' is unknown or not installed"),
+        (["--data", "missing.txt"], "--data missing.txt: no such file or folder"),
+        (["--wrong", "1"], "--wrong"),
+        (["--lr"], "--lr"),
+        (["--out", "full"], "--out full: this folder is not empty"),
+        (["--out", "file"], "--out file: this is a file"),
+        (["--resume", "full"], "--resume full: not a run folder"),
+        (["--resume", "full", "--lr", "1"], "--resume: a run goes on as it began; leave out --preset, --lr"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    tiny: Tiny,
+    lorapre: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").touch()
+    (tmp_path / "file").touch()
+    preset = [] if arguments[0] == "--preset" or arguments == ["--resume", "full"] else ["--preset", "tiny"]
+    code, stdout, stderr = lorapre("pretrain", *preset, *arguments)
+    assert code == 2
+    assert stdout == ""
+    assert stderr.count("\n") == 1
+    assert message in stderr
+    assert not (tmp_path / "runs").exists()  # nothing left behind
+
+
+def test_runs_that_cannot_go_on(tiny: Tiny, lorapre: Any, tmp_path: Path, corpus: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    tiny().save(run / "config.json")
+    assert "no checkpoint in this run folder" in lorapre("pretrain", "--resume", run)[2]
+    (run / "config.json").write_text('{"steps": 12}')
+    assert "not a config that this version of lorapre wrote" in lorapre("pretrain", "--resume", run)[2]
+    (run / "config.json").unlink()
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(), run, callbacks=[Interrupt(step=5)])
+    # A checkpoint that was cut off while it was written does not count.
+    (run / "checkpoint-8").mkdir()
+    before = losses(run)
+    corpus.write_text(corpus.read_text() + json.dumps({"text": "more"}) + "\n")
+    code, _, stderr = lorapre("pretrain", "--resume", run)
+    assert code == 2
+    assert "the data have changed" in stderr
+    assert losses(run) == before
+
+    corpus.write_text(corpus.read_text().rpartition('{"text": "more"}')[0])
+    assert lorapre("pretrain", "--resume", run)[0] == 0
+    code, _, stderr = lorapre("pretrain", "--resume", run)
+    assert code == 2
+    assert "nothing to do" in stderr
+
+
+def test_distributed_launch_is_refused(lorapre: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, stderr = lorapre("pretrain")
+    assert code == 2
+    assert "runs in one process" in stderr
+
+
+def test_config_errors_name_their_option() -> None:
+    with pytest.raises(UserError, match=r"^--batch-size: "):
+        llama_tiny().replace(batch_size=0)
+    with pytest.raises(UserError, match=r"^--rank: lorapre-adamw needs a value"):
+        llama_tiny().replace(rank=None)
+
+
+def test_help_and_module() -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "lorapre_recipes", "pretrain", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stderr == ""
+    for option in ("--optimizer", "--rank", "--lr", "--scale", "--variant", "--data", "--out", "--resume"):
+        assert option in result.stdout
+
+
+# Report
+
+
+def test_table_fits_80_columns() -> None:
+    summary = Summary(
+        optimizer="lorapre-adamw",
+        parameters=10**12,
+        steps=10**6,
+        tokens=10**13,
+        validation_loss=13.8155,
+        validation_perplexity=1e6,
+        state_bytes=10**13,
+        adamw_state_bytes=10**14,
+        optimizer_share=0.999,
+        tokens_per_second=10**7,
+        wall_seconds=10**6,
+        device="NVIDIA H100 80GB HBM3",
+        versions={},
+    )
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(summary_table(summary, llama_tiny()))
+    assert max(len(line.rstrip()) for line in console.export_text().splitlines()) <= 80
+
+
+def test_smooth_and_ticks() -> None:
+    assert smooth([1.0, 2.0, 3.0, 4.0, 10.0], reach=1) == [1.5, 2.0, 3.0, 17 / 3, 7.0]
+    assert round_perplexities(1.5, 4.7) == [5, 10, 20, 50, 100]
