@@ -55,8 +55,8 @@ class PackedData:
 class PackedStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
     """Packs a stream of documents as it is read, epoch after epoch, each shuffled anew, without end.
 
-    The trainer cannot know where an epoch of a stream ends, and a run that goes on in a later one would see other
-    data: to the trainer, this is one epoch.
+    The trainer cannot know where an epoch of a stream ends, and a run that goes on in a later one would see
+    other data: to the trainer, all this is one epoch.
     """
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, length: int) -> None:

@@ -74,14 +74,22 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> Optimizer:
     they do with them. Groups at the full learning rate come first: loggers report the first group's.
 
     Raises:
-        UserError: the rank is too large for factors to be smaller than some matrix.
+        UserError: the rank is so large that factors would not be smaller than some matrix.
     """
-    try:
-        groups = param_groups(model, rank=1 if config.rank is None else config.rank, strict=True)
-    except ValueError as error:
-        raise UserError(f"--rank {config.rank}: {error}") from error
+    groups = param_groups(model, rank=1, strict=True)
     matrices = [group for group in groups if group["rank"] is not None]
     rest = [group for group in groups if group["rank"] is None]
+    if config.rank is not None:
+        # A larger rank would leave some matrices dense: no run of the rank that it is named after.
+        weights = (weight for group in matrices for _, weight in group["params"])
+        largest = min((weight.numel() - 1) // sum(weight.shape) for weight in weights)
+        if config.rank > largest:
+            raise UserError(
+                f"--rank {config.rank}: factors would not be smaller than this model's smallest matrix; "
+                f"give at most {largest}"
+            )
+        for group in matrices:
+            group["rank"] = config.rank
     matrix_lr = config.lr * config.scale
 
     if config.optimizer == "lorapre-adamw":

@@ -398,5 +398,6 @@ def record_data(data: PackedData, file: Path) -> None:
 def describe_device(device: torch.device) -> str:
     """The device in words, with the number of threads where its speed depends on them."""
     if device.type == "cpu":
-        return f"{torch.get_num_threads()} CPU threads"
+        threads = torch.get_num_threads()
+        return f"{threads} CPU thread{'s' * (threads > 1)}"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
