@@ -46,9 +46,8 @@ def norm(X: Tensor) -> Tensor:
 
 
 def unit(B: Tensor) -> Tensor:
-    """B / ||B||_F, (..., p, r), and zero where B is zero: the left basis of the Newton tracker."""
-    size = norm(B)
-    return B / torch.where(size > 0, size, 1)
+    """B / ||B||_F, (..., p, r), and zero where B is zero."""
+    return B * _inverse(norm(B))
 
 
 def gauge(B: Tensor, A: Tensor, A_before: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +57,7 @@ def gauge(B: Tensor, A: Tensor, A_before: Tensor) -> tuple[Tensor, Tensor]:
     q) stays, so that the factor never loses its directions.
     """
     size = norm(A) / math.sqrt(A.shape[-2])
-    alive = (size > 0) & size.isfinite()
+    alive = (size >= torch.finfo(A.dtype).tiny) & size.isfinite()
     size = torch.where(alive, size, 1)
     return torch.where(alive, B * size, 0), torch.where(alive, A / size, A_before)
 
@@ -69,7 +68,7 @@ def start(sketch: Tensor, fallback: Tensor) -> Tensor:
     Where the sketch is zero or not finite, `fallback` (r, q) takes its place, at the same scale.
     """
     size = norm(sketch)
-    A = torch.where((size > 0) & size.isfinite(), sketch, fallback)
+    A = torch.where((size >= torch.finfo(sketch.dtype).tiny) & size.isfinite(), sketch, fallback)
     return A * (math.sqrt(A.shape[-2]) / norm(A))
 
 
@@ -102,7 +101,7 @@ def printed(B: Tensor, A: Tensor, L: Tensor, TAt: Tensor, LtT: Tensor, gamma: fl
         gamma: length of the step, in (0, 1].
     """
     size = norm(B)
-    inverse = torch.where(size > 0, 1 / size, 0)
+    inverse = _inverse(size)
     new_B = torch.lerp(B, _damped_solve(A @ A.mT, TAt.mT, torch.full_like(size, DAMPING)).mT, gamma)
     damping = (DAMPING * inverse * inverse).clamp(max=1e30)
     return new_B, torch.lerp(A, inverse * _damped_solve(L.mT @ L, LtT, damping), gamma)
@@ -124,8 +123,7 @@ def newton(B: Tensor, A: Tensor, L: Tensor, TAt: Tensor, LtT: Tensor, gamma: flo
     B' A' = (1 - gamma) B' A + gamma P T with P the projection on the columns of B': no term is quadratic in
     T, nothing grows when T is much larger than B A (departure f). Shapes as in `printed`.
     """
-    size = norm(L)
-    inverse = torch.where(size > 0, 1 / size, 0)
+    inverse = _inverse(norm(L))
     U = L * inverse
     gram = U.mT @ U
     solution = _damped_solve(gram, LtT * inverse, DAMPING * _mean_eigenvalue(gram)) * inverse
@@ -221,6 +219,11 @@ def _waves(p: int, r: int, like: Tensor) -> Tensor:
     i = torch.arange(1, p + 1, dtype=like.dtype, device=like.device)
     frequency = torch.frac(math.sqrt(2) * torch.arange(1, r + 1, dtype=like.dtype, device=like.device))
     return torch.cos(2 * math.pi * torch.frac(i[:, None] * frequency)) * math.sqrt(2 / p)
+
+
+def _inverse(size: Tensor) -> Tensor:
+    """1 / size, and zero where that would leave the range of the dtype."""
+    return torch.where(size >= torch.finfo(size.dtype).tiny, 1 / size, 0)
 
 
 def _mean_eigenvalue(G: Tensor) -> Tensor:
