@@ -1,0 +1,780 @@
+"""What users expect of any torch.optim.Optimizer, held for every class and variant.
+
+A table: the rows are `cases.CASES`, the columns are the tests below.
+"""
+
+import copy
+import math
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cases import (
+    ADAM,
+    CASES,
+    FACTORISED,
+    LOW_RANK,
+    SHAPES,
+    Case,
+    assert_near,
+    assert_same,
+    assert_unchanged,
+    everything,
+    gradient,
+    parameters,
+    set_gradients,
+    state,
+    train,
+    weights,
+)
+from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, moments
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+factorised = pytest.mark.parametrize("case", [CASES[name] for name in FACTORISED], ids=FACTORISED)
+
+
+def finite(tensors: list[Tensor]) -> bool:
+    return all(x.isfinite().all() for x in tensors)
+
+
+# --- groups and options
+
+
+@every_case
+def test_a_group_with_its_own_options_equals_an_optimizer_of_its_own(case: Case) -> None:
+    decay = {"betas": (0.7, 0.8)} if case.cls is LoRAPreAdamW else {"momentum": 0.7}
+    own: list[dict[str, Any]] = [
+        {},
+        {"rank": 2, "lr": 0.003},
+        {"variant": "subspace" if case.options.get("variant") != "subspace" else "paper"},
+        {"maximize": True, "weight_decay": 0.0, **decay},
+    ]
+    shapes = [(12, 20), (7,)] * len(own)
+    together, apart = parameters(shapes), parameters(shapes)
+    optimizer = case.make([{"params": together[2 * i : 2 * i + 2], **o} for i, o in enumerate(own)])
+    train(optimizer, together, 3)
+    for i, options in enumerate(own):
+        alone = case.make(apart[2 * i : 2 * i + 2], **options)
+        for step in range(3):
+            set_gradients(apart, step)
+            alone.step()
+    assert_same(weights(together), weights(apart))
+
+
+@every_case
+def test_names_of_parameters_are_kept_and_change_nothing(case: Case) -> None:
+    plain, named = parameters(), parameters()
+    names = [f"layer.{i}" for i in range(len(named))]
+    optimizer = case.make(zip(names, named, strict=True))
+    assert optimizer.param_groups[0]["param_names"] == names
+    assert [row.name for row in coverage(optimizer)] == names
+    assert_same(train(optimizer, named, 2), train(case.make(plain), plain, 2))
+
+
+@every_case
+def test_a_group_added_mid_run_equals_an_optimizer_that_starts_there(case: Case) -> None:
+    first, late, alone = parameters()[:4], parameters()[4:], parameters()[4:]
+    optimizer = case.make(first)
+    train(optimizer, first, 2)
+    optimizer.add_param_group({"params": late, "lr": 0.002})
+    train(optimizer, late, 2)
+    assert_same(weights(late), train(case.make(alone, lr=0.002), alone, 2))
+
+
+@every_case
+def test_maximize_in_a_group_equals_minimising_along_negated_gradients(case: Case) -> None:
+    up, down = parameters(), parameters()
+    ascent, descent = case.make([{"params": up, "maximize": True}]), case.make(down)
+    for step in range(3):
+        set_gradients(up, step)
+        set_gradients(down, step)
+        for p in down:
+            assert p.grad is not None
+            p.grad.neg_()
+        ascent.step()
+        descent.step()
+    assert_same(weights(up), weights(down))
+
+
+@every_case
+@pytest.mark.parametrize("shape", [(), (1,)], ids=["0-d", "1-element"])
+def test_a_tensor_learning_rate_equals_a_number_and_may_change_in_place(
+    case: Case, shape: tuple[int, ...]
+) -> None:
+    numbers, tensors = parameters(), parameters()
+    lr = torch.full(shape, 0.01)
+    by_number, by_tensor = case.make(numbers, lr=0.01), case.make(tensors, lr=lr)
+    assert_near(train(by_tensor, tensors, 2), train(by_number, numbers, 2), 1e-6)
+    lr.fill_(0.1)
+    by_number.param_groups[0]["lr"] = 0.1
+    assert_near(train(by_tensor, tensors, 2, start=2), train(by_number, numbers, 2, start=2), 1e-6)
+    assert by_tensor.param_groups[0]["lr"] is lr
+    assert lr.shape == shape
+    assert_same(lr, torch.full(shape, 0.1))
+
+
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], LRScheduler]] = {
+    "lambda": lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "one-cycle": lambda optimizer: OneCycleLR(optimizer, max_lr=0.1, total_steps=20),
+}
+
+
+@every_case
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedulers_drive_numbers_and_tensors_alike(case: Case, schedule: str) -> None:
+    numbers, tensors, by_hand = parameters(), parameters(), parameters()
+    optimizers = [case.make(numbers), case.make(tensors, lr=torch.tensor(0.01)), case.make(by_hand)]
+    schedulers = [SCHEDULES[schedule](optimizer) for optimizer in optimizers[:2]]
+    seen = []
+    for step in range(4):
+        options = optimizers[0].param_groups[0]
+        optimizers[2].param_groups[0].update({name: options[name] for name in ("lr", case.decay)})
+        seen.append((options["lr"], options[case.decay]))
+        for params, optimizer in zip((numbers, tensors, by_hand), optimizers, strict=True):
+            train(optimizer, params, 1, start=step)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert_near(weights(tensors), weights(numbers))
+    assert_same(weights(by_hand), weights(numbers))
+    assert len({lr for lr, _ in seen}) == 4
+    assert len({decay for _, decay in seen}) == (4 if schedule == "one-cycle" else 1)
+
+
+@every_case
+def test_a_closure_runs_once_with_gradients_enabled_and_its_loss_is_returned(case: Case) -> None:
+    params, expected = parameters(), parameters()
+    optimizer = case.make(params)
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = sum((p**2).sum() for p in params)
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert calls == [True]
+    assert_same(loss, sum((p**2).sum() for p in expected))
+    for p in expected:
+        p.grad = 2 * p.detach()
+    reference = case.make(expected)
+    assert reference.step() is None
+    assert_near(weights(params), weights(expected), 1e-6)
+
+
+# --- copies
+
+
+@every_case
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_made_mid_run_continues_alike_and_on_its_own(case: Case, clone: Callable[[Any], Any]) -> None:
+    params = parameters()
+    optimizer = case.make([{"params": params[:4], "rank": 2}, {"params": params[4:], "lr": 0.003}])
+    train(optimizer, params, 2)
+    copied_params, copied = clone((params, optimizer))
+    assert_same(state(copied), state(optimizer))
+    before = everything(optimizer)
+    after = train(copied, copied_params, 2, start=2)
+    assert_unchanged(optimizer, before)
+    assert_same(after, train(optimizer, params, 2, start=2))
+
+
+# --- mixed precision
+
+
+@every_case
+def test_grad_scaler_skips_the_step_of_an_infinite_gradient_and_changes_no_other(case: Case) -> None:
+    params, expected = parameters(), parameters()
+    optimizer, plain = case.make(params), case.make(expected)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(3):
+        factor = scaler.scale(torch.ones(())).item()
+        set_gradients(params, step)
+        for p in params:
+            assert p.grad is not None
+            p.grad.mul_(factor)
+        if step == 1:
+            assert params[0].grad is not None
+            params[0].grad.view(-1)[3] = math.inf
+        before = everything(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 1:
+            assert_unchanged(optimizer, before)
+        else:
+            train(plain, expected, 1, start=step)
+    assert scaler.get_scale() == 2.0**9
+    assert_same(weights(params), weights(expected))
+
+
+@every_case
+def test_a_step_inside_autocast_equals_one_outside(case: Case) -> None:
+    inside, outside = parameters(), parameters()
+    optimizer = case.make(inside)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        train(optimizer, inside, 3)
+    assert_same(weights(inside), train(case.make(outside), outside, 3))
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_weights_of_other_types_follow_float32_with_float32_state(case: Case, dtype: torch.dtype) -> None:
+    narrow, exact = parameters(dtype=dtype), parameters(dtype=dtype)
+    exact = [nn.Parameter(p.detach().float()) for p in exact]
+    optimizer, reference = case.make(narrow), case.make(exact)
+    set_gradients(narrow, 0)
+    for p, q in zip(narrow, exact, strict=True):
+        assert p.grad is not None
+        q.grad = p.grad.float()
+    optimizer.step()
+    reference.step()
+    for p, q in zip(narrow, exact, strict=True):
+        assert p.dtype == dtype
+        torch.testing.assert_close(p.float(), q, rtol=2 * torch.finfo(dtype).eps + 1e-6, atol=2e-5)
+        wide = {name for name, value in optimizer.state[p].items() if value.dtype == torch.float64}
+        dense = {"exp_avg", "exp_avg_sq"} & optimizer.state[p].keys()
+        assert wide == (dense if dtype == torch.float64 else set())
+        others = optimizer.state[p].keys() - wide
+        assert {optimizer.state[p][name].dtype for name in others} == {torch.float32}
+
+
+@every_case
+def test_float64_weights_keep_their_resolution(case: Case) -> None:
+    params = parameters(dtype=torch.float64)
+    before = weights(params)
+    optimizer = case.make(params, lr=1e-12, weight_decay=0.0)
+    after = train(optimizer, params, 1)
+    for old, new in zip(before, after, strict=True):
+        assert 0 < (new - old).abs().max() < 1e-10
+
+
+# --- what may be missing
+
+
+@every_case
+def test_frozen_parameters_and_those_without_gradient_get_no_state_and_stay(case: Case) -> None:
+    params = parameters()
+    for p in params[::2]:
+        p.requires_grad_(False)
+    initial = weights(params)
+    optimizer = case.make(params)
+    for index, p in enumerate(params):
+        p.grad = torch.ones_like(p) if index % 4 == 1 else None
+    optimizer.step()
+    for index, (p, old) in enumerate(zip(params, initial, strict=True)):
+        stepped = index % 4 == 1
+        assert (p in optimizer.state) == stepped
+        assert torch.equal(p, old) != stepped
+    assert finite(weights(params))
+
+
+@every_case
+def test_a_late_first_gradient_is_stepped_with_the_others_as_if_alone(case: Case) -> None:
+    params, alone = parameters(), parameters()
+    late = [1, 4, 6, 9]  # one of the three of a shape, the experts, a matrix that goes dense, a vector
+    optimizer = case.make(params)
+    separate = [case.make([p]) for p in alone]
+    for step in range(5):
+        set_gradients(params, step)
+        set_gradients(alone, step)
+        for index in late if step < 3 else ():
+            params[index].grad = alone[index].grad = None
+        optimizer.step()
+        for one in separate:
+            one.step()
+    steps = [int(optimizer.state[p]["step"]) for p in params]
+    assert steps == [2 if index in late else 5 for index in range(len(params))]
+    assert_near(weights(params), weights(alone), 1e-4)
+
+
+@every_case
+def test_an_all_zero_first_gradient_gives_no_nan_and_later_ones_are_followed(case: Case) -> None:
+    params = parameters()
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    initial = weights(params)
+    optimizer = case.make(params, weight_decay=0.0)
+    optimizer.step()
+    assert_same(weights(params), initial)
+    after = train(optimizer, params, 30, start=1)
+    assert finite(after)
+    assert finite([value for own in state(optimizer) for value in own.values()])
+    # The signal in the gradients, of rank one, is what all the steps have in common.
+    for index, (new, old) in enumerate(zip(after[:4], initial[:4], strict=True)):
+        signal = sum(gradient(new.shape, step, index) for step in range(1, 31)) / 30
+        assert torch.cosine_similarity((old - new).flatten(), signal.flatten(), 0) > 0.4
+        if "m_B" in optimizer.state[params[index]]:
+            m = optimizer.state[params[index]]["m_B"] @ optimizer.state[params[index]]["m_A"]
+            assert torch.cosine_similarity(m.flatten(), signal.flatten(), 0) > 0.5
+
+
+@every_case
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_a_first_step_of_zero_gradients_and_zero_lr_makes_the_state_alone(case: Case, lr: Any) -> None:
+    # torch.distributed.checkpoint and torchtitan make the state so, and load into it.
+    params, stepped = parameters(dtype=torch.bfloat16), parameters(dtype=torch.bfloat16)
+    initial = weights(params)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer = case.make(params, lr=lr)
+    optimizer.step()
+    assert_same(weights(params), initial)
+    reference = case.make(stepped)
+    train(reference, stepped, 1)
+    for own, other in zip(state(optimizer), state(reference), strict=True):
+        assert finite(list(own.values()))
+        assert {k: (v.shape, v.dtype) for k, v in own.items()} == {
+            k: (v.shape, v.dtype) for k, v in other.items()
+        }
+
+
+@every_case
+def test_weights_without_elements_are_harmless(case: Case) -> None:
+    params = [nn.Parameter(torch.ones(shape)) for shape in [(0,), (0, 8), (8, 0), (2, 0, 4)]]
+    for nonfinite in ("propagate", "skip"):
+        train(case.make(params, nonfinite=nonfinite), params, 2)
+
+
+# --- shapes and memory formats
+
+
+@every_case
+def test_scalars_vectors_and_thin_matrices_go_dense_and_are_stepped(case: Case) -> None:
+    params = parameters()
+    initial = weights(params)
+    optimizer = case.make(params)
+    after = train(optimizer, params, 3)
+    assert finite(after)
+    assert all(not torch.equal(new, old) for new, old in zip(after, initial, strict=True))
+    for index, p in enumerate(params):
+        low_rank = index < LOW_RANK and case.options.get("rank", 1) is not None
+        assert ("m_B" in optimizer.state[p] or "v_B" in optimizer.state[p]) == low_rank
+
+
+@factorised
+def test_a_rank_for_which_factors_are_not_smaller_makes_the_matrix_dense(case: Case) -> None:
+    # 4 (6 + 12) = 6 x 12: equal is not smaller.
+    params, dense = parameters([(6, 12), (12, 6)]), parameters([(6, 12), (12, 6)])
+    optimizer = (
+        case.make(params, rank=4, scale=0.25) if case.cls is LoRAPreAdamW else case.make(params, rank=4)
+    )
+    reference = case.make(dense, rank=None)
+    assert_same(train(optimizer, params, 2), train(reference, dense, 2))
+    assert {row.note for row in coverage(optimizer)} == {"factors not smaller"}
+    assert all("m_B" not in own and "v_B" not in own for own in state(optimizer))
+    assert "m_B" in _stepped(case, rank=3) or "v_B" in _stepped(case, rank=3)
+
+
+def _stepped(case: Case, **options: Any) -> set[str]:
+    """Names of the state of a (6, 12) weight after a step."""
+    params = parameters([(6, 12)])
+    optimizer = case.make(params, **options)
+    train(optimizer, params, 1)
+    return set(optimizer.state[params[0]])
+
+
+@every_case
+@pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("grad_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_convolution_is_the_matrix_of_its_filters_in_any_memory_format(
+    case: Case, weight_format: torch.memory_format, grad_format: torch.memory_format
+) -> None:
+    (conv,), (matrix,) = parameters([(8, 3, 3, 3)]), parameters([(8, 27)])
+    matrix.data = conv.detach().flatten(1).clone()
+    conv.data = conv.detach().to(memory_format=weight_format)
+    by_conv, by_matrix = case.make([conv]), case.make([matrix])
+    for step in range(3):
+        g = gradient((8, 27), step, 0)
+        matrix.grad, conv.grad = g, g.view(8, 3, 3, 3).clone(memory_format=grad_format)
+        by_conv.step()
+        by_matrix.step()
+    assert conv.is_contiguous(memory_format=weight_format)
+    assert_near([conv.detach().flatten(1)], [matrix.detach()], 1e-6)
+
+
+@every_case
+def test_a_one_dimensional_convolution_is_flattened_by_an_option_of_its_group(case: Case) -> None:
+    (conv,), (matrix,) = parameters([(8, 9, 3)]), parameters([(8, 27)])
+    matrix.data = conv.detach().flatten(1).clone()
+    by_conv, by_matrix = case.make([{"params": [conv], "flatten": True}]), case.make([matrix])
+    for step in range(3):
+        matrix.grad = gradient((8, 27), step, 0)
+        conv.grad = matrix.grad.view(8, 9, 3).clone()
+        by_conv.step()
+        by_matrix.step()
+    assert_near([conv.detach().flatten(1)], [matrix.detach()], 1e-6)
+
+
+@every_case
+def test_fused_experts_equal_separate_matrices(case: Case) -> None:
+    (fused,), single = parameters([(3, 12, 20)]), parameters([(12, 20)] * 3)
+    for expert, p in enumerate(single):
+        p.data = fused.detach()[expert].clone()
+    together, apart = case.make([fused]), case.make(single)
+    for step in range(3):
+        set_gradients(single, step)
+        fused.grad = torch.stack([p.grad for p in single if p.grad is not None])
+        together.step()
+        apart.step()
+    assert_near(list(fused.detach()), weights(single), 1e-6)
+    for name, value in together.state[fused].items():
+        if value.ndim > 1:
+            assert_near([value], [torch.stack([apart.state[p][name] for p in single])], 1e-5)
+
+
+@every_case
+def test_transposed_and_broadcast_memory_gives_the_same_result(case: Case) -> None:
+    strided, plain = parameters([(12, 20)]), parameters([(12, 20)])
+    strided[0].data = strided[0].detach().t().contiguous().t()
+    by_strided, by_plain = case.make(strided), case.make(plain)
+    for step in range(3):
+        row = gradient((20,), step, 0)
+        strided[0].grad, plain[0].grad = row.expand(12, 20), row.repeat(12, 1)
+        by_strided.step()
+        by_plain.step()
+    assert strided[0].stride() == (1, 12)
+    assert_near(weights(strided), weights(plain), 1e-6)
+
+
+# --- batches and tiles
+
+
+@every_case
+def test_a_batch_of_same_shaped_weights_equals_one_at_a_time(case: Case) -> None:
+    together, apart = parameters(), parameters()
+    optimizer, separate = case.make(together), [case.make([p]) for p in apart]
+    for step in range(4):
+        set_gradients(together, step)
+        set_gradients(apart, step)
+        optimizer.step()
+        for one in separate:
+            one.step()
+    assert_near(weights(together), weights(apart), 1e-4)
+
+
+@every_case
+def test_results_do_not_depend_on_the_size_of_tiles_and_batches(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = parameters()
+    train(case.make(expected), expected, 4)
+    # One row at a time; tiles that do not divide the rows; two of the three of a shape to a batch.
+    for tile, batch in ((1, 1), (110, 2 * 12 * 20), (2**30, 1)):
+        monkeypatch.setattr(moments, "TILE", tile)
+        monkeypatch.setattr(moments, "BATCH", batch)
+        params = parameters()
+        assert_near(train(case.make(params), params, 4), weights(expected), 1e-4)
+
+
+@every_case
+def test_two_runs_are_bitwise_equal(case: Case) -> None:
+    one, two = parameters(), parameters()
+    first, second = case.make(one), case.make(two)
+    train(first, one, 3)
+    torch.manual_seed(7)  # the start does not come from here
+    train(second, two, 3)
+    assert_same([weights(one), state(first)], [weights(two), state(second)])
+
+
+@every_case
+def test_the_start_depends_on_the_seed(case: Case) -> None:
+    if case.options.get("rank", 1) is None:
+        pytest.skip("nothing random")
+    params, other = parameters()[:LOW_RANK], parameters()[:LOW_RANK]
+    train(case.make(params, seed=0), params, 3)
+    train(case.make(other, seed=1), other, 3)
+    assert all(not torch.equal(p, q) for p, q in zip(params, other, strict=True))
+
+
+# --- what a step leaves alone
+
+
+@every_case
+def test_a_step_modifies_no_gradient_and_draws_no_global_random_number(case: Case) -> None:
+    params = parameters()
+    set_gradients(params, 0)
+    grads = [p.grad for p in params]
+    before = [g.clone() for g in grads if g is not None]
+    random = torch.get_rng_state()
+    optimizer = case.make(params, maximize=True, nonfinite="skip")
+    for _ in range(2):
+        optimizer.step()
+    assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+    assert_same(grads, before)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@every_case
+def test_a_sparse_gradient_is_refused_by_name_before_anything_changes(case: Case) -> None:
+    params = parameters()
+    names = [f"layer.{i}" for i in range(len(params))]
+    named = list(zip(names, params, strict=True))
+    optimizer = case.make([{"params": named[:6]}, {"params": named[6:]}])
+    train(optimizer, params, 2)
+    params[6].grad = torch.ones(4, 5).to_sparse()  # in the last group
+    before = everything(optimizer)
+    with pytest.raises(RuntimeError, match=r"layer\.6.*sparse"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+class Forbid(TorchDispatchMode):
+    """Raises where the host would have to wait for the device."""
+
+    waits = ("_local_scalar_dense", "item", "equal", "nonzero", "is_nonzero", "unique")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in self.waits, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@every_case
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_a_step_never_waits_for_the_device(case: Case, nonfinite: str) -> None:
+    with pytest.raises(AssertionError, match="waits"), Forbid():
+        torch.ones(()).item()
+    params = parameters()
+    optimizer = case.make(params, lr=torch.tensor(0.01), nonfinite=nonfinite)
+    for step in range(2):
+        set_gradients(params, step)
+        with Forbid():
+            optimizer.step()
+
+
+class Allocations(TorchDispatchMode):
+    """Elements of the largest new tensor, and the most bytes that new tensors have held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest, self.now, self.peak = 0, 0, 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = torch.utils._pytree.tree_leaves((args, kwargs))
+        given = {x.untyped_storage()._cdata for x in inputs if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given | self.known:
+                self._add(x)
+        return result
+
+    def _add(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        self.known.add(key)
+        self.largest = max(self.largest, size // x.element_size())
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("name", ADAM)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_an_adam_step_forms_nothing_of_the_size_of_the_weight(
+    name: str, dtype: torch.dtype, nonfinite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = q = 256
+    monkeypatch.setattr(moments, "TILE", 2**10)
+    params = parameters([(p, q)], dtype)
+    optimizer = CASES[name].make(params, nonfinite=nonfinite)
+    for step in range(2):
+        set_gradients(params, step)
+        if step == 0:  # the state of a dense moment is as large as the weight
+            train(optimizer, params, 1)
+            continue
+        with Allocations() as allocations:
+            optimizer.step()
+        assert 2**10 <= allocations.largest <= 2**11
+        assert allocations.peak < 4 * p * q / 3
+
+
+@pytest.mark.parametrize("variant", ["paper", "calibrated", "subspace"])
+def test_the_first_adam_step_forms_nothing_of_the_size_of_the_weight(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "TILE", 2**10)
+    params = parameters([(256, 256)])
+    set_gradients(params, 0)
+    optimizer = CASES[f"adam-{variant}"].make(params)
+    with Allocations() as allocations:
+        optimizer.step()
+    assert 2**10 <= allocations.largest <= 2**11
+
+
+def test_the_allocation_counter_sees_a_tensor_the_size_of_the_weight() -> None:
+    with Allocations() as allocations:
+        x = torch.zeros(64, 64)
+        y = x.view(-1)[:10] + 1
+        del x, y
+        torch.zeros(8)
+    assert allocations.largest == 64 * 64
+    assert allocations.peak == 4 * (64 * 64 + 10)
+    assert allocations.now == 0
+
+
+# --- non-finite gradients
+
+
+@every_case
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_skip_leaves_a_weight_and_its_state_alone_and_counts(
+    case: Case, bad: float, dtype: torch.dtype
+) -> None:
+    params, expected = parameters(dtype=dtype), parameters(dtype=dtype)
+    poisoned = [1, 4, 5, 6, 9, 10]
+    optimizer, reference = case.make(params, nonfinite="skip"), case.make(expected, nonfinite="skip")
+    train(optimizer, params, 2)
+    train(reference, expected, 2)
+    set_gradients(params, 2)
+    set_gradients(expected, 2)
+    for index in poisoned:
+        grad = params[index].grad
+        assert grad is not None
+        grad.view(-1)[grad.numel() // 2] = bad
+    before, before_state = weights(params), state(optimizer)
+    optimizer.step()
+    reference.step()
+    after, after_state = weights(params), state(optimizer)
+    for index in range(len(params)):
+        if index in poisoned:
+            before_state[index]["skipped"] += 1
+            assert_same(after[index], before[index])
+            assert_same(after_state[index], before_state[index])
+        else:
+            assert_same(after[index], expected[index].detach())
+            assert_same(after_state[index], reference.state[expected[index]])
+    assert [row.skipped for row in coverage(optimizer)] == [int(i in poisoned) for i in range(len(params))]
+    # Then all go on, with their own step counts.
+    assert finite(train(optimizer, params, 2, start=3))
+    steps = [int(optimizer.state[p]["step"]) for p in params]
+    assert steps == [4 if i in poisoned else 5 for i in range(len(params))]
+
+
+@every_case
+def test_skip_survives_a_first_gradient_that_is_not_finite(case: Case) -> None:
+    params = parameters()
+    initial = weights(params)
+    optimizer = case.make(params, nonfinite="skip")
+    for p in params:
+        p.grad = torch.full_like(p, math.nan)
+    optimizer.step()
+    assert_same(weights(params), initial)
+    assert [(int(own["step"]), int(own["skipped"])) for own in state(optimizer)] == [(0, 1)] * len(SHAPES)
+    assert finite(train(optimizer, params, 3))
+    assert all(not torch.equal(p, old) for p, old in zip(params, initial, strict=True))
+
+
+@every_case
+def test_skip_changes_nothing_while_gradients_are_finite(case: Case) -> None:
+    params, expected = parameters(), parameters()
+    assert_same(
+        train(case.make(params, nonfinite="skip"), params, 3),
+        train(case.make(expected), expected, 3),
+    )
+
+
+@every_case
+def test_propagate_lets_nan_through_to_that_weight_alone(case: Case) -> None:
+    params, expected = parameters(), parameters()
+    optimizer, reference = case.make(params), case.make(expected)
+    for step in range(2):
+        set_gradients(params, step)
+        set_gradients(expected, step)
+        if step == 1:
+            assert params[1].grad is not None
+            params[1].grad.fill_(math.nan)
+        optimizer.step()
+        reference.step()
+    assert params[1].isnan().all()
+    others = [i for i in range(len(params)) if i != 1]
+    assert_near([weights(params)[i] for i in others], [weights(expected)[i] for i in others], 1e-6)
+
+
+@every_case
+def test_nonfinite_may_be_switched_mid_run(case: Case) -> None:
+    params, expected = parameters(), parameters()
+    optimizer, reference = case.make(params), case.make(expected)
+    for step, nonfinite in enumerate(["propagate", "skip", "propagate", "skip"]):
+        optimizer.param_groups[0]["nonfinite"] = nonfinite
+        train(optimizer, params, 1, start=step)
+        train(reference, expected, 1, start=step)
+    assert_same(weights(params), weights(expected))
+    assert {int(own["skipped"]) for own in state(optimizer)} == {0}
+    set_gradients(params, 4)
+    assert params[0].grad is not None
+    params[0].grad[0, 0] = math.nan
+    before = params[0].detach().clone()
+    optimizer.step()
+    assert_same(params[0].detach(), before)
+    assert int(optimizer.state[params[0]]["skipped"]) == 1
+
+
+# --- limits of the options
+
+
+@every_case
+def test_momenta_that_keep_nothing_are_finite(case: Case) -> None:
+    decay: dict[str, Any] = {"betas": (0.0, 0.0)} if case.cls is LoRAPreAdamW else {"momentum": 0.0}
+    params = parameters()
+    assert finite(train(case.make(params, **decay), params, 4))
+
+
+@every_case
+def test_zero_learning_rate_moves_nothing_and_still_tracks(case: Case) -> None:
+    still, moving = parameters(), parameters()
+    initial = weights(still)
+    optimizer, reference = case.make(still, lr=0.0), case.make(moving)
+    train(optimizer, still, 2)
+    train(reference, moving, 2)
+    assert_same(weights(still), initial)
+    assert_same(state(optimizer), state(reference))
+
+
+@every_case
+def test_weight_decay_is_decoupled(case: Case) -> None:
+    params, free = parameters(), parameters()
+    initial = weights(params)
+    train(case.make(params, lr=0.01, weight_decay=0.5), params, 1)
+    train(case.make(free, lr=0.01, weight_decay=0.0), free, 1)
+    difference = [q.detach() - p.detach() for p, q in zip(params, free, strict=True)]
+    assert_near(difference, [0.005 * old for old in initial], 1e-6)
+
+
+@every_case
+def test_a_regression_problem_is_solved(case: Case) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
+    inputs = torch.randn(64, 16)
+    targets = torch.tanh(inputs @ torch.randn(16, 8))
+    optimizer = case.make(model.parameters(), lr=0.01, weight_decay=0.0)
+    losses = []
+    for _ in range(60):
+        loss = nn.functional.mse_loss(model(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_table_has_a_row_for_every_variant_of_both_classes() -> None:
+    rows = {(case.cls, case.options.get("variant", "calibrated")) for case in CASES.values()}
+    assert rows == {(cls, variant) for cls in (LoRAPreAdamW, LoRAPreMuon) for variant in moments.VARIANTS}
