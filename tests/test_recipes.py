@@ -303,6 +303,7 @@ def test_muon_with_adamw_is_both(tiny: Tiny) -> None:
         (["--lr"], "--lr"),
         (["--out", "full"], "--out full: this folder is not empty"),
         (["--out", "file"], "--out file: this is a file"),
+        (["--out", "file/run"], "--out file/run: this folder cannot be made"),
         (["--resume", "full"], "--resume full: not a run folder"),
         (["--resume", "full", "--lr", "1"], "--resume: a run goes on as it began; leave out --preset, --lr"),
     ],

@@ -84,7 +84,10 @@ def pretrain(
     optimizer.register_step_post_hook(clock.stop_optimizer)
 
     # Nothing is written before this line: a mistake leaves no folder behind.
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: this folder cannot be made ({error.strerror})") from error
     record_data(data, out / "data.json")
     if not resume:
         config.save(out / "config.json")
