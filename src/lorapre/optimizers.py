@@ -1,6 +1,7 @@
 """LoRAPreAdamW and LoRAPreMuon: options, state, loading and the order of a step."""
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -107,19 +108,20 @@ class LoRAPreOptimizer(Optimizer):
         params = [params] if isinstance(params, Tensor) else list(params)
         for item in params:
             p = item[1] if isinstance(item, tuple) else item
-            if isinstance(p, Tensor) and not p.is_floating_point():
+            if isinstance(p, Tensor) and not (p.is_floating_point() and p.layout is torch.strided):
                 name = f"parameter {item[0]!r}" if isinstance(item, tuple) else "a parameter"
-                raise ValueError(f"params must be real floating point tensors, but {name} is {p.dtype}")
+                raise ValueError(
+                    f"params must be dense tensors of real floating point numbers, but {name} is {p.dtype}, "
+                    f"{p.layout}"
+                )
         super().add_param_group({**param_group, "params": params})
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raise a ValueError that names the first option out of range."""
         lr, rank, seed = group["lr"], group["rank"], group["seed"]
-        _require(
-            group, "lr", not isinstance(lr, Tensor) or lr.numel() == 1, "a number or a tensor of one element"
-        )
-        for name in ("lr", "weight_decay", "eps"):
-            _require(group, name, float(group[name]) >= 0, "at least 0")
+        _require_number(group, "lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr)
+        for name in ("weight_decay", "eps"):
+            _require_number(group, name, group[name])
         _require(
             group,
             "rank",
@@ -236,7 +238,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
         _require_betas(group, "betas")
-        _require(group, "scale", group["scale"] >= 0, "at least 0")
+        _require_number(group, "scale", group["scale"])
         _require_choice(group, "compress", "both", "first", "second")
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> None:
@@ -342,15 +344,17 @@ class LoRAPreMuon(LoRAPreOptimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
-        _require(group, "momentum", 0 <= group["momentum"] < 1, "in [0, 1)")
-        _require(group, "ns_coefficients", len(group["ns_coefficients"]) == 3, "three numbers")
+        momentum, coefficients = group["momentum"], group["ns_coefficients"]
+        _require(group, "momentum", _is_number(momentum) and 0 <= momentum < 1, "a number in [0, 1)")
+        _require(group, "ns_coefficients", _are_numbers(coefficients, 3), "three numbers")
         _require(
             group, "ns_steps", _is_integer(group["ns_steps"]) and 1 <= group["ns_steps"] < 100, "1 to 99"
         )
         _require_choice(group, "adjust_lr_fn", None, "original", "match_rms_adamw")
         _require_betas(group, "adamw_betas")
         for name in ("adamw_lr", "adamw_eps", "adamw_weight_decay"):
-            _require(group, name, group[name] is None or group[name] >= 0, "at least 0")
+            if group[name] is not None or name == "adamw_eps":
+                _require_number(group, name, group[name])
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> None:
         mu = group["momentum"]
@@ -471,7 +475,20 @@ def _require_choice(group: dict[str, Any], name: str, *choices: str | None) -> N
 
 def _require_betas(group: dict[str, Any], name: str) -> None:
     betas = group[name]
-    _require(group, name, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")
+    valid = _are_numbers(betas, 2) and all(0 <= beta < 1 for beta in betas)
+    _require(group, name, valid, "two numbers in [0, 1)")
+
+
+def _require_number(group: dict[str, Any], name: str, value: Any) -> None:
+    _require(group, name, _is_number(value) and value >= 0, "a number >= 0")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real)  # not "1e-3", which YAML reads as a string
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, tuple | list) and len(value) == count and all(map(_is_number, value))
 
 
 def _is_integer(value: Any) -> bool:
