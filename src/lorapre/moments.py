@@ -67,7 +67,7 @@ class Batch:
     def begin(self, nonfinite: str) -> None:
         """Count the step: `t` and, if asked for, `finite` (N, 1, 1), whether the weight takes part in it."""
         steps = torch.stack(self.state["step"])
-        self.t = self._per_matrix(steps + 1)
+        self.t = self._per_matrix(steps + 1).to(self.dtype)
         if nonfinite == "skip":
             finite = torch.stack([torch.linalg.vector_norm(g, ord=math.inf) for g in self.grads]).isfinite()
             self.finite = self._per_matrix(finite)
