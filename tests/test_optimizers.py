@@ -1,0 +1,346 @@
+"""Options, their errors, and which rule each parameter gets."""
+
+import inspect
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import (
+    CASES,
+    FACTORISED,
+    Case,
+    assert_near,
+    assert_same,
+    assert_unchanged,
+    everything,
+    parameters,
+    set_gradients,
+    train,
+    weights,
+)
+from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage
+
+Class = type[LoRAPreAdamW] | type[LoRAPreMuon]
+
+BOTH: dict[str, list[Any]] = {
+    "lr": [-0.1, math.nan, torch.tensor(-0.1), torch.tensor([0.1, 0.1]), "1e-3", None],
+    "weight_decay": [-0.1, math.nan, "0.1", None],
+    "eps": [-1e-8, math.nan, None],
+    "rank": [0, -1, 1.5, 8.0, True, "8"],
+    "variant": ["adamw", "Paper", None, 1],
+    "nonfinite": ["ignore", None, True],
+    "seed": [-1, 0.5, True, None],
+}
+BAD: dict[Class, dict[str, list[Any]]] = {
+    LoRAPreAdamW: BOTH
+    | {
+        "betas": [
+            (1.0, 0.95),
+            (0.9, 1.0),
+            (-0.1, 0.95),
+            (0.9, math.nan),
+            (0.9,),
+            (0.9, 0.95, 0.99),
+            0.9,
+            "ab",
+        ],
+        "scale": [-0.25, math.nan, None],
+        "compress": ["none", "m", None, True],
+    },
+    LoRAPreMuon: BOTH
+    | {
+        "momentum": [1.0, -0.1, math.nan, None],
+        "ns_steps": [0, 100, 2.5, True, None],
+        "ns_coefficients": [(1.0, 2.0), 1.0, None, ("a", "b", "c")],
+        "adjust_lr_fn": ["rms", True],
+        "adamw_lr": [-1e-3, math.nan, "1e-3"],
+        "adamw_betas": [(1.0, 0.95), (0.9, 1.0), (0.9,), 0.9],
+        "adamw_eps": [-1e-8, math.nan, None],
+        "adamw_weight_decay": [-0.1, math.nan],
+    },
+}
+bad_options = pytest.mark.parametrize(
+    ("cls", "name", "value"),
+    [(cls, name, value) for cls, bad in BAD.items() for name, values in bad.items() for value in values],
+)
+both_classes = pytest.mark.parametrize("cls", [LoRAPreAdamW, LoRAPreMuon])
+
+
+# --- options
+
+
+@bad_options
+def test_the_constructor_refuses_an_option_out_of_range_and_names_it(
+    cls: Class, name: str, value: Any
+) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} must be .*, but is"):
+        cls(parameters(), **{name: value})
+
+
+@bad_options
+def test_a_new_group_with_an_option_out_of_range_is_refused_and_changes_nothing(
+    cls: Class, name: str, value: Any
+) -> None:
+    params = parameters()
+    optimizer = cls(params[:4], rank=3)
+    train(optimizer, params[:4], 1)
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=rf"^{name} must be .*, but is"):
+        optimizer.add_param_group({"params": params[4:], name: value})
+    assert len(optimizer.param_groups) == 1
+    assert_unchanged(optimizer, before)
+
+
+@both_classes
+def test_every_option_that_the_constructor_takes_is_checked_or_a_flag(cls: Class) -> None:
+    options = inspect.signature(cls).parameters.keys()
+    assert options - {"params"} == BAD[cls].keys() | {"maximize"} | ({"nesterov"} & options)
+
+
+@both_classes
+@pytest.mark.parametrize(
+    "p",
+    [
+        torch.zeros(4, 4, dtype=torch.complex64),
+        torch.zeros(4, 4, dtype=torch.int64),
+        torch.zeros(4, 4).to_sparse(),
+    ],
+    ids=["complex", "integer", "sparse"],
+)
+def test_parameters_that_are_not_dense_and_real_are_refused_by_name(cls: Class, p: Tensor) -> None:
+    good = parameters([(4, 4)])
+    with pytest.raises(ValueError, match="params must be dense"):
+        cls([*good, p])
+    optimizer = cls([("good", good[0])])
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=r"params must be dense.*'odd'"):
+        optimizer.add_param_group({"params": [("odd", p)]})
+    assert len(optimizer.param_groups) == 1
+    assert_unchanged(optimizer, before)
+
+
+@both_classes
+def test_parameters_come_as_a_tensor_a_list_or_a_generator_but_not_as_a_set(cls: Class) -> None:
+    (p,) = parameters([(12, 20)])
+    for params in (p, [p], iter([p]), iter([("weight", p)])):
+        (group,) = cls([{"params": params}]).param_groups
+        assert len(group["params"]) == 1
+        assert group["params"][0] is p
+    with pytest.raises(TypeError, match="set"):
+        cls([{"params": {p}}])
+
+
+@both_classes
+def test_mistakes_in_params_are_refused_as_by_any_optimizer(cls: Class) -> None:
+    p, q = parameters([(4, 4), (4, 4)])
+    with pytest.raises(ValueError, match="empty"):
+        cls([])
+    with pytest.raises(TypeError, match="Tensor"):
+        cls([p, "weight"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="leaf"):
+        cls([p * 2])
+    with pytest.raises(ValueError, match="more than one"):
+        cls([{"params": [p]}, {"params": [q, p]}])
+    with pytest.warns(UserWarning, match="duplicate"):
+        cls([p, p])
+    optimizer = cls([("p", p)])
+    with pytest.raises(ValueError, match="names"):
+        optimizer.add_param_group({"params": [q]})
+
+
+@both_classes
+def test_a_group_given_by_the_user_is_not_modified(cls: Class) -> None:
+    params = parameters()
+    group = {"params": params, "lr": 0.5}
+    cls([group])
+    assert group == {"params": params, "lr": 0.5}
+
+
+def test_the_defaults_are_those_of_the_paper_and_of_torch() -> None:
+    adam, muon = LoRAPreAdamW(parameters()).defaults, LoRAPreMuon(parameters()).defaults
+    assert adam["betas"] == (0.9, 0.95)
+    assert adam["variant"] == muon["variant"] == "calibrated"
+    assert adam["compress"] == "both"
+    assert adam["rank"] == muon["rank"] == 128
+    theirs = inspect.signature(torch.optim.Muon).parameters
+    for name in ("lr", "weight_decay", "momentum", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"):
+        assert muon[name] == theirs[name].default
+
+
+@pytest.mark.parametrize("name", FACTORISED)
+def test_hooks_around_a_step_run(name: str) -> None:
+    params = parameters()
+    optimizer = CASES[name].make(params)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    train(optimizer, params, 1)
+    assert calls == ["before", "after"]
+
+
+# --- dense weights take AdamW
+
+
+def adamw_pair(dtype: torch.dtype) -> tuple[list[nn.Parameter], list[nn.Parameter], torch.optim.AdamW]:
+    """Weights, the same again, and a torch.optim.AdamW of the second."""
+    ours, theirs = parameters(dtype=dtype), parameters(dtype=dtype)
+    reference = torch.optim.AdamW(
+        theirs, lr=0.02, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.3, maximize=True, foreach=False
+    )
+    return ours, theirs, reference
+
+
+DENSE: dict[str, tuple[Class, dict[str, Any]]] = {
+    "adam": (LoRAPreAdamW, {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.3}),
+    "adam-ignores-scale": (
+        LoRAPreAdamW,
+        {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.3, "scale": 0.25},
+    ),
+    "muon": (LoRAPreMuon, {"lr": 0.02, "adamw_betas": (0.8, 0.9), "adamw_eps": 1e-3, "weight_decay": 0.3}),
+    "muon-own": (
+        LoRAPreMuon,
+        {
+            "lr": 0.5,
+            "adamw_lr": 0.02,
+            "adamw_betas": (0.8, 0.9),
+            "adamw_eps": 1e-3,
+            "weight_decay": 0.7,
+            "adamw_weight_decay": 0.3,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("cls", "options"), DENSE.values(), ids=DENSE)
+@pytest.mark.parametrize("rank", [None, 10**6], ids=["rank-none", "rank-too-large"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dense_weights_are_stepped_as_torch_adamw_does(
+    cls: Class, options: dict[str, Any], rank: int | None, dtype: torch.dtype
+) -> None:
+    ours, theirs, reference = adamw_pair(dtype)
+    optimizer = cls(ours, **options, rank=rank, maximize=True)
+    for step in range(10):
+        train(optimizer, ours, 1, start=step)
+        train(reference, theirs, 1, start=step)
+    assert_near(weights(ours), weights(theirs), 1e-6 if dtype == torch.float32 else 1e-13)
+
+
+def test_dense_weights_in_a_factorised_group_of_muon_keep_their_share_of_a_scheduled_lr() -> None:
+    ours, alone = parameters([(12, 20), (7,)]), parameters([(12, 20), (7,)])
+    optimizer = LoRAPreMuon(ours, lr=0.1, adamw_lr=0.01, rank=3)
+    reference = torch.optim.AdamW([alone[1]], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
+        reference.param_groups[0]["lr"] = 0.01 / (1 + step)
+        set_gradients(ours, step)
+        set_gradients(alone, step)
+        optimizer.step()
+        reference.step()
+    assert_near(weights(ours[1:]), weights(alone[1:]), 1e-6)
+
+
+def test_a_dense_group_of_muon_takes_adamw_lr_unless_it_names_its_own() -> None:
+    p, q, r = parameters([(4, 4)] * 3)
+    groups: list[dict[str, Any]] = [
+        {"params": [p], "rank": None},
+        {"params": [q], "rank": None, "lr": 0.3},
+        {"params": [r]},
+    ]
+    optimizer = LoRAPreMuon(groups, lr=0.1, adamw_lr=0.01)
+    optimizer.add_param_group({"params": parameters([(5,)]), "rank": None})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.3, 0.1, 0.01]
+
+
+def test_muon_refuses_a_ratio_to_a_zero_learning_rate() -> None:
+    with pytest.raises(ValueError, match=r"^lr must be above 0 where adamw_lr is given"):
+        LoRAPreMuon(parameters(), lr=0.0, adamw_lr=0.01)
+
+
+# --- factorised weights
+
+
+@pytest.mark.parametrize("name", [name for name in FACTORISED if name.startswith("adam")])
+def test_scale_multiplies_the_update_of_factorised_weights_but_not_their_decay(name: str) -> None:
+    full, quarter = parameters([(12, 20), (7,)]), parameters([(12, 20), (7,)])
+    initial = weights(full)
+    train(CASES[name].make(full), full, 1)
+    train(CASES[name].make(quarter, scale=0.25), quarter, 1)
+    decayed = initial[0] * (1 - 0.01 * 0.1)
+    assert_near([quarter[0].detach() - decayed], [0.25 * (full[0].detach() - decayed)], 1e-6)
+    assert_same(quarter[1], full[1])
+
+
+@pytest.mark.parametrize("shape", [(24, 12), (12, 24)], ids=str)
+@pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_first_step_of_muon_is_that_of_torch(
+    shape: tuple[int, int], adjust: str | None, nesterov: bool
+) -> None:
+    # Both start from no momentum at all; torch weighs the first gradient by 1 - momentum, which
+    # Newton-Schulz takes out again.
+    ours, theirs = parameters([shape]), parameters([shape])
+    options = {"lr": 0.1, "weight_decay": 0.3, "nesterov": nesterov, "adjust_lr_fn": adjust}
+    optimizer = LoRAPreMuon(ours, rank=3, **options)  # type: ignore[arg-type]
+    reference = torch.optim.Muon(theirs, **options)  # type: ignore[arg-type]
+    initial = ours[0].detach().clone()
+    train(optimizer, ours, 1)
+    train(reference, theirs, 1)
+    difference = (ours[0] - theirs[0]).norm() / (theirs[0] - initial).norm()
+    assert difference < 0.02  # both iterate in bfloat16
+    factor = 0.2 * 24**0.5 if adjust == "match_rms_adamw" else max(1.0, shape[0] / shape[1]) ** 0.5
+    update = ours[0].detach() - initial * (1 - 0.1 * 0.3)
+    assert update.norm() == pytest.approx(0.1 * factor * 12**0.5, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"compress": "both"}, {"m_B", "m_A", "v_B", "v_A"}),
+        ({"compress": "first"}, {"m_B", "m_A", "exp_avg_sq"}),
+        ({"compress": "second"}, {"exp_avg", "v_B", "v_A"}),
+        ({"rank": None}, {"exp_avg", "exp_avg_sq"}),
+    ],
+)
+def test_compress_says_which_moments_become_factors(options: dict[str, Any], names: set[str]) -> None:
+    params = parameters([(12, 20)])
+    optimizer = LoRAPreAdamW(params, **{"rank": 3, **options})
+    train(optimizer, params, 1)
+    assert optimizer.state[params[0]].keys() == names | {"step"}
+
+
+@pytest.mark.parametrize("name", FACTORISED)
+def test_coverage_reports_the_route_that_each_weight_took(name: str) -> None:
+    params = parameters()
+    optimizer = CASES[name].make(params)
+    planned = [row.route for row in coverage(optimizer)]
+    train(optimizer, params, 1)
+    factors = [any(key.endswith("_B") for key in optimizer.state[p]) for p in params]
+    taken = ["low-rank" if low_rank else "dense" for low_rank in factors]
+    assert [row.route for row in coverage(optimizer)] == taken == planned
+    assert taken == ["low-rank"] * 6 + ["dense"] * 5
+
+
+def test_the_ranks_of_groups_are_their_own() -> None:
+    params = parameters([(12, 20)] * 3)
+    groups: list[dict[str, Any]] = [
+        {"params": [params[0]]},
+        {"params": [params[1]], "rank": 5},
+        {"params": [params[2]], "rank": None},
+    ]
+    optimizer = LoRAPreAdamW(groups, rank=2)
+    train(optimizer, params, 1)
+    assert [row.rank for row in coverage(optimizer)] == [2, 5, None]
+    assert [optimizer.state[p]["m_B"].shape for p in params[:2]] == [(12, 2), (12, 5)]
+
+
+@pytest.mark.parametrize("case", [CASES["adam-calibrated"], CASES["muon-calibrated"]], ids=["adam", "muon"])
+def test_the_start_does_not_depend_on_the_order_of_the_parameters(case: Case) -> None:
+    forward, backward = parameters()[:6], parameters()[:6]
+    set_gradients(forward, 0)
+    set_gradients(backward, 0)
+    case.make(forward).step()
+    case.make(backward[::-1]).step()
+    assert_near(weights(forward), weights(backward), 1e-6)
