@@ -96,7 +96,8 @@ class Coverage:
 
     def _remarks(self, total: int) -> Iterator[str]:
         low_rank = [row for row in self.rows if row.route == "low-rank"]
-        share = sum(math.prod(row.shape) for row in low_rank) / sum(math.prod(row.shape) for row in self.rows)
+        numel = sum(math.prod(row.shape) for row in self.rows)
+        share = sum(math.prod(row.shape) for row in low_rank) / max(1, numel)  # empty weights have none
         ratio = total / max(1, self.adamw_bytes)  # AdamW holds nothing where everything is frozen
         yield f"{len(low_rank)} low-rank weights hold {share:.1%} of the parameters."
         yield f"State is {ratio:.1%} of AdamW's."
