@@ -429,13 +429,12 @@ def _name(group: dict[str, Any], index: int) -> str:
 
 def _merge(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """The options to go on with: those saved, where they are ours; of torch.optim.AdamW, what we know."""
-    known = saved
     if "rank" not in saved:
-        known = {k: v for k, v in saved.items() if k in own or k == "initial_lr"}
-        if "momentum" in own:  # in Muon these are options of its matrices
-            renamed = {f"adamw_{k}": known.pop(k) for k in ("betas", "eps", "weight_decay") if k in saved}
-            known |= {**renamed, "dense_ratio": 1.0}
-    return {**own, **known, "params": saved["params"]}
+        if "momentum" in own:  # Muon has options of the same names for its matrices
+            theirs = ("betas", "eps", "weight_decay")
+            saved = {f"adamw_{k}" if k in theirs else k: v for k, v in saved.items()} | {"dense_ratio": 1.0}
+        saved = {k: v for k, v in saved.items() if k in own or k == "initial_lr"}
+    return {**own, **saved}
 
 
 def _check_fit(
