@@ -1,0 +1,481 @@
+"""State that survives: its names and sizes, checkpoints, and what a checkpoint must not do."""
+
+import copy
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from cases import (
+    CASES,
+    FACTORISED,
+    RANK,
+    SHAPES,
+    Case,
+    assert_near,
+    assert_same,
+    assert_unchanged,
+    everything,
+    parameters,
+    set_gradients,
+    state,
+    train,
+    weights,
+)
+from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+factorised = pytest.mark.parametrize("case", [CASES[name] for name in FACTORISED], ids=FACTORISED)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+
+Optimizer = torch.optim.Optimizer
+Params = list[nn.Parameter]
+
+
+def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """`state_dict` saved, and loaded as safely as torch can."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def named(params: Params) -> list[tuple[str, nn.Parameter]]:
+    return [(f"layer.{i}", p) for i, p in enumerate(params)]
+
+
+# --- names, types, sizes
+
+
+def expected_shapes(case: Case, batch: tuple[int, ...], p: int, q: int, whole: Any) -> dict[str, Any]:
+    """The documented state of a factorised weight, seen as matrices (*batch, p, q)."""
+    r, compress = RANK, case.options.get("compress", "both")
+    names: dict[str, Any] = {"step": (), "m_B": (*batch, p, r), "m_A": (*batch, r, q)}
+    if case.cls is LoRAPreMuon:
+        return names
+    names |= {"v_B": (*batch, p, r), "v_A": (*batch, r, q)}
+    if case.options.get("variant") == "subspace":
+        names |= {"v_row": (*batch, p), "v_col": (*batch, q)}
+    if compress == "second":
+        names = {k: v for k, v in names.items() if not k.startswith("m_")} | {"exp_avg": whole}
+    if compress == "first":
+        names = {k: v for k, v in names.items() if not k.startswith("v_")} | {"exp_avg_sq": whole}
+    return names
+
+
+@factorised
+@every_dtype
+def test_state_has_the_documented_names_shapes_and_types(case: Case, dtype: torch.dtype) -> None:
+    params = parameters(dtype=dtype)
+    optimizer = case.make(params)
+    train(optimizer, params, 1)
+    matrices: list[tuple[tuple[int, ...], int, int]] = [((), 12, 20)] * 3
+    matrices += [((), 20, 12), ((3,), 10, 14), ((), 8, 27)]
+    wanted = [expected_shapes(case, *matrix, shape) for matrix, shape in zip(matrices, SHAPES, strict=False)]
+    wanted += [{"step": (), "exp_avg": shape, "exp_avg_sq": shape} for shape in SHAPES[len(matrices) :]]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for own, shapes in zip(state(optimizer), wanted, strict=True):
+        assert {name: tuple(value.shape) for name, value in own.items()} == shapes
+        for name, value in own.items():
+            assert type(value) is Tensor
+            assert not value.requires_grad
+            assert value.dtype == (wide if name.startswith("exp") else torch.float32)
+
+
+@factorised
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_state_takes_exactly_the_bytes_of_its_factors_and_counters(
+    case: Case, dtype: torch.dtype, nonfinite: str
+) -> None:
+    p, q, r = 24, 40, 5
+    params = parameters([(p, q)], dtype)
+    optimizer = case.make(params, rank=r, nonfinite=nonfinite)
+    train(optimizer, params, 2)
+    one = (p + q) * r
+    means = p + q if case.options.get("variant") == "subspace" else 0
+    moments = {
+        "both": 2 * one + means,
+        "first": one + p * q,
+        "second": one + means + p * q,
+    }
+    numbers = one if case.cls is LoRAPreMuon else moments[case.options.get("compress", "both")]
+    counters = 2 if nonfinite == "skip" else 1
+    held = sum(value.untyped_storage().nbytes() for value in optimizer.state[params[0]].values())
+    assert held == 4 * (numbers + counters)
+    assert coverage(optimizer).state_bytes == held == coverage(optimizer).planned_bytes
+
+
+@every_case
+def test_a_fresh_optimizer_has_an_empty_state_that_loads(case: Case) -> None:
+    params, expected = parameters(), parameters()
+    optimizer = case.make(params)
+    saved = through_a_file(optimizer.state_dict())
+    assert saved["state"] == {}
+    optimizer.load_state_dict(saved)
+    assert_same(train(optimizer, params, 2), train(case.make(expected), expected, 2))
+
+
+# --- resuming
+
+
+@every_case
+@every_dtype
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_resuming_from_a_file_continues_bit_for_bit(case: Case, dtype: torch.dtype, nonfinite: str) -> None:
+    def make(params: Params) -> Optimizer:
+        late = {"params": params[4:], "lr": 0.003, "rank": case.options.get("rank", 2)}
+        return case.make([{"params": params[:4]}, late], nonfinite=nonfinite)
+
+    def step(optimizer: Optimizer, params: Params, number: int) -> None:
+        set_gradients(params, number)
+        if number < 2:  # a first gradient that comes late, or not at all before the checkpoint
+            params[1].grad = params[6].grad = None
+        if number < 4:
+            params[2].grad = params[7].grad = None
+        if number == 1 and nonfinite == "skip":
+            for index in (0, 4, 8):
+                params[index].grad = torch.full_like(params[index], math.inf)
+        optimizer.step()
+
+    params = parameters(dtype=dtype)
+    optimizer = make(params)
+    for number in range(3):
+        step(optimizer, params, number)
+    saved = through_a_file({"optimizer": optimizer.state_dict(), "weights": weights(params)})
+    resumed_params = parameters(dtype=dtype)
+    for p, value in zip(resumed_params, saved["weights"], strict=True):
+        p.data = value
+    resumed = make(resumed_params)
+    resumed.load_state_dict(saved["optimizer"])
+    assert_same(state(resumed), state(optimizer))
+    assert [len(own) for own in state(resumed)] == [len(own) for own in state(optimizer)]
+    for number in range(3, 6):
+        step(optimizer, params, number)
+        step(resumed, resumed_params, number)
+    assert_same([weights(resumed_params), state(resumed)], [weights(params), state(optimizer)])
+
+
+@factorised
+def test_loading_does_not_round_the_float32_state_of_bfloat16_weights(case: Case) -> None:
+    params, others = parameters(dtype=torch.bfloat16), parameters(dtype=torch.bfloat16)
+    optimizer, resumed = case.make(params), case.make(others)
+    train(optimizer, params, 3)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert_same(state(resumed), state(optimizer))
+    values = [v for own in state(resumed) for v in own.values() if v.ndim]
+    assert all(v.dtype == torch.float32 for v in values)
+    assert any(not torch.equal(v, v.bfloat16().float()) for v in values)  # else this test shows nothing
+
+
+@every_case
+def test_loading_replaces_what_an_optimizer_has_gathered(case: Case) -> None:
+    params, others, fresh = parameters(), parameters(), parameters()
+    optimizer, used, unused = case.make(params), case.make(others, lr=0.5), case.make(fresh)
+    train(optimizer, params, 2)
+    train(used, others, 3, start=7)
+    used.load_state_dict(optimizer.state_dict())
+    unused.load_state_dict(optimizer.state_dict())
+    assert used.param_groups[0]["lr"] == 0.01
+    for p, q in zip(others, fresh, strict=True):
+        p.data = q.detach().clone()
+    assert_same(train(used, others, 2), train(unused, fresh, 2))
+
+
+@every_case
+def test_loaded_tensors_are_copies_and_the_loaded_dictionary_is_left_alone(case: Case) -> None:
+    params, others = parameters(), parameters()
+    optimizer = case.make(params, lr=torch.tensor(0.01))
+    train(optimizer, params, 2)
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved)
+    resumed = case.make(others)
+    resumed.load_state_dict(saved)
+    resumed.param_groups[0]["lr"].fill_(0.5)
+    train(resumed, others, 2, start=2)
+    assert_same(saved["state"], before["state"])
+    assert saved["param_groups"] == before["param_groups"]
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+@every_case
+def test_coverage_is_right_after_loading(case: Case) -> None:
+    params, others = parameters(), parameters()
+    optimizer = case.make(named(params))
+    train(optimizer, params, 2)
+    resumed = case.make(named(others))
+    assert coverage(resumed).state_bytes == 0
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert coverage(resumed).rows == coverage(optimizer).rows
+    assert coverage(resumed).state_bytes == coverage(resumed).planned_bytes > 0
+
+
+@every_case
+def test_options_that_were_saved_win_as_in_torch_and_new_ones_take_their_default(case: Case) -> None:
+    params, others = parameters(), parameters()
+    optimizer = case.make(params, lr=0.07, maximize=True)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["seed"], saved["param_groups"][0]["nonfinite"]  # an older version's
+    resumed = case.make(others, seed=3, nonfinite="skip")
+    resumed.load_state_dict(saved)
+    (group,) = resumed.param_groups
+    assert (group["lr"], group["maximize"], group["seed"], group["nonfinite"]) == (0.07, True, 3, "skip")
+
+
+@every_case
+@pytest.mark.parametrize("order", [("skip", "propagate"), ("propagate", "skip")], ids=str)
+def test_the_count_of_skipped_steps_is_no_reason_to_refuse_a_checkpoint(
+    case: Case, order: tuple[str, str]
+) -> None:
+    params, others = parameters(), parameters()
+    optimizer, resumed = case.make(params, nonfinite=order[0]), case.make(others, nonfinite=order[1])
+    train(optimizer, params, 2)
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.param_groups[0]["nonfinite"] = order[1]
+    for p, q in zip(params, others, strict=True):
+        q.data = p.detach().clone()
+    assert_same(train(resumed, others, 2, start=2), train(optimizer, params, 2, start=2))
+
+
+@every_case
+def test_a_step_that_was_saved_as_an_integer_loads(case: Case) -> None:
+    params, others = parameters(), parameters()
+    optimizer, resumed = case.make(params), case.make(others)
+    train(optimizer, params, 2)
+    saved = optimizer.state_dict()
+    for own in saved["state"].values():
+        own["step"] = int(own["step"])
+    resumed.load_state_dict(saved)
+    assert {int(own["step"]) for own in state(resumed)} == {2}
+    assert {own["step"].dtype for own in state(resumed)} == {torch.float32}
+
+
+@every_case
+def test_distributed_checkpoint_saves_and_restores_by_name(case: Case) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(20, 12), nn.LayerNorm(12), nn.Linear(12, 20)).bfloat16()
+
+    one, two = model(), model()
+    optimizer, resumed = case.make(one.parameters()), case.make(two.parameters())
+    train(optimizer, list(one.parameters()), 2)
+    saved = through_a_file(get_optimizer_state_dict(one, optimizer))  # type: ignore[arg-type]
+    assert "0.weight" in saved["state"]
+    before = weights(two.parameters())
+    set_optimizer_state_dict(two, resumed, saved)
+    assert_same(weights(two.parameters()), before)
+    assert_same(state(resumed), state(optimizer))
+
+
+# --- checkpoints that do not fit
+
+
+Others = dict[str, tuple[dict[str, Any], list[Any]]]
+OTHERS: Others = {
+    "rank": ({"rank": 2}, [(12, 2), (12, RANK)]),
+    "rank-none": ({"rank": None}, [(12, 20), (12, RANK)]),
+    "shape": ({"shape": (20, 12)}, [(20, RANK), (12, RANK)]),
+    "experts": ({"shape": (2, 12, 20)}, [(2, 12, RANK), (12, RANK)]),
+    "paper": ({"variant": "paper"}, ["variant='paper'"]),
+    "calibrated": ({"variant": "calibrated"}, ["variant='calibrated'"]),
+    "subspace": ({"variant": "subspace"}, ["variant='subspace'"]),
+    "first": ({"compress": "first"}, ["compress='first'"]),
+    "second": ({"compress": "second"}, ["compress='second'"]),
+    "both": ({"compress": "both"}, ["compress='both'"]),
+}
+
+
+def differing() -> list[Any]:
+    """(row, what differs in the checkpoint, what the message says, stepped) for every pair that does not fit.
+
+    A checkpoint of an optimizer that has not been stepped has options but no shapes.
+    """
+    pairs = []
+    for name in FACTORISED:
+        options = {"variant": "calibrated", "compress": "both", **CASES[name].options}
+        for other, (change, message) in OTHERS.items():
+            muon = CASES[name].cls is LoRAPreMuon
+            if change.items() <= options.items() or ("compress" in change and muon):
+                continue
+            pairs.append(pytest.param(CASES[name], change, message, True, id=f"{name}-{other}"))
+            if "shape" not in change:
+                pairs.append(pytest.param(CASES[name], change, [], False, id=f"{name}-{other}-fresh"))
+    return pairs
+
+
+@pytest.mark.parametrize(("case", "change", "message", "stepped"), differing())
+def test_a_checkpoint_of_another_kind_is_refused_by_name_and_changes_nothing(
+    case: Case, change: dict[str, Any], message: list[Any], stepped: bool
+) -> None:
+    options = dict(change)
+    last = options.pop("shape", (12, 20))
+    saved_params = parameters([(7,), (20, 12), last])
+    optimizer = case.make([{"params": saved_params[:2]}, {"params": saved_params[2:], **options}], lr=0.5)
+    if stepped:
+        train(optimizer, saved_params, 2)
+    params = parameters([(7,), (20, 12), (12, 20)])
+    own = case.make([{"params": named(params)[:2]}, {"params": named(params)[2:]}])
+    train(own, params, 1)
+    before = everything(own)
+    with pytest.raises(ValueError, match=r"does not fit parameter 'layer\.2' of shape \(12, 20\)") as error:
+        own.load_state_dict(through_a_file(optimizer.state_dict()))
+    for part in message:
+        assert str(part) in str(error.value)
+    assert_unchanged(own, before)
+    assert_same(train(own, params, 1, start=1), _undisturbed(case))
+
+
+def _undisturbed(case: Case) -> list[Tensor]:
+    """Weights after two steps that no checkpoint has come between."""
+    params = parameters([(7,), (20, 12), (12, 20)])
+    return train(case.make([{"params": params[:2]}, {"params": params[2:]}]), params, 2)
+
+
+@pytest.mark.parametrize("rank", [RANK, None])
+@pytest.mark.parametrize("stepped", [True, False], ids=["stepped", "fresh"])
+@pytest.mark.parametrize("classes", [(LoRAPreAdamW, LoRAPreMuon), (LoRAPreMuon, LoRAPreAdamW)])
+def test_a_checkpoint_of_the_other_class_is_refused(rank: int | None, stepped: bool, classes: Any) -> None:
+    saved_params, params = parameters(), parameters()
+    optimizer, own = classes[0](saved_params, rank=rank), classes[1](params, rank=rank)
+    if stepped:
+        train(optimizer, saved_params, 1)
+    before = everything(own)
+    with pytest.raises(ValueError, match=r"saved was .*, this optimizer keeps"):
+        own.load_state_dict(optimizer.state_dict())
+    assert_unchanged(own, before)
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown"])
+@every_case
+def test_a_checkpoint_with_missing_or_unknown_state_is_refused(case: Case, damage: str) -> None:
+    params = parameters()
+    optimizer = case.make(params)
+    train(optimizer, params, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    last = saved["state"][len(params) - 1]
+    if damage == "missing":
+        del last["exp_avg_sq"]
+    else:
+        last["max_exp_avg_sq"] = last["exp_avg_sq"]
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=f"parameter {len(params) - 1} of its group of shape"):
+        optimizer.load_state_dict(saved)
+    assert_unchanged(optimizer, before)
+
+
+@every_case
+def test_a_checkpoint_with_other_groups_is_refused(case: Case) -> None:
+    params, others = parameters(), parameters()
+    optimizer, own = case.make(params), case.make([{"params": others[:3]}, {"params": others[3:]}])
+    train(optimizer, params, 1)
+    train(own, others, 1)
+    before = everything(own)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        own.load_state_dict(optimizer.state_dict())
+    fewer = case.make(parameters()[:-1])
+    with pytest.raises(ValueError, match="match the size"):
+        fewer.load_state_dict(optimizer.state_dict())
+    assert_unchanged(own, before)
+
+
+# --- from torch.optim.AdamW
+
+
+@pytest.mark.parametrize("cls", [LoRAPreAdamW, LoRAPreMuon])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_state_dict_of_torch_adamw_continues_in_the_dense_groups(cls: Any, dtype: torch.dtype) -> None:
+    theirs, ours = parameters(dtype=dtype), parameters(dtype=dtype)
+    reference = torch.optim.AdamW(
+        [{"params": theirs[:4]}, {"params": theirs[4:], "lr": 0.02}],
+        lr=0.01, betas=(0.7, 0.8), eps=1e-3, weight_decay=0.3, maximize=True, foreach=False,
+    )  # fmt: skip
+    train(reference, theirs, 3)
+    # Nothing here but the checkpoint knows the options.
+    optimizer = cls([{"params": ours[:4]}, {"params": ours[4:]}], rank=None)
+    for p, q in zip(ours, theirs, strict=True):
+        p.data = q.detach().clone()
+    optimizer.load_state_dict(through_a_file(reference.state_dict()))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.02]
+    assert {value.dtype for own in state(optimizer) for value in own.values()} == {torch.float32}
+    for step in range(3, 6):
+        train(optimizer, ours, 1, start=step)
+        train(reference, theirs, 1, start=step)
+    # In bfloat16 torch rounds the moments and every operation, and we only the weights.
+    assert_near(weights(ours), weights(theirs), 1e-6 if dtype == torch.float32 else 0.02)
+
+
+def test_the_lr_of_a_loaded_adamw_is_that_of_muons_dense_weights_whatever_their_ratio_was() -> None:
+    theirs, ours = parameters([(7,)]), parameters([(7,)])
+    reference = torch.optim.AdamW(theirs, lr=0.01)
+    train(reference, theirs, 1)
+    optimizer = LoRAPreMuon(ours, lr=0.1, adamw_lr=0.001, adamw_weight_decay=0.7)
+    ours[0].data = theirs[0].detach().clone()
+    optimizer.load_state_dict(reference.state_dict())
+    assert_near(train(optimizer, ours, 2, start=1), train(reference, theirs, 2, start=1), 1e-6)
+
+
+@factorised
+def test_a_state_dict_of_torch_adamw_is_refused_where_a_weight_is_factorised(case: Case) -> None:
+    theirs, ours = parameters(), parameters()
+    reference = torch.optim.AdamW(theirs)
+    train(reference, theirs, 1)
+    optimizer = case.make(ours)
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=r"of shape \(12, 20\).*exp_avg.*, this optimizer keeps"):
+        optimizer.load_state_dict(reference.state_dict())
+    assert_unchanged(optimizer, before)
+
+
+# --- hooks
+
+
+@factorised
+def test_hooks_adapt_a_checkpoint_before_it_is_checked_and_see_the_state_after(case: Case) -> None:
+    shapes = [(12, 20), (7,)]
+    saved_params = parameters(shapes, torch.bfloat16)
+    params = parameters(shapes[::-1], torch.bfloat16)  # in another order
+    optimizer, own = case.make(saved_params), case.make(params)
+    train(optimizer, saved_params, 2)
+    seen = []
+
+    def reorder(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {**state_dict, "state": {1 - key: value for key, value in state_dict["state"].items()}}
+
+    def look(optimizer: Optimizer) -> None:
+        seen.extend(state(optimizer))
+        optimizer.state[params[0]]["step"] += 10
+
+    own.register_load_state_dict_pre_hook(reorder)  # type: ignore[arg-type]
+    own.register_load_state_dict_post_hook(look)
+    own.load_state_dict(optimizer.state_dict())
+    assert_same(seen, state(optimizer)[::-1])
+    assert [int(values["step"]) for values in state(own)] == [12, 2]
+
+
+@factorised
+def test_hooks_of_one_load_do_not_stay_for_the_next(case: Case) -> None:
+    params, others = parameters(), parameters()
+    optimizer, resumed = case.make(params), case.make(others)
+    for step in range(3):
+        train(optimizer, params, 1, start=step)
+        with pytest.raises(ValueError, match="does not fit"):
+            resumed.load_state_dict(case.make(parameters(), rank=2).state_dict())
+        resumed.load_state_dict(optimizer.state_dict())
+        assert_same(state(resumed), state(optimizer))
+    assert not resumed._optimizer_load_state_dict_pre_hooks
+    assert not resumed._optimizer_load_state_dict_post_hooks
+
+
+@every_case
+def test_saving_hooks_run(case: Case) -> None:
+    optimizer = case.make(parameters())
+    calls = []
+    optimizer.register_state_dict_pre_hook(lambda _: calls.append("before"))
+    optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "note": 1})
+    assert optimizer.state_dict()["note"] == 1
+    assert calls == ["before"]
