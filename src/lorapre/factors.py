@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# As printed; relative to the mean eigenvalue of the Gram matrix everywhere but in variant="paper".
+# As printed, but of the trace of the Gram matrix everywhere except in variant="paper".
 DAMPING = 1e-6
 
 
@@ -47,7 +47,8 @@ def norm(X: Tensor) -> Tensor:
 
 def unit(B: Tensor) -> Tensor:
     """B / ||B||_F, (..., p, r), and zero where B is zero."""
-    return B * _inverse(norm(B))
+    size = norm(B)
+    return B / torch.where(size > 0, size, 1)
 
 
 def gauge(B: Tensor, A: Tensor, A_before: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,7 @@ def start(sketch: Tensor, fallback: Tensor) -> Tensor:
     Where the sketch is zero or not finite, `fallback` (r, q) takes its place, at the same scale.
     """
     size = norm(sketch)
-    A = torch.where((size >= torch.finfo(sketch.dtype).tiny) & size.isfinite(), sketch, fallback)
+    A = torch.where((size > 0) & size.isfinite(), sketch, fallback)
     return A * (math.sqrt(A.shape[-2]) / norm(A))
 
 
@@ -77,7 +78,7 @@ def ramp(gamma: float, t: Tensor) -> Tensor:
 
     Exact (departure c): one step takes w to (1 - gamma)**2 w + 1 - (1 - gamma)**2, from w_0 = 0.
     """
-    return -torch.expm1(torch.xlogy(2 * t, torch.as_tensor(1 - gamma, dtype=t.dtype, device=t.device)))
+    return -torch.expm1(2 * t * math.log(max(1 - gamma, 1e-300)))
 
 
 def printed_basis(B: Tensor, A: Tensor, TAt: Tensor, gamma: float) -> Tensor:
@@ -110,13 +111,13 @@ def printed(B: Tensor, A: Tensor, L: Tensor, TAt: Tensor, LtT: Tensor, gamma: fl
 def newton_basis(B: Tensor, A: Tensor, TAt: Tensor, gamma: float) -> Tensor:
     """B' (..., p, r): a Newton step of length gamma in the left factor, the right one fixed (Eq. 11)."""
     gram = A @ A.mT
-    return torch.lerp(B, _damped_solve(gram, TAt.mT, DAMPING * _mean_eigenvalue(gram)).mT, gamma)
+    return torch.lerp(B, _damped_solve(gram, TAt.mT, DAMPING * _trace(gram)).mT, gamma)
 
 
 def newton(B: Tensor, A: Tensor, L: Tensor, TAt: Tensor, LtT: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """A Newton step of length gamma in the right factor, the left one fixed at L = B' (paper, Eq. 12).
 
-        A' = (1 - gamma) A + gamma (L^T L + lambda I)^-1 L^T T,   lambda = 1e-6 trace / r
+        A' = (1 - gamma) A + gamma (L^T L + lambda I)^-1 L^T T,   lambda = 1e-6 trace
         (B, A) = gauge(L, A')
 
     Taken from the new left factor and not, as printed, from the old one, the product is
@@ -126,7 +127,7 @@ def newton(B: Tensor, A: Tensor, L: Tensor, TAt: Tensor, LtT: Tensor, gamma: flo
     inverse = _inverse(norm(L))
     U = L * inverse
     gram = U.mT @ U
-    solution = _damped_solve(gram, LtT * inverse, DAMPING * _mean_eigenvalue(gram)) * inverse
+    solution = _damped_solve(gram, LtT * inverse, DAMPING * _trace(gram)) * inverse
     return gauge(L, torch.lerp(A, solution, gamma), A)
 
 
@@ -148,21 +149,40 @@ def subspace(
     return gauge(L, beta * ((L.mT @ B) @ A) + (1 - beta) * LtT, A)
 
 
-class Tracker(NamedTuple):
-    """How factors follow a target: L = basis(B, A, T A^T, rate), then step(B, A, L, T A^T, L^T T, rate)."""
+def probe(A: Tensor) -> Tensor:
+    """A + eps W (..., r, q), the A of T A^T; W has rows of A's length, in general position.
 
+    A target orthogonal to A in its rows and to B in its columns has no projection at all, and the factors would
+    never see it. Rounding errors, of size eps, are enough to find it, but where the new rows or columns were exactly zero
+    before there are none (docs/maths.md, "New directions").
+    """
+    r, q = A.shape[-2:]
+    return A + torch.finfo(A.dtype).eps * _waves(q, r, A).mT
+
+
+def _as_it_is(A: Tensor) -> Tensor:
+    return A
+
+
+class Tracker(NamedTuple):
+    """How factors follow a target T.
+
+    TAt = T probe(A)^T, then L = basis(B, A, TAt, rate), then (B', A') = step(B, A, L, TAt, L^T T, rate).
+    """
+
+    probe: Callable[[Tensor], Tensor]
     basis: Callable[..., Tensor]
     step: Callable[..., tuple[Tensor, Tensor]]
 
 
-PRINTED = Tracker(printed_basis, printed)
-NEWTON = Tracker(newton_basis, newton)
-SUBSPACE = Tracker(subspace_basis, subspace)
+PRINTED = Tracker(_as_it_is, printed_basis, printed)
+NEWTON = Tracker(probe, newton_basis, newton)
+SUBSPACE = Tracker(probe, subspace_basis, subspace)
 
 
 def track(tracker: Tracker, B: Tensor, A: Tensor, T: Tensor, rate: Tensor | float) -> tuple[Tensor, Tensor]:
     """One step of `tracker` towards T (..., p, q), which is at hand as a whole: (B', A')."""
-    TAt = T @ A.mT
+    TAt = T @ tracker.probe(A).mT
     L = tracker.basis(B, A, TAt, rate)
     return tracker.step(B, A, L, TAt, L.mT @ T, rate)
 
@@ -197,7 +217,7 @@ def orth(Y: Tensor) -> Tensor:
     p, r = Y.shape[-2:]
     eps = torch.finfo(Y.dtype).eps
     Q = _cholesky_qr(unit(Y), shift=r * eps)
-    # A column that survived has length one by now and gets nothing; a lost one becomes a wave.
+    # A column that survived has length one by now and gets nothing; a lost one is filled.
     lost = (1 - Q.square().sum(-2, keepdim=True)).clamp(min=0)
     Q = _cholesky_qr(Q + 1e-5 * lost * _waves(p, r, Q), shift=r * eps)
     return _cholesky_qr(Q, shift=eps)
@@ -214,11 +234,11 @@ def _cholesky_qr(Y: Tensor, *, shift: float) -> Tensor:
     return Q
 
 
-def _waves(p: int, r: int, like: Tensor) -> Tensor:
-    """(p, r) columns of unit length in general position: waves of incommensurable frequencies."""
-    i = torch.arange(1, p + 1, dtype=like.dtype, device=like.device)
+def _waves(n: int, r: int, like: Tensor) -> Tensor:
+    """(n, r) columns of unit length in general position: saw teeth of incommensurable frequencies."""
+    i = torch.arange(1, n + 1, dtype=like.dtype, device=like.device)
     frequency = torch.frac(math.sqrt(2) * torch.arange(1, r + 1, dtype=like.dtype, device=like.device))
-    return torch.cos(2 * math.pi * torch.frac(i[:, None] * frequency)) * math.sqrt(2 / p)
+    return (torch.frac(i[:, None] * frequency) - 0.5) * math.sqrt(12 / n)
 
 
 def _inverse(size: Tensor) -> Tensor:
@@ -226,19 +246,18 @@ def _inverse(size: Tensor) -> Tensor:
     return torch.where(size >= torch.finfo(size.dtype).tiny, 1 / size, 0)
 
 
-def _mean_eigenvalue(G: Tensor) -> Tensor:
-    """trace(G) / r of each Gram matrix (..., r, r), (..., 1, 1)."""
-    return G.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+def _trace(G: Tensor) -> Tensor:
+    """The trace of each Gram matrix (..., r, r), (..., 1, 1)."""
+    return G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
 
 
 def _damped_solve(G: Tensor, R: Tensor, damping: Tensor) -> Tensor:
     """(G + lambda I)^-1 R for Gram matrices G (..., r, r), R (..., r, n), damping (..., 1, 1).
 
-    lambda is never below the resolution of G: the Gram of a target of rank one has eigenvalues that rounding
-    makes negative, by more than 1e-6 trace / r once r is large (docs/maths.md, departure a). The last term
-    lets the all-zero Gram of the first step solve to zero.
+    lambda is never below the resolution of G, whose smallest eigenvalues rounding makes negative where the
+    target has a rank below r. The last term lets the all-zero Gram of the first step solve to zero.
     """
     limits = torch.finfo(G.dtype)
-    lam = torch.maximum(damping, limits.eps * G.shape[-1] * _mean_eigenvalue(G)) + limits.tiny
+    lam = torch.maximum(damping, limits.eps * _trace(G)) + limits.tiny
     eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     return torch.cholesky_solve(R, torch.linalg.cholesky_ex(G + lam * eye).L)

@@ -83,7 +83,7 @@ class Batch:
         return [x[None] if x.ndim > 1 else x.view(1, 1, -1) for x in tensors]
 
     def _per_matrix(self, x: Tensor) -> Tensor:
-        return x.repeat_interleave(self.E).view(-1, 1, 1)
+        return x[:, None].expand(-1, self.E).reshape(-1, 1, 1)
 
     def load(self, matrices: list[Tensor], rows: slice, dtype: torch.dtype | None = None) -> Tensor:
         """(N, rows, q) in `dtype`, else the batch's; may share memory with the originals."""
@@ -157,6 +157,7 @@ class Factors:
         # Where m m decays by beta, each of two factors decays by its root.
         subspace = tracker is factors.SUBSPACE
         self.rate = rules.debiased_rate(beta, batch.t) if subspace else 1 - math.sqrt(beta)
+        self.probe = tracker.probe(self.A)
         self.TAt = torch.empty_like(self.B)
 
     def target(self, g: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ class FirstMoment(Factors):
 
     def sweep(self, rows: slice, g: Tensor) -> Tensor:
         """Rows of the corrected m (N, rows, q); gathers T A^T."""
-        torch.bmm(g, self.A.mT, out=self.TAt[:, rows])
+        torch.bmm(g, self.probe.mT, out=self.TAt[:, rows])
         return torch.bmm(self.left[:, rows], self.A).addcmul_(g, self.fresh)
 
 
@@ -226,7 +227,7 @@ class SecondMoment(Factors):
 
     def sweep(self, rows: slice, g: Tensor) -> Tensor:
         """Rows of the corrected v (N, rows, q); gathers T A^T and the means of g**2."""
-        torch.bmm(g.abs(), self.A.mT, out=self.TAt[:, rows])
+        torch.bmm(g.abs(), self.probe.mT, out=self.TAt[:, rows])
         square = g.square()
         if self.row is not None:
             self.new_row[:, rows] = torch.lerp(self.row[:, rows], square.mean(-1), 1 - self.beta2)

@@ -283,7 +283,8 @@ class LoRAPreMuon(LoRAPreOptimizer):
             they start with, so that one schedule serves both.
         adamw_betas: of the dense weights.
         adamw_eps: of the dense weights.
-        adamw_weight_decay: of the dense weights, None for the group's weight_decay.
+        adamw_weight_decay: of the dense weights, None for weight_decay. A group with `rank=None` takes it
+            unless it names its own, as `lorapre.param_groups` does for norms and biases.
         maximize: ascend instead.
         nonfinite: as in `LoRAPreAdamW`.
         seed: as in `LoRAPreAdamW`.
@@ -329,16 +330,12 @@ class LoRAPreMuon(LoRAPreOptimizer):
         """Add a group; see `LoRAPreOptimizer.add_param_group`."""
         group = {**self.defaults, **param_group}
         self._check(group)
-        adamw_lr = group["adamw_lr"]
-        if adamw_lr is not None and group["rank"] is None:
-            param_group = {"lr": adamw_lr, **param_group}
+        adamw_lr, adamw_weight_decay = group["adamw_lr"], group["adamw_weight_decay"]
+        if group["rank"] is None:
+            dense = {"lr": adamw_lr, "weight_decay": adamw_weight_decay}
+            param_group = {k: v for k, v in dense.items() if v is not None} | param_group
         elif adamw_lr is not None:
-            _require(
-                group,
-                "lr",
-                float(group["lr"]) > 0,
-                "above 0 where adamw_lr is given, since they keep their ratio",
-            )
+            _require(group, "lr", float(group["lr"]) > 0, "above 0 where adamw_lr is given")
             param_group = {**param_group, "dense_ratio": adamw_lr / float(group["lr"])}
         super().add_param_group(param_group)
 
@@ -377,11 +374,13 @@ class LoRAPreMuon(LoRAPreOptimizer):
 
     def _update_dense(self, batch: Batch, group: dict[str, Any]) -> None:
         beta1, beta2 = group["adamw_betas"]
-        weight_decay = group["adamw_weight_decay"]
+        weight_decay = group["weight_decay"]
+        if group["rank"] is not None and group["adamw_weight_decay"] is not None:
+            weight_decay = group["adamw_weight_decay"]
         adam(
             batch, Dense(batch, "exp_avg", beta1), Dense(batch, "exp_avg_sq", beta2),
-            eps=group["adamw_eps"], lr=_lr(group) * group["dense_ratio"], scale=1.0,
-            weight_decay=group["weight_decay"] if weight_decay is None else weight_decay,
+            lr=_lr(group) * group["dense_ratio"], scale=1.0, eps=group["adamw_eps"],
+            weight_decay=weight_decay,
         )  # fmt: skip
 
 

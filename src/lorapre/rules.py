@@ -11,7 +11,7 @@ from torch import Tensor
 
 def debias(beta: float, t: Tensor) -> Tensor:
     """1 - beta**t: the weight that an EMA from zero has gathered after t steps (exact for beta near one)."""
-    return -torch.expm1(torch.xlogy(t, torch.as_tensor(beta, dtype=t.dtype, device=t.device)))
+    return -torch.expm1(t * math.log(max(beta, 1e-300)))
 
 
 def debiased_rate(beta: float, t: Tensor) -> Tensor:
