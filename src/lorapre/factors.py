@@ -152,9 +152,9 @@ def subspace(
 def probe(A: Tensor) -> Tensor:
     """A + eps W (..., r, q), the A of T A^T; W has rows of A's length, in general position.
 
-    A target orthogonal to A in its rows and to B in its columns has no projection at all, and the factors would
-    never see it. Rounding errors, of size eps, are enough to find it, but where the new rows or columns were exactly zero
-    before there are none (docs/maths.md, "New directions").
+    A target orthogonal to A in its rows and to B in its columns has no projection at all, and the factors
+    would never see it. Rounding errors, of size eps, are enough to find it, but where the new rows or columns
+    were exactly zero before there are none (docs/maths.md, departure g).
     """
     r, q = A.shape[-2:]
     return A + torch.finfo(A.dtype).eps * _waves(q, r, A).mT
