@@ -430,7 +430,7 @@ def _merge(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """The options to go on with: those saved, where they are ours; of torch.optim.AdamW, what we know."""
     if "rank" not in saved:
         if "momentum" in own:  # Muon has options of the same names for its matrices
-            theirs = ("betas", "eps", "weight_decay")
+            theirs = ("betas", "eps") if own["rank"] is None else ("betas", "eps", "weight_decay")
             saved = {f"adamw_{k}" if k in theirs else k: v for k, v in saved.items()} | {"dense_ratio": 1.0}
         saved = {k: v for k, v in saved.items() if k in own or k == "initial_lr"}
     return {**own, **saved}
