@@ -242,16 +242,27 @@ def test_dense_weights_in_a_factorised_group_of_muon_keep_their_share_of_a_sched
     assert_near(weights(ours[1:]), weights(alone[1:]), 1e-6)
 
 
-def test_a_dense_group_of_muon_takes_adamw_lr_unless_it_names_its_own() -> None:
+def test_a_dense_group_of_muon_takes_the_options_of_adamw_unless_it_names_its_own() -> None:
     p, q, r = parameters([(4, 4)] * 3)
     groups: list[dict[str, Any]] = [
         {"params": [p], "rank": None},
-        {"params": [q], "rank": None, "lr": 0.3},
+        {"params": [q], "rank": None, "lr": 0.3, "weight_decay": 0.0},
         {"params": [r]},
     ]
-    optimizer = LoRAPreMuon(groups, lr=0.1, adamw_lr=0.01)
+    optimizer = LoRAPreMuon(groups, lr=0.1, weight_decay=0.2, adamw_lr=0.01, adamw_weight_decay=0.05)
     optimizer.add_param_group({"params": parameters([(5,)]), "rank": None})
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.3, 0.1, 0.01]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0, 0.2, 0.05]
+
+
+def test_a_dense_group_of_muon_without_weight_decay_has_none() -> None:
+    (p,) = parameters([(4, 4)])
+    group: dict[str, Any] = {"params": [p], "rank": None, "weight_decay": 0.0}
+    optimizer = LoRAPreMuon([group], weight_decay=0.2, adamw_weight_decay=0.5)
+    initial = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert_same(p.detach(), initial)
 
 
 def test_muon_refuses_a_ratio_to_a_zero_learning_rate() -> None:

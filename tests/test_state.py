@@ -20,6 +20,7 @@ from cases import (
     assert_same,
     assert_unchanged,
     everything,
+    gradient,
     parameters,
     set_gradients,
     state,
@@ -409,14 +410,19 @@ def test_a_state_dict_of_torch_adamw_continues_in_the_dense_groups(cls: Any, dty
     assert_near(weights(ours), weights(theirs), 1e-6 if dtype == torch.float32 else 0.02)
 
 
-def test_the_lr_of_a_loaded_adamw_is_that_of_muons_dense_weights_whatever_their_ratio_was() -> None:
-    theirs, ours = parameters([(7,)]), parameters([(7,)])
-    reference = torch.optim.AdamW(theirs, lr=0.01)
-    train(reference, theirs, 1)
-    optimizer = LoRAPreMuon(ours, lr=0.1, adamw_lr=0.001, adamw_weight_decay=0.7)
-    ours[0].data = theirs[0].detach().clone()
+def test_a_loaded_adamw_sets_the_dense_weights_of_muon_alone() -> None:
+    # A matrix that had no gradient yet, and a vector, in one group.
+    theirs, ours = parameters([(12, 20), (7,)]), parameters([(12, 20), (7,)])
+    reference = torch.optim.AdamW(theirs, lr=0.01, eps=1e-3, weight_decay=0.3)
+    optimizer = LoRAPreMuon(ours, lr=0.1, adamw_lr=0.001, adamw_weight_decay=0.7, weight_decay=0.2, rank=3)
+    for step in range(2):
+        theirs[1].grad = gradient((7,), step, 1)
+        reference.step()
+    ours[1].data = theirs[1].detach().clone()
     optimizer.load_state_dict(reference.state_dict())
-    assert_near(train(optimizer, ours, 2, start=1), train(reference, theirs, 2, start=1), 1e-6)
+    (group,) = optimizer.param_groups
+    assert (group["eps"], group["weight_decay"]) == (1e-7, 0.2)
+    assert_near(train(optimizer, ours, 2, start=2)[1:], train(reference, theirs, 2, start=2)[1:], 1e-6)
 
 
 @factorised
