@@ -143,7 +143,7 @@ def test_orth_survives_columns_at_any_small_angle(r: int) -> None:
             torch.randn(10, p, 1) + gaps * torch.randn(10, p, r),
         ):
             Q = factors.orth(Y)
-            assert gram_error(Q) < 1e-5
+            assert gram_error(Q) < 1e-4
             assert max(outside(y, q) for y, q in zip(Y, Q, strict=True)) < 1e-5
 
 

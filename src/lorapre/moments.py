@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lorapre import factors, rules
+from lorapre import factors, rules, sharding
 from lorapre.factors import Tracker
 from lorapre.groups import is_low_rank, matrix_shape, state_shapes
 
@@ -41,7 +41,8 @@ class Batch:
     """Same-shaped parameters, stepped together as N = n E matrices (p, q).
 
     `read` and `write` take a state tensor of all of them as one (N, ...); `gradient` and `descend` work on
-    a slice of rows, since a whole (N, p, q) is what the step must not form.
+    a slice of rows, since a whole (N, p, q) is what the step must not form. Of sharded parameters it holds,
+    and (E, p, q) is, what is local; `shards` sums over the rest.
     """
 
     def __init__(
@@ -52,15 +53,17 @@ class Batch:
         state: dict[str, list[Tensor]],
     ) -> None:
         shape = weights[0].shape
-        self.E, self.p, self.q = matrix_shape(shape, group["flatten"])
         self.fused = len(shape) == 3 and not group["flatten"]
         self.low_rank = is_low_rank(shape, group["rank"], group["flatten"])
+        self.shards = sharding.shards(weights[0], group["flatten"])
+        weights, grads = [sharding.local(x) for x in weights], [sharding.local(x) for x in grads]
+        self.E, self.p, self.q = matrix_shape(weights[0].shape, group["flatten"])
         self.device = weights[0].device
         self.dtype = torch.float32 if self.low_rank else wide(weights[0].dtype)
         self.sign = -1 if group["maximize"] else 1
         self.weights, self.grads = self.matrices(weights), self.matrices(grads)
-        self.state = state
-        height = max(1, TILE // (len(weights) * self.E * self.q))
+        self.state = {name: [sharding.local(x) for x in tensors] for name, tensors in state.items()}
+        height = max(1, TILE // max(1, len(weights) * self.E * self.q))
         self.tiles = [slice(i, i + height) for i in range(0, self.p, height)]
         self.finite: Tensor | None = None
 
@@ -69,7 +72,11 @@ class Batch:
         steps = torch.stack(self.state["step"])
         self.t = self._per_matrix(steps + 1).to(self.dtype)
         if nonfinite == "skip":
-            finite = torch.stack([torch.linalg.vector_norm(g, ord=math.inf) for g in self.grads]).isfinite()
+            largest = torch.stack([
+                torch.linalg.vector_norm(g, ord=math.inf) if g.numel() else g.new_zeros(()) for g in
+                self.grads
+            ])  # fmt: skip
+            finite = self.shards.sum_all((~largest.isfinite()).to(steps.dtype)) == 0
             self.finite = self._per_matrix(finite)
             torch._foreach_add_(self.state["step"], list(finite.to(steps.dtype)))
             torch._foreach_add_(self.state["skipped"], list((~finite).to(steps.dtype)))
@@ -144,124 +151,154 @@ class Dense:
         return new / self.correction
 
 
-class Factors:
-    """A factorised moment of a batch, B (N, p, r), A (N, r, q), and what the sweeps gather to track a target.
+class Tracking:
+    """The factorised moments of a batch, stacked: k moments of N matrices, B (kN, p, r), A (kN, r, q).
 
-    The corrected moment of a row tile is `left @ A + fresh g` from the old factors, for the second moment
-    with both terms squared.
+    The first moment (m) follows g, the second (v) |g|. Two sweeps over the rows of the gradient gather what
+    the tracker wants to know of them.
     """
 
-    def __init__(self, batch: Batch, prefix: str, tracker: Tracker, beta: float) -> None:
-        self.batch, self.prefix, self.tracker = batch, prefix, tracker
-        self.B, self.A = batch.read(f"{prefix}_B"), batch.read(f"{prefix}_A")
-        # Where m m decays by beta, each of two factors decays by its root.
-        subspace = tracker is factors.SUBSPACE
-        self.rate = rules.debiased_rate(beta, batch.t) if subspace else 1 - math.sqrt(beta)
-        self.probe = tracker.probe(self.A)
+    def __init__(self, batch: Batch, tracker: Tracker, decays: dict[str, float]) -> None:
+        self.batch, self.tracker, self.names = batch, tracker, tuple(decays)
+        self.B = torch.cat([batch.read(f"{name}_B") for name in decays])
+        self.A = torch.cat([batch.read(f"{name}_A") for name in decays])
+        # Where a product decays by beta, each of its two factors decays by the root.
+        debiased = tracker is factors.SUBSPACE
+        self.rate = torch.cat([
+            rules.debiased_rate(beta, batch.t) if debiased else torch.full_like(batch.t, 1 - math.sqrt(beta))
+            for beta in decays.values()
+        ])  # fmt: skip
+        self.probe = tracker.probe(self.A, batch.shards)
         self.TAt = torch.empty_like(self.B)
 
-    def target(self, g: Tensor) -> Tensor:
-        """What the factors follow."""
-        raise NotImplementedError
+    def part(self, name: str, x: Tensor) -> Tensor:
+        """Of a stack (kN, ...) what belongs to one moment, (N, ...)."""
+        count = x.shape[0] // len(self.names)
+        return x[self.names.index(name) * count :][:count]
 
-    def find_basis(self) -> None:
-        """Between the sweeps: from T A^T to the left basis L."""
-        self.L = self.tracker.basis(self.B, self.A, self.TAt, self.rate)
+    def targets(self, g: Tensor) -> Tensor:
+        """(kN, rows, q)."""
+        return torch.cat([g.abs() if name == "v" else g for name in self.names])
+
+    def first_sweep(self, rows: slice, g: Tensor) -> None:
+        """Gather T A^T."""
+        torch.bmm(self.targets(g), self.probe.mT, out=self.TAt[:, rows])
+
+    def left(self) -> None:
+        """The left half-step, between the sweeps."""
+        self.L, self.new_B = self.tracker.left(self.B, self.A, self.TAt, self.rate, self.batch.shards)
+        del self.probe, self.TAt
         self.LtT = torch.zeros_like(self.A)
 
     def second_sweep(self, rows: slice, g: Tensor) -> None:
         """Gather L^T T."""
-        self.LtT.baddbmm_(self.L[:, rows].mT, self.target(g))
+        self.LtT.baddbmm_(self.L[:, rows].mT, self.targets(g))
 
-    def finish(self) -> None:
-        """Take the tracking step and store the new factors."""
-        B, A = self.tracker.step(self.B, self.A, self.L, self.TAt, self.LtT, self.rate)
-        self.batch.write(f"{self.prefix}_B", B)
-        self.batch.write(f"{self.prefix}_A", A)
+    def right(self) -> None:
+        """The right half-step; stores the new factors."""
+        B, A = self.tracker.right(self.B, self.A, self.L, self.new_B, self.LtT, self.rate, self.batch.shards)
+        for name in self.names:
+            self.batch.write(f"{name}_B", self.part(name, B))
+            self.batch.write(f"{name}_A", self.part(name, A))
 
 
-class FirstMoment(Factors):
-    """m = beta1 (mB mA) + (1 - beta1) g; its factors follow g."""
+class FirstMoment:
+    """m = beta1 (mB mA) + (1 - beta1) g from the old factors, corrected."""
 
-    def __init__(self, batch: Batch, beta1: float, variant: Variant) -> None:
-        super().__init__(batch, "m", variant.tracker, beta1)
+    def __init__(self, batch: Batch, tracking: Tracking, beta1: float) -> None:
         correction = rules.debias(beta1, batch.t)
-        self.fresh = (1 - beta1) / correction
         # The subspace tracker follows the debiased EMA.
-        keep = self.rate if variant.tracker is factors.SUBSPACE else beta1 / correction
-        self.left = self.B * keep
-
-    def target(self, g: Tensor) -> Tensor:
-        """The gradient."""
-        return g
+        debiased = tracking.tracker is factors.SUBSPACE
+        keep = tracking.part("m", tracking.rate) if debiased else beta1 / correction
+        self.left = tracking.part("m", tracking.B) * keep
+        self.right = tracking.part("m", tracking.A)
+        self.fresh = (1 - beta1) / correction
 
     def sweep(self, rows: slice, g: Tensor) -> Tensor:
-        """Rows of the corrected m (N, rows, q); gathers T A^T."""
-        torch.bmm(g, self.probe.mT, out=self.TAt[:, rows])
-        return torch.bmm(self.left[:, rows], self.A).addcmul_(g, self.fresh)
+        """Rows of the corrected m (N, rows, q)."""
+        return torch.bmm(self.left[:, rows], self.right).addcmul_(g, self.fresh)
 
 
-class SecondMoment(Factors):
-    """v = beta2 (vB vA)**2 + (1 - beta2) g**2; its factors follow |g|."""
+class SecondMoment:
+    """v = beta2 (vB vA)**2 + (1 - beta2) g**2 from the old factors, corrected."""
 
-    def __init__(self, batch: Batch, beta2: float, variant: Variant) -> None:
-        super().__init__(batch, "v", variant.tracker, math.sqrt(beta2))
-        t, self.beta2 = batch.t, beta2
-        correction = rules.debias(beta2, t)
-        left, self.right = self.B, self.A
-        self.row: Tensor | None = None
-        if variant.second == "ramp":
-            # (1 - gamma2)**2 is the root of beta2: the product ramps up faster than its square decays.
-            ramp = factors.ramp(1 - beta2**0.25, t - 1)
+    def __init__(self, batch: Batch, tracking: Tracking, beta2: float, correct: str) -> None:
+        left, self.right = tracking.part("v", tracking.B), tracking.part("v", tracking.A)
+        correction = rules.debias(beta2, batch.t)
+        self.means: Means | None = None
+        if correct == "ramp":
+            # The product ramps up to the root of v: its square is behind the EMA of g**2.
+            ramp = factors.ramp(1 - beta2**0.25, batch.t - 1)
             correction = beta2 * ramp.square() + (1 - beta2)
-        elif variant.second == "means":
-            self.row, self.column = batch.read("v_row"), batch.read("v_col")
-            left, self.right = factors.match_means(self.B, self.A, self.row, self.column)
-            self.new_row, self.new_column = torch.empty_like(self.row), self.column * beta2
+        elif correct == "means":
+            self.means = Means(batch, beta2)
+            left, self.right = factors.match_means(
+                left, self.right, self.means.row, self.means.column, batch.shards
+            )
         self.left = left * (beta2 / correction).sqrt()
         self.fresh = (1 - beta2) / correction
 
-    def target(self, g: Tensor) -> Tensor:
-        """The gradient's absolute value, not its square."""
-        return g.abs()
-
     def sweep(self, rows: slice, g: Tensor) -> Tensor:
-        """Rows of the corrected v (N, rows, q); gathers T A^T and the means of g**2."""
-        torch.bmm(g.abs(), self.probe.mT, out=self.TAt[:, rows])
+        """Rows of the corrected v (N, rows, q)."""
         square = g.square()
-        if self.row is not None:
-            self.new_row[:, rows] = torch.lerp(self.row[:, rows], square.mean(-1), 1 - self.beta2)
-            self.new_column += square.sum(-2) * ((1 - self.beta2) / self.batch.p)
+        if self.means is not None:
+            self.means.gather(rows, square)
         return torch.bmm(self.left[:, rows], self.right).square_().addcmul_(square, self.fresh)
 
+
+class Means:
+    """v_row (N, p) and v_col (N, q): the EMAs of the means of g**2 over rows and columns."""
+
+    def __init__(self, batch: Batch, beta2: float) -> None:
+        self.batch, self.beta2 = batch, beta2
+        self.row, self.column = batch.read("v_row"), batch.read("v_col")
+        self.rows, self.columns = torch.zeros_like(self.row), torch.zeros_like(self.column)
+
+    def gather(self, rows: slice, square: Tensor) -> None:
+        """Add up g**2 (N, rows, q)."""
+        self.rows[:, rows] = square.sum(-1)
+        self.columns += square.sum(-2)
+
     def finish(self) -> None:
-        """Take the tracking step and store the new factors and means."""
-        super().finish()
-        if self.row is not None:
-            self.batch.write("v_row", self.new_row)
-            self.batch.write("v_col", self.new_column)
+        """Store the new means."""
+        shards = self.batch.shards
+        p, q = shards.size(self.batch.p, self.batch.q)
+        (rows,), (columns,) = shards.sum_columns(self.rows), shards.sum_rows(self.columns)
+        self.batch.write("v_row", torch.lerp(self.row, rows / q, 1 - self.beta2))
+        self.batch.write("v_col", torch.lerp(self.column, columns / p, 1 - self.beta2))
 
 
 def adam(
-    batch: Batch, first: Dense | FirstMoment, second: Dense | SecondMoment, *,
+    batch: Batch, variant: Variant, *, betas: tuple[float, float],
     lr: float | Tensor, scale: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """Algorithm 1 of the paper on a batch, whichever of the two moments are factorised."""
+    """Algorithm 1 of the paper on a batch; a moment without factors in the state is dense, as in AdamW."""
+    beta1, beta2 = betas
+    decays = {"m": beta1, "v": math.sqrt(beta2)}
+    decays = {name: beta for name, beta in decays.items() if f"{name}_B" in batch.state}
+    tracking = Tracking(batch, variant.tracker, decays) if decays else None
+    first: Dense | FirstMoment = (
+        FirstMoment(batch, tracking, beta1) if tracking and "m" in decays else Dense(batch, "exp_avg", beta1)
+    )
+    second: Dense | SecondMoment = (
+        SecondMoment(batch, tracking, beta2, variant.second)
+        if tracking and "v" in decays
+        else Dense(batch, "exp_avg_sq", beta2)
+    )
     for rows in batch.tiles:
         g = batch.gradient(rows)
         update = rules.adam_direction(first.sweep(rows, g), second.sweep(rows, g), eps)
         batch.descend(rows, update, lr * scale, 1 - lr * weight_decay)
-    tracked = [moment for moment in (first, second) if isinstance(moment, Factors)]
-    if not tracked:
+        if tracking:
+            tracking.first_sweep(rows, g)
+    if not tracking:
         return
-    for moment in tracked:
-        moment.find_basis()
+    tracking.left()
     for rows in batch.tiles:
-        g = batch.gradient(rows)
-        for moment in tracked:
-            moment.second_sweep(rows, g)
-    for moment in tracked:
-        moment.finish()
+        tracking.second_sweep(rows, batch.gradient(rows))
+    tracking.right()
+    if isinstance(second, SecondMoment) and second.means is not None:
+        second.means.finish()
 
 
 def batches(
@@ -271,14 +308,16 @@ def batches(
     kinds: dict[Any, list[int]] = {}
     starts, offset = [], 0
     for i, (p, g) in enumerate(zip(weights, grads, strict=True)):
-        kinds.setdefault((p.shape, p.dtype, g.dtype, p.device), []).append(i)
+        kinds.setdefault((p.shape, p.dtype, g.dtype, p.device, sharding.layout(p)), []).append(i)
         starts.append(offset)
         offset += len(state_shapes(group, p.shape))
     for (shape, *_), members in kinds.items():
         if 0 in shape:
             continue  # no elements, nothing to step
         names = list(state_shapes(group, shape))
-        size = max(1, BATCH // max(1, math.prod(shape)))
+        # Of a sharded weight a part counts, and Muon wants a matrix for every process.
+        count = sharding.shards(weights[members[0]], group["flatten"]).count
+        size = max(count, BATCH * count // math.prod(shape))
         for chunk in (members[i : i + size] for i in range(0, len(members), size)):
             yield Batch(
                 group,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lorapre import factors, rules
+from lorapre import factors, rules, sharding
 from lorapre.groups import is_low_rank, state_shapes
-from lorapre.moments import VARIANTS, Batch, Dense, FirstMoment, SecondMoment, adam, batches, wide
+from lorapre.moments import VARIANTS, Batch, adam, batches, wide
 
 __all__ = ["LoRAPreAdamW", "LoRAPreMuon"]
 
@@ -51,18 +51,11 @@ class LoRAPreOptimizer(Optimizer):
             for batch in batches(group, weights, grads, state):
                 batch.begin(group["nonfinite"])
                 with torch.autocast(batch.device.type, enabled=False):
-                    if batch.low_rank:
-                        self._update(batch, group)
-                    else:
-                        self._update_dense(batch, group)
+                    self._update(batch, group)
         return loss
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> None:
-        """Step a batch of factorised weights."""
-        raise NotImplementedError
-
-    def _update_dense(self, batch: Batch, group: dict[str, Any]) -> None:
-        """Step a batch of dense weights with AdamW."""
+        """Step a batch of parameters."""
         raise NotImplementedError
 
     def _init_group(
@@ -84,7 +77,7 @@ class LoRAPreOptimizer(Optimizer):
             elif "skipped" in shapes and "skipped" not in own:
                 own["skipped"] = torch.zeros_like(own["step"])
             weights.append(p)
-            grads.append(p.grad)
+            grads.append(sharding.gradient(p))
             state.extend(own[name] for name in shapes)
         return False
 
@@ -242,20 +235,10 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         _require_choice(group, "compress", "both", "first", "second")
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> None:
-        (beta1, beta2), compress = group["betas"], group["compress"]
-        variant = VARIANTS[group["variant"]]
         adam(
-            batch,
-            Dense(batch, "exp_avg", beta1) if compress == "second" else FirstMoment(batch, beta1, variant),
-            Dense(batch, "exp_avg_sq", beta2) if compress == "first" else SecondMoment(batch, beta2, variant),
-            lr=_lr(group), scale=group["scale"], eps=group["eps"], weight_decay=group["weight_decay"],
-        )  # fmt: skip
-
-    def _update_dense(self, batch: Batch, group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        adam(
-            batch, Dense(batch, "exp_avg", beta1), Dense(batch, "exp_avg_sq", beta2),
-            eps=group["eps"], lr=_lr(group), scale=1.0, weight_decay=group["weight_decay"],
+            batch, VARIANTS[group["variant"]], betas=group["betas"], lr=_lr(group),
+            scale=group["scale"] if batch.low_rank else 1.0, eps=group["eps"],
+            weight_decay=group["weight_decay"],
         )  # fmt: skip
 
 
@@ -354,60 +337,63 @@ class LoRAPreMuon(LoRAPreOptimizer):
                 _require_number(group, name, group[name])
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> None:
-        mu = group["momentum"]
-        tracker = VARIANTS[group["variant"]].tracker
+        lr, variant = _lr(group), VARIANTS[group["variant"]]
+        if not batch.low_rank:
+            weight_decay = group["weight_decay"]
+            if group["rank"] is not None and group["adamw_weight_decay"] is not None:
+                weight_decay = group["adamw_weight_decay"]
+            adam(
+                batch, variant, betas=group["adamw_betas"], lr=lr * group["dense_ratio"], scale=1.0,
+                eps=group["adamw_eps"], weight_decay=weight_decay,
+            )  # fmt: skip
+            return
+        mu, tracker = group["momentum"], variant.tracker
         B, A = batch.read("m_B"), batch.read("m_A")
         everything = slice(None)
         g = batch.gradient(everything)
         m = torch.baddbmm(g, B, A, alpha=mu)
         if group["nesterov"]:
             m.mul_(mu).add_(g)
-        update = rules.newton_schulz(m, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        lr = _lr(group)
-        scale = rules.adjusted_scale(group["adjust_lr_fn"], batch.p, batch.q)
+        update = batch.shards.whole(
+            lambda M: rules.newton_schulz(M, group["ns_coefficients"], group["ns_steps"], group["eps"]), m
+        )
+        scale = rules.adjusted_scale(group["adjust_lr_fn"], *batch.shards.size(batch.p, batch.q))
         batch.descend(everything, update.float(), lr * scale, 1 - lr * group["weight_decay"])
         # The sum m is the EMA of g / (1 - mu), which the factors follow; the sum is never debiased.
         rate = mu if tracker is factors.SUBSPACE else 1 - math.sqrt(mu)
-        B, A = factors.track(tracker, B, A, g / (1 - mu), rate)
+        B, A = factors.track(tracker, B, A, g / (1 - mu), rate, batch.shards)
         batch.write("m_B", B)
         batch.write("m_A", A)
-
-    def _update_dense(self, batch: Batch, group: dict[str, Any]) -> None:
-        beta1, beta2 = group["adamw_betas"]
-        weight_decay = group["weight_decay"]
-        if group["rank"] is not None and group["adamw_weight_decay"] is not None:
-            weight_decay = group["adamw_weight_decay"]
-        adam(
-            batch, Dense(batch, "exp_avg", beta1), Dense(batch, "exp_avg_sq", beta2),
-            lr=_lr(group) * group["dense_ratio"], scale=1.0, eps=group["adamw_eps"],
-            weight_decay=weight_decay,
-        )  # fmt: skip
 
 
 def _start(p: Tensor, group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The state before the first step: zeros, and in A what the variant starts from."""
+    flatten = group["flatten"]
     state = {
-        name: torch.zeros(shape, dtype=_state_dtype(p, name), device=p.device)
-        for name, shape in shapes.items()
+        name: sharding.zeros(p, flatten, name, shape, _state_dtype(p, name)) for name, shape in shapes.items()
     }
+    shards = sharding.shards(p, flatten)
     for stream, (name, absolute) in enumerate((("m_A", False), ("v_A", True))):
         if name not in shapes:
             continue
+        A, device = sharding.local(state[name]), p.device
         r, q = shapes[name][-2:]
-        random = factors.gaussian(r, q, seed=4 * group["seed"] + stream).to(p.device)
+        random = factors.gaussian(r, q, seed=4 * group["seed"] + stream).to(device)
+        random = random[:, shards.columns(A.shape[-1], device)]
         start = VARIANTS[group["variant"]].start
         if start == "printed":
-            state[name].copy_(random * 0.02)
+            A.copy_(random * 0.02)
             continue
-        sketch = torch.zeros_like(state[name])
+        sketch = torch.zeros_like(A)
         if start == "sketch":
-            assert p.grad is not None
-            batch = Batch(group, [p], [p.grad], {})
-            omega = factors.gaussian(batch.p, r, seed=4 * group["seed"] + 2 + stream).to(p.device)
+            batch = Batch(group, [p], [sharding.gradient(p)], {})
+            omega = factors.gaussian(*shards.size(batch.p, r)[:1], r, seed=4 * group["seed"] + 2 + stream)
+            omega = omega.to(device)[shards.rows(batch.p, device)]
             for rows in batch.tiles:
                 T = batch.gradient(rows)
                 sketch += (omega[rows].mT @ (T.abs() if absolute else T)).view(sketch.shape)
-        state[name].copy_(factors.start(sketch, random))
+            (sketch,) = shards.sum_rows(sketch)
+        A.copy_(factors.start(sketch, random, shards))
     return state
 
 

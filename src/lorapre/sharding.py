@@ -1,0 +1,212 @@
+"""Weights spread over processes as DTensors, by FSDP2, HSDP or tensor parallelism.
+
+The factors of a weight follow it: B is sharded where rows are and else replicated, A where columns are, and
+all arithmetic runs on local shards. What is missing are sums, over the processes that hold the other rows or
+the other columns of the same matrices, of small matrices: B^T g and B^T B, (r, q) and (r, r), or their mirror
+images. No matrix is gathered, except for Newton-Schulz, where whole matrices are dealt out over the
+processes.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from lorapre.factors import WHOLE, Shards
+
+ROWS, COLUMNS, EXPERTS = "rows", "columns", "experts"
+
+
+def local(x: Tensor) -> Tensor:
+    """The shard of x that this process holds; x itself where it is no DTensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def gradient(p: Tensor) -> Tensor:
+    """The gradient of p, placed as p is: tensor parallelism may leave it as sums still to be taken."""
+    g = p.grad
+    assert g is not None
+    if isinstance(p, DTensor) and isinstance(g, DTensor) and g.placements != p.placements:
+        return g.redistribute(placements=p.placements)
+    return g
+
+
+def layout(p: Tensor) -> Hashable:
+    """What same-shaped weights must share to be stepped as one batch."""
+    return (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
+
+
+def shards(p: Tensor, flatten: bool) -> Shards:
+    """How to sum over the shards of p."""
+    return MeshShards(p, flatten) if isinstance(p, DTensor) else WHOLE
+
+
+def zeros(p: Tensor, flatten: bool, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A state tensor of p under its name: zeros, sharded where it shares a dimension with p."""
+    if not isinstance(p, DTensor):
+        return torch.zeros(shape, dtype=dtype, device=p.device)
+    if not shape:
+        return torch.zeros((), dtype=dtype, device=p.to_local().device)
+    held, placements = list(shape), []
+    for placement in p.placements:
+        role = _role(p, placement, flatten)
+        dim = _state_dim(name, role, placement, len(shape))
+        placements.append(Replicate() if dim is None else _moved(placement, dim))
+        if dim is not None:
+            of_p: int = placement.dim  # type: ignore[attr-defined]
+            held[dim] = p.to_local().shape[of_p] * (shape[dim] // p.shape[of_p])
+    part = torch.zeros(held, dtype=dtype, device=p.to_local().device)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        part, p.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+class MeshShards(Shards):
+    """The shards of the matrices of a DTensor parameter."""
+
+    def __init__(self, p: DTensor, flatten: bool) -> None:
+        self.mesh: DeviceMesh = p.device_mesh
+        shape = p.shape
+        fused = len(shape) == 3 and not flatten
+        self.inner = 1  # columns that a sharded one stands for: the pixels of a convolution
+        if len(shape) < 2:
+            self.shape = (1, max(1, shape.numel()))
+        elif fused:
+            self.shape = (shape[1], shape[2])
+        else:
+            self.inner = shape[2:].numel()
+            self.shape = (shape[0], shape[1:].numel())
+        # Outer splits first: a strided shard is what is left to split after the mesh dimensions behind it.
+        order = sorted(range(self.mesh.ndim), key=lambda i: isinstance(p.placements[i], _StridedShard))
+        roles = {i: _role(p, p.placements[i], flatten) for i in order}
+        self.splits = [(i, role) for i, role in roles.items() if role is not None and self.mesh.size(i) > 1]
+        self.count = 1
+        for i, _ in self.splits:
+            self.count *= self.mesh.size(i)
+
+    def sum_rows(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Sum over the processes that hold other rows, in one collective for each mesh dimension of them."""
+        return self._sum([i for i, role in self.splits if role == ROWS], parts)
+
+    def sum_columns(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Sum over the processes that hold other columns."""
+        return self._sum([i for i, role in self.splits if role == COLUMNS], parts)
+
+    def sum_all(self, x: Tensor) -> Tensor:
+        """Sum over the processes that hold other parts of the same parameters."""
+        return self._sum([i for i, _ in self.splits], (x,))[0]
+
+    def gram(self, X: Tensor) -> Tensor:
+        """X^T X of X (..., p, r) with its rows spread; only one triangle travels."""
+        G = X.mT @ X
+        i, j = torch.tril_indices(*G.shape[-2:], device=G.device)
+        (packed,) = self.sum_rows(G[..., i, j])
+        G[..., i, j] = packed
+        G[..., j, i] = packed
+        return G
+
+    def rows(self, count: int, device: torch.device) -> Tensor:
+        """Which rows of the whole are held here, (count,)."""
+        return self._indices(ROWS, self.shape[0], 1).to(device)
+
+    def columns(self, count: int, device: torch.device) -> Tensor:
+        """Which columns of the whole are held here, (count,)."""
+        return self._indices(COLUMNS, self.shape[1], self.inner).to(device)
+
+    def size(self, p: int, q: int) -> tuple[int, int]:
+        """Shape of a whole matrix."""
+        return self.shape
+
+    def whole(self, function: Callable[[Tensor], Tensor], M: Tensor) -> Tensor:
+        """`function` of whole matrices, M (N, p, q) being the part of each held here; returns that part.
+
+        Each process is dealt about N / count of them by all-to-all, and deals the result back.
+        """
+        for i, role in self.splits:
+            if role != EXPERTS:
+                function = functools.partial(self._deal, i, 1 if role == ROWS else 2, function)
+        return function(M)
+
+    def _deal(self, i: int, dim: int, function: Callable[[Tensor], Tensor], M: Tensor) -> Tensor:
+        group, n = self.mesh.get_group(i), self.mesh.size(i)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=M.device) for _ in range(n)]
+        dist.all_gather(lengths, torch.tensor([M.shape[dim]], device=M.device), group=group)
+        hands = M.tensor_split(n)
+        mine = hands[self.mesh.get_local_rank(i)].shape[0]
+        shapes = [
+            (mine, int(length), M.shape[2]) if dim == 1 else (mine, M.shape[1], int(length))
+            for length in lengths
+        ]
+        parts = _exchange(list(hands), shapes, group)
+        result = function(torch.cat(parts, dim))
+        back = torch.split(result, [part.shape[dim] for part in parts], dim)
+        return torch.cat(_exchange(list(back), [tuple(hand.shape) for hand in hands], group))
+
+    def _sum(self, dims: list[int], parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not dims:
+            return parts
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        for i in dims:
+            dist.all_reduce(flat, group=self.mesh.get_group(i))
+        pieces = torch.split(flat, [part.numel() for part in parts])
+        return tuple(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True))
+
+    def _indices(self, role: str, total: int, inner: int) -> Tensor:
+        held = torch.arange(total).view(-1, inner)
+        for i, split in self.splits:
+            if split == role:
+                chunks = held.chunk(self.mesh.size(i))
+                here = self.mesh.get_local_rank(i)
+                held = chunks[here] if here < len(chunks) else held[:0]
+        return held.reshape(-1)
+
+
+def _exchange(
+    parts: list[Tensor], shapes: Sequence[tuple[int, ...]], group: dist.ProcessGroup
+) -> list[Tensor]:
+    """Send one part to every process of the group, receive one of each shape."""
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    sent = torch.cat([part.reshape(-1) for part in parts])
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group)
+    return [piece.view(shape) for piece, shape in zip(torch.split(received, sizes), shapes, strict=True)]
+
+
+def _role(p: Tensor, placement: Placement, flatten: bool) -> str | None:
+    """What a mesh dimension spreads of the matrices of p: rows, columns, experts or nothing."""
+    if isinstance(placement, Replicate):
+        return None
+    if isinstance(placement, Shard | _StridedShard):
+        names = {0: ROWS, 1: COLUMNS}
+        if p.ndim < 2:
+            names = {0: COLUMNS}
+        elif p.ndim == 3 and not flatten:
+            names = {0: EXPERTS, 1: ROWS, 2: COLUMNS}
+        if placement.dim in names:
+            return names[placement.dim]
+    raise RuntimeError(f"a parameter of shape {tuple(p.shape)} is placed as {placement}, which has no update")
+
+
+def _state_dim(name: str, role: str | None, placement: Any, ndim: int) -> int | None:
+    """The dimension of a state tensor that a mesh dimension spreads."""
+    if role is None:
+        return None
+    if name in ("exp_avg", "exp_avg_sq"):
+        return int(placement.dim)
+    if role == EXPERTS:
+        return 0
+    last = {ROWS: {"_B": ndim - 2, "row": ndim - 1}, COLUMNS: {"_A": ndim - 1, "col": ndim - 1}}[role]
+    return next((dim for ending, dim in last.items() if name.endswith(ending)), None)
+
+
+def _moved(placement: Any, dim: int) -> Placement:
+    if isinstance(placement, _StridedShard):
+        return _StridedShard(dim, split_factor=placement.split_factor)
+    return Shard(dim)
