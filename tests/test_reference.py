@@ -93,6 +93,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "weight decay": {"weight_decay": 0.1},
     "scale": {"scale": 0.25},
+    "scale and weight decay": {"scale": 0.25, "weight_decay": 1.0},
     "maximize": {"maximize": True, "weight_decay": 0.1},
     "slow betas": {"betas": (0.9, 0.999)},
     "no first moment": {"betas": (0.0, 0.95)},
