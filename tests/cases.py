@@ -14,10 +14,10 @@ from lorapre import LoRAPreAdamW, LoRAPreMuon
 
 RANK = 3
 
-# Three of one shape, which are stepped as one batch, its transpose, fused experts, a convolution; then what
-# goes dense: a matrix too small for the rank, a column, a row, a vector, a scalar.
-SHAPES = [(12, 20)] * 3 + [(20, 12), (3, 10, 14), (8, 3, 3, 3), (4, 5), (9, 1), (1, 9), (7,), ()]
-LOW_RANK = 6  # of them
+# Three of one shape, which are stepped as one batch, its transpose, two sets of fused experts, a convolution;
+# then what goes dense: a matrix too small for the rank, a column, a row, a vector, a scalar.
+SHAPES = [(12, 20)] * 3 + [(20, 12), *[(3, 10, 14)] * 2, (8, 3, 3, 3), (4, 5), (9, 1), (1, 9), (7,), ()]
+LOW_RANK = 7  # of them
 
 
 class Case(NamedTuple):

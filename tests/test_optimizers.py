@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cases import (
     CASES,
     FACTORISED,
+    LOW_RANK,
     Case,
     assert_near,
     assert_same,
@@ -331,7 +332,7 @@ def test_coverage_reports_the_route_that_each_weight_took(name: str) -> None:
     factors = [any(key.endswith("_B") for key in optimizer.state[p]) for p in params]
     taken = ["low-rank" if low_rank else "dense" for low_rank in factors]
     assert [row.route for row in coverage(optimizer)] == taken == planned
-    assert taken == ["low-rank"] * 6 + ["dense"] * 5
+    assert taken == ["low-rank"] * LOW_RANK + ["dense"] * 5
 
 
 def test_the_ranks_of_groups_are_their_own() -> None:
@@ -349,7 +350,7 @@ def test_the_ranks_of_groups_are_their_own() -> None:
 
 @pytest.mark.parametrize("case", [CASES["adam-calibrated"], CASES["muon-calibrated"]], ids=["adam", "muon"])
 def test_the_start_does_not_depend_on_the_order_of_the_parameters(case: Case) -> None:
-    forward, backward = parameters()[:6], parameters()[:6]
+    forward, backward = parameters()[:LOW_RANK], parameters()[:LOW_RANK]
     set_gradients(forward, 0)
     set_gradients(backward, 0)
     case.make(forward).step()

@@ -76,7 +76,7 @@ def test_state_has_the_documented_names_shapes_and_types(case: Case, dtype: torc
     optimizer = case.make(params)
     train(optimizer, params, 1)
     matrices: list[tuple[tuple[int, ...], int, int]] = [((), 12, 20)] * 3
-    matrices += [((), 20, 12), ((3,), 10, 14), ((), 8, 27)]
+    matrices += [((), 20, 12), ((3,), 10, 14), ((3,), 10, 14), ((), 8, 27)]
     wanted = [expected_shapes(case, *matrix, shape) for matrix, shape in zip(matrices, SHAPES, strict=False)]
     wanted += [{"step": (), "exp_avg": shape, "exp_avg_sq": shape} for shape in SHAPES[len(matrices) :]]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -136,9 +136,9 @@ def test_resuming_from_a_file_continues_bit_for_bit(case: Case, dtype: torch.dty
     def step(optimizer: Optimizer, params: Params, number: int) -> None:
         set_gradients(params, number)
         if number < 2:  # a first gradient that comes late, or not at all before the checkpoint
-            params[1].grad = params[6].grad = None
+            params[1].grad = params[7].grad = None
         if number < 4:
-            params[2].grad = params[7].grad = None
+            params[2].grad = params[5].grad = None
         if number == 1 and nonfinite == "skip":
             for index in (0, 4, 8):
                 params[index].grad = torch.full_like(params[index], math.inf)
