@@ -12,23 +12,28 @@ import torch
 from torch import Tensor
 
 from lorapre import LoRAPreAdamW, factors
-from lorapre.factors import DAMPING, NEWTON, PRINTED, SUBSPACE, Tracker, track
+from lorapre.factors import DAMPING, NEWTON, PRINTED, SUBSPACE, Shards, Tracker, track
 
 BETA = 0.9
 GAMMA = 1 - math.sqrt(BETA)
 
 
-def jacobi(B: Tensor, A: Tensor, L: Tensor, TAt: Tensor, LtT: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Departures a and d without f: both factors from the old ones, relative damping, gauge."""
-    new_B = factors.newton_basis(B, A, TAt, gamma)
-    inverse = factors._inverse(factors.norm(B))
-    gram = L.mT @ L
-    new_A = A.lerp(inverse * factors._damped_solve(gram, LtT, DAMPING * factors._trace(gram)), gamma)
-    return factors.gauge(new_B, new_A, A)
+def both_left(B: Tensor, A: Tensor, TAt: Tensor, gamma: float, shards: Shards) -> tuple[Tensor, Tensor]:
+    """The printed order, the right factor seeing the old left one, with relative damping and gauge (a, d)."""
+    return B, factors.newton_left(B, A, TAt, gamma, shards)[1]
 
 
-JACOBI = Tracker(lambda A: A, factors.printed_basis, jacobi)
-TRACKERS = {"printed": PRINTED, "both at once": JACOBI, "newton": NEWTON, "subspace": SUBSPACE}
+def both_right(
+    B: Tensor, A: Tensor, L: Tensor, new_B: Tensor, LtT: Tensor, gamma: float, shards: Shards
+) -> tuple[Tensor, Tensor]:
+    B_gauged, new_A = factors.newton_right(B, A, L, new_B, LtT, gamma, shards)
+    # newton_right has put the scale of A' into the old factor, its L: the new one is to carry it.
+    scale = factors.norm(B_gauged) / factors.norm(B)
+    return new_B * torch.where(scale.isfinite(), scale, 1), new_A
+
+
+BOTH = Tracker(NEWTON.probe, both_left, both_right)
+TRACKERS = {"printed": PRINTED, "both at once": BOTH, "newton": NEWTON, "subspace": SUBSPACE}
 
 
 def follow(tracker: Tracker, targets: Iterator[Tensor], rank: int, beta: float = BETA) -> Iterator[Tensor]:
