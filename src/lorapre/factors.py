@@ -43,7 +43,7 @@ class Shards:
 
     def gram(self, X: Tensor) -> Tensor:
         """X^T X (..., r, r) of X (..., p, r), whose rows may be spread."""
-        return X.mT @ X
+        return gram(X)
 
     def rows(self, count: int, device: torch.device) -> Tensor:
         """Which rows of the whole are the `count` rows held here, (count,)."""
@@ -77,6 +77,18 @@ def gaussian(rows: int, columns: int, *, seed: int) -> Tensor:
 def product(B: Tensor, A: Tensor) -> Tensor:
     """m = B A, (..., p, q)."""
     return B @ A
+
+
+def gram(X: Tensor) -> Tensor:
+    """X^T X, (..., r, r).
+
+    In float64 on CUDA: where TF32 is allowed, as many users do for speed, a float32 product is off by 5e-4, far
+    more than the damping, and Cholesky fails.
+    """
+    if X.is_cuda:
+        wide = X.double()
+        return (wide.mT @ wide).to(X.dtype)
+    return X.mT @ X
 
 
 def norm(X: Tensor, total: Callable[..., tuple[Tensor, ...]] = WHOLE.sum_rows) -> Tensor:
@@ -150,8 +162,8 @@ def printed_left(B: Tensor, A: Tensor, TAt: Tensor, gamma: Tensor | float, shard
         (L, B'): the left basis L = unit(B), since as printed the right factor sees the old left one, and the
         new left factor, (..., p, r) each.
     """
-    TAt, gram = shards.sum_columns(TAt, A @ A.mT)
-    return unit(B, shards), torch.lerp(B, _damped_solve(gram, TAt.mT, DAMPING).mT, _as_tensor(gamma, B))
+    TAt, G = shards.sum_columns(TAt, gram(A.mT))
+    return unit(B, shards), torch.lerp(B, _damped_solve(G, TAt.mT, DAMPING).mT, _as_tensor(gamma, B))
 
 
 def printed_right(
@@ -175,15 +187,15 @@ def printed_right(
         (B', A').
     """
     inverse = _inverse(norm(B, shards.sum_rows))
-    LtT, gram = shards.sum_rows(LtT, L.mT @ L)
+    LtT, G = shards.sum_rows(LtT, gram(L))
     damping = (DAMPING * inverse * inverse).clamp(max=1e30)
-    return new_B, torch.lerp(A, inverse * _damped_solve(gram, LtT, damping), _as_tensor(gamma, A))
+    return new_B, torch.lerp(A, inverse * _damped_solve(G, LtT, damping), _as_tensor(gamma, A))
 
 
 def newton_left(B: Tensor, A: Tensor, TAt: Tensor, gamma: Tensor | float, shards: Shards = WHOLE) -> Half:
     """The step of `printed_left` with lambda = 1e-6 trace; returns (B', B'), the new factor as basis."""
-    TAt, gram = shards.sum_columns(TAt, A @ A.mT)
-    solution = _damped_solve(gram, TAt.mT).mT
+    TAt, G = shards.sum_columns(TAt, gram(A.mT))
+    solution = _damped_solve(G, TAt.mT).mT
     new_B = torch.lerp(B, solution, _as_tensor(gamma, B))
     return new_B, new_B
 
@@ -201,16 +213,15 @@ def newton_right(
     T, nothing grows when T is much larger than B A (departure f). Shapes as in `printed_right`.
     """
     inverse = _inverse(norm(L, shards.sum_rows))
-    U = L * inverse
-    LtT, gram = shards.sum_rows(LtT * inverse, U.mT @ U)
-    solution = _damped_solve(gram, LtT) * inverse
+    LtT, G = shards.sum_rows(LtT * inverse, gram(L * inverse))
+    solution = _damped_solve(G, LtT) * inverse
     return gauge(L, torch.lerp(A, solution, _as_tensor(gamma, A)), A, shards)
 
 
 def subspace_left(B: Tensor, A: Tensor, TAt: Tensor, beta: Tensor | float, shards: Shards = WHOLE) -> Half:
     """(Q, Q): one step of subspace iteration on beta B A + (1 - beta) T, from the row space of A."""
-    TAt, gram = shards.sum_columns(TAt, A @ A.mT)
-    Q = orth(beta * (B @ gram) + (1 - beta) * TAt, shards)
+    TAt, G = shards.sum_columns(TAt, gram(A.mT))
+    Q = orth(beta * (B @ G) + (1 - beta) * TAt, shards)
     return Q, Q
 
 
@@ -282,8 +293,8 @@ def match_means(
         shards: how to sum over other processes.
     """
     p, q = shards.size(B.shape[-2], A.shape[-1])
-    (gram,) = shards.sum_columns(A @ A.mT)
-    now = ((B @ gram) * B).sum(-1) / q
+    (G,) = shards.sum_columns(gram(A.mT))
+    now = ((B @ G) * B).sum(-1) / q
     B = B * torch.where(now > 0, (row / now).sqrt(), 0)[..., None]
     now = ((shards.gram(B) @ A) * A).sum(-2) / p
     return B, A * torch.where(now > 0, (column / now).sqrt(), 0)[..., None, :]

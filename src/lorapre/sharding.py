@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from lorapre.factors import WHOLE, Shards
+from lorapre.factors import WHOLE, Shards, gram
 
 ROWS, COLUMNS, EXPERTS = "rows", "columns", "experts"
 
@@ -105,7 +105,7 @@ class MeshShards(Shards):
 
     def gram(self, X: Tensor) -> Tensor:
         """X^T X of X (..., p, r) with its rows spread; only one triangle travels."""
-        G = X.mT @ X
+        G = gram(X)
         i, j = torch.tril_indices(*G.shape[-2:], device=G.device)
         (packed,) = self.sum_rows(G[..., i, j])
         G[..., i, j] = packed
