@@ -82,7 +82,7 @@ def product(B: Tensor, A: Tensor) -> Tensor:
 def gram(X: Tensor) -> Tensor:
     """X^T X, (..., r, r).
 
-    In float64 on CUDA: where TF32 is allowed, as many users do for speed, a float32 product is off by 5e-4, far
+    In float64 on CUDA: where TF32 is allowed, as many users do for speed, a float32 product is off by 5e-4,
     more than the damping, and Cholesky fails.
     """
     if X.is_cuda:
