@@ -107,8 +107,8 @@ def pretrain(
         run = out or Path("runs") / f"{config.preset}-{config.optimizer}-{time.strftime('%Y%m%d-%H%M%S')}"
         check_new(run)
 
-    # Read when torch is loaded: its threads then sleep while they wait for one another. Spinning, they are faster
-    # by little on an idle machine, and slow each other down tenfold when other programs want the same cores.
+    # Read when torch is loaded: its threads then sleep while they wait for each other. Threads that spin slow
+    # one another down several times over when other programs want the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch and transformers take seconds to import; help and most mistakes should not.
     from lorapre_recipes import pretrain as recipe
