@@ -131,6 +131,38 @@ def pretrain(
     return 0
 
 
+@app.command
+def plan(
+    model: str,
+    /,
+    *,
+    rank: int | None = None,
+    optimizer: OptimizerName = "lorapre-adamw",
+    variant: Variant | None = None,
+    compress: Compress | None = None,
+    dtype: Precision = "fp32",
+    mesh: list[str] | None = None,
+) -> None:
+    """Compute memory and traffic of a training step of a model, without loading its weights.
+
+    Args:
+        model: a Hugging Face config (a name on the hub, a folder, a config.json), or one that is built in:
+            llama-60m, -130m, -350m, -1b, -7b, llama-3.1-8b, -70b, -405b.
+        rank: rank of the momenta (lorapre-* only).
+        optimizer: what to train with.
+        variant: of the algorithm (lorapre-* only). Default: calibrated.
+        compress: which moments are low rank (lorapre-adamw only). Default: both.
+        dtype: of weights and gradients.
+        mesh: GPUs: fsdp=8 (FSDP2), hsdp=4x8 (four replicas of eight shards), tp=8 (tensor parallel), or
+            both kinds with a comma: fsdp=128,tp=8. May be given three times, to compare.
+    """
+    from lorapre_recipes.footprint import Mesh, Settings
+    from lorapre_recipes.plan import render
+
+    settings = Settings(optimizer=optimizer, rank=rank, variant=variant, compress=compress, dtype=dtype)
+    print(render(model, settings, [Mesh.parse(text) for text in mesh or ()]))
+
+
 def check_new(out: Path) -> None:
     """Refuse a folder that holds something. Raises UserError."""
     if out.is_file():
