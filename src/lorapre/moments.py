@@ -18,7 +18,7 @@ from lorapre.groups import is_low_rank, matrix_shape, state_shapes
 
 
 class Variant(NamedTuple):
-    """What tells the variants apart; they share every other line (ALGORITHM in docs/maths.md)."""
+    """What tells the variants apart; they share every other line (docs/maths.md)."""
 
     tracker: Tracker
     start: Literal["printed", "sketch", "random"]  # of A; B starts at zero
@@ -252,18 +252,18 @@ class Means:
     def __init__(self, batch: Batch, beta2: float) -> None:
         self.batch, self.beta2 = batch, beta2
         self.row, self.column = batch.read("v_row"), batch.read("v_col")
-        self.rows, self.columns = torch.zeros_like(self.row), torch.zeros_like(self.column)
+        self.row_sums, self.column_sums = torch.zeros_like(self.row), torch.zeros_like(self.column)
 
     def gather(self, rows: slice, square: Tensor) -> None:
         """Add up g**2 (N, rows, q)."""
-        self.rows[:, rows] = square.sum(-1)
-        self.columns += square.sum(-2)
+        self.row_sums[:, rows] = square.sum(-1)
+        self.column_sums += square.sum(-2)
 
     def finish(self) -> None:
         """Store the new means."""
         shards = self.batch.shards
         p, q = shards.size(self.batch.p, self.batch.q)
-        (rows,), (columns,) = shards.sum_columns(self.rows), shards.sum_rows(self.columns)
+        (rows,), (columns,) = shards.sum_columns(self.row_sums), shards.sum_rows(self.column_sums)
         self.batch.write("v_row", torch.lerp(self.row, rows / q, 1 - self.beta2))
         self.batch.write("v_col", torch.lerp(self.column, columns / p, 1 - self.beta2))
 
