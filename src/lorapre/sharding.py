@@ -37,6 +37,58 @@ def gradient(p: Tensor) -> Tensor:
     return g
 
 
+def refusal(p: Tensor, flatten: bool) -> str | None:
+    """Why p cannot be stepped, and what to do instead; None if it can.
+
+    FSDP1 and DeepSpeed ZeRO cut the concatenation of all weights into equal pieces, each a vector that has
+    lost rows and columns: it would be stepped as a dense vector, or as a matrix of other weights' rows.
+    """
+    remedy = "shard the model with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps the matrices"
+    if getattr(p, "_fsdp_flattened", False):
+        return f"is a flat piece of FSDP1 (FullyShardedDataParallel), which has no rows and columns; {remedy}"
+    if any(getattr(p, name, None) is not None for name in ("ds_id", "ds_tensor", "_hp_mapping")):
+        return f"is partitioned by DeepSpeed ZeRO, into flat pieces without rows and columns; {remedy}"
+    if not isinstance(p, DTensor):
+        if isinstance(p.grad, DTensor):
+            return "is a plain tensor with a DTensor as its gradient; make it a DTensor"
+        return None
+    if p.grad is not None and not isinstance(p.grad, DTensor):
+        return "is a DTensor with a plain tensor as its gradient; make that a DTensor of the same mesh"
+    for placement in p.placements:
+        if not isinstance(placement, Replicate) and _role(p, placement, flatten) is None:
+            return (
+                f"is placed as {placement}, which has no update for the shape {tuple(p.shape)}; replicate it or "
+                f"shard its rows, columns or experts"
+            )
+    return None
+
+
+def held(p: Tensor, flatten: bool, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of what this process holds of a state tensor of p under its name and whole shape."""
+    return _place(p, flatten, name, shape)[1] if isinstance(p, DTensor) else tuple(shape)
+
+
+def place(p: Tensor, flatten: bool, name: str, value: Tensor) -> Tensor:
+    """A loaded state tensor of p, whole or a DTensor, placed as `zeros` places it.
+
+    Every process must hold the whole of one that is no DTensor. Any other is gathered: a collective.
+    """
+    if not isinstance(p, DTensor) or not value.shape:
+        return value.full_tensor() if isinstance(value, DTensor) else value
+    placements, _ = _place(p, flatten, name, value.shape)
+    if isinstance(value, DTensor):
+        if value.device_mesh == p.device_mesh and value.placements == tuple(placements):
+            return value
+        value = value.full_tensor()
+    like = zeros(p, flatten, name, value.shape, value.dtype)
+    assert isinstance(like, DTensor)
+    shards = MeshShards(p, flatten)
+    for dim, indices in enumerate(shards.held_by(value.shape, placements)):
+        value = value.index_select(dim, indices.to(value.device))
+    like.to_local().copy_(value)
+    return like
+
+
 def layout(p: Tensor) -> Hashable:
     """What same-shaped weights must share to be stepped as one batch."""
     return (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
@@ -53,6 +105,18 @@ def zeros(p: Tensor, flatten: bool, name: str, shape: Sequence[int], dtype: torc
         return torch.zeros(shape, dtype=dtype, device=p.device)
     if not shape:
         return torch.zeros((), dtype=dtype, device=p.to_local().device)
+    placements, part_shape = _place(p, flatten, name, shape)
+    part = torch.zeros(part_shape, dtype=dtype, device=p.to_local().device)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        part, p.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def _place(
+    p: DTensor, flatten: bool, name: str, shape: Sequence[int]
+) -> tuple[list[Placement], tuple[int, ...]]:
+    """Placements of a state tensor of p, and the shape of the part that is held here."""
     held, placements = list(shape), []
     for placement in p.placements:
         role = _role(p, placement, flatten)
@@ -61,11 +125,7 @@ def zeros(p: Tensor, flatten: bool, name: str, shape: Sequence[int], dtype: torc
         if dim is not None:
             of_p: int = placement.dim  # type: ignore[attr-defined]
             held[dim] = p.to_local().shape[of_p] * (shape[dim] // p.shape[of_p])
-    part = torch.zeros(held, dtype=dtype, device=p.to_local().device)
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        part, p.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    return placements, tuple(held)
 
 
 class MeshShards(Shards):
