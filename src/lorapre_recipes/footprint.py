@@ -32,7 +32,7 @@ from lorapre_recipes.config import (
 )
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FLOAT32, FLOAT64, BF16, INT64 = 4, 8, 2, 8  # bytes
+FLOAT32, FLOAT64, BF16 = 4, 8, 2  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,9 +306,8 @@ def track_traffic(weight: Weight, settings: Settings, mesh: Mesh) -> float:
 def deal_traffic(n: int, p: int, q: int, splits: Sequence[tuple[int, str]]) -> float:
     """Bytes that the busiest GPU moves to orthogonalise n matrices, of each of which it holds a part (p, q).
 
-    The matrices are dealt out whole, in float32, and the results returned in bfloat16, each all-to-all;
-    before it the lengths of the shards are gathered. Where there are fewer matrices than GPUs, the busiest
-    still gets one.
+    The matrices are dealt out whole, in float32, and the results returned in bfloat16, each all-to-all.
+    Where there are fewer matrices than GPUs, the busiest still gets one.
     """
     if not splits:
         return 0.0
@@ -318,7 +317,7 @@ def deal_traffic(n: int, p: int, q: int, splits: Sequence[tuple[int, str]]) -> f
     mine = math.ceil(n / size)
     p, q = (p * size, q) if role == "rows" else (p, q * size)
     exchanged = mine * p * q * (size - 1) / size * (FLOAT32 + BF16)
-    return INT64 * (size - 1) + exchanged + deal_traffic(mine, p, q, inner)
+    return exchanged + deal_traffic(mine, p, q, inner)
 
 
 def muon_traffic(weights: Sequence[Weight], mesh: Mesh) -> float:

@@ -152,7 +152,7 @@ def check_mesh(model: PreTrainedModel, weights: Iterable[Weight], mesh: Mesh) ->
 
 WIDTH = 80  # columns
 MOST_MESHES = 3  # that fit
-_NAME = 18  # characters of a name
+NAME = 18  # characters of a name
 
 
 def render(name: str, settings: Settings, meshes: Sequence[Mesh] = ()) -> str:
@@ -203,7 +203,7 @@ def traffic_table(weights: Sequence[Weight], settings: Settings, meshes: Sequenc
     own: Row = ("FSDP2's own", *(size(fsdp_traffic(weights, mesh, item)) for mesh in meshes))
     if settings.optimizer == "adamw":  # elementwise
         nothing: Row = ("AdamW", *("0 B" for _ in meshes))
-        return table("Sent by a GPU in a step", [*map(str, meshes)], [nothing, own])
+        return table("Sent in a step", [*map(str, meshes)], [nothing, own])
     sent = [optimizer_traffic(weights, settings, mesh) for mesh in meshes]
     matrices = [weight for weight in weights if weight.matrix]
     body: list[Row] = [
@@ -217,7 +217,7 @@ def traffic_table(weights: Sequence[Weight], settings: Settings, meshes: Sequenc
         totals.append(("gathered instead", "", "", *gathered))
     totals.append((own[0], "", "", *own[1:]))
     header = ["shape", "p q", *map(str, meshes)]
-    return table("Sent by a GPU in a step", header, [*body, *totals], rule=len(body))
+    return table("Sent in a step", header, [*body, *totals], rule=len(body))
 
 
 def share_table(weights: Sequence[Weight], settings: Settings, meshes: Sequence[Mesh]) -> str:
@@ -262,14 +262,14 @@ def leaves(kind: Iterable[Weight]) -> str:
     """The last parts of the names: q_proj,o_proj."""
     last = dict.fromkeys(weight.name.removesuffix(".weight").rpartition(".")[2] for weight in kind)
     name = ",".join(last)
-    return name if len(name) <= _NAME else f"{name[: _NAME - 2]}.."
+    return shortened(name, NAME)
 
 
 Row = tuple[str, ...]
 
 
 def table(title: str, header: Sequence[str], body: Sequence[Row], rule: int = 0) -> str:
-    """Rows under a header, aligned, at most 80 columns wide; `rule` rows are followed by a line.
+    """Rows under a header, aligned; `rule` rows are followed by a line. Names give way to the width.
 
     The header of a mesh of two kinds takes two lines.
     """
@@ -277,8 +277,14 @@ def table(title: str, header: Sequence[str], body: Sequence[Row], rule: int = 0)
     split = [[*[""] * (lines - 1 - cell.count(",")), *re.split("(?<=,)", cell)] for cell in header]
     heads = [(title if i == lines - 1 else "", *(cell[i] for cell in split)) for i in range(lines)]
     widths = [max(map(len, column)) for column in zip(*heads, *body, strict=True)]
+    widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(header))
     text = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [
+                shortened(row[0], widths[0]).ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
         for row in (*heads, *body)
     ]
     line = "-" * len(text[0])
@@ -286,6 +292,11 @@ def table(title: str, header: Sequence[str], body: Sequence[Row], rule: int = 0)
     if rule:
         text.insert(lines + 1 + rule, line)
     return "\n".join(row.rstrip() for row in text)
+
+
+def shortened(name: str, width: int) -> str:
+    """A name that is too long ends in two dots."""
+    return name if len(name) <= width else f"{name[: width - 2]}.."
 
 
 def shape_of(weight: Weight) -> str:
