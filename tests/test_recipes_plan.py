@@ -223,6 +223,39 @@ def test_state_and_traffic_of_any_mesh(options: dict[str, Any], text: str) -> No
     assert counter.sent == pytest.approx(sum(optimizer_traffic(weights, settings, mesh).values()), rel=1e-9)
 
 
+GLOO = [{"variant": "subspace"}, {"variant": "calibrated"}, {"optimizer": "lorapre-muon"}]
+
+
+def check_on_two_processes(rank: int, store: str) -> None:
+    """State and traffic under real FSDP2 (row shards) and TP (row and column shards)."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for text in ("fsdp=2", "tp=2"):
+        for options in GLOO:
+            settings, mesh, counter = Settings(rank=RANK, **options), Mesh.parse(text), Counter()
+            torch.manual_seed(0)
+            model = llama()
+            weights = routed(model, settings)
+            spread(model, mesh)
+            optimizer = build(model, settings)
+            tokens = torch.arange(8).view(1, 8)
+            for _ in range(2):
+                model(input_ids=tokens, labels=tokens).loss.backward()
+                counter.sent = 0.0
+                with counter.counting():
+                    optimizer.step()
+                optimizer.zero_grad()
+            assert state_bytes(optimizer) == memory(weights, mesh, settings.item).state
+            expected = sum(optimizer_traffic(weights, settings, mesh).values())
+            assert counter.sent == pytest.approx(expected, rel=1e-9)
+    dist.destroy_process_group()
+
+
+def test_state_and_traffic_of_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(check_on_two_processes, (str(tmp_path / "store"),), nprocs=2)
+
+
 def test_uneven_shards_are_counted_where_they_are_largest() -> None:
     settings = Settings(rank=RANK, variant="subspace")
     mesh = Mesh.parse("fsdp=7")
