@@ -17,7 +17,7 @@ LAYERS: dict[str, set[str]] = {
     "factors": set(),
     "rules": set(),
     "groups": set(),
-    "report": {"groups"},
+    "report": {"groups", "sharding"},
     "rounding": set(),
     "sharding": {"factors"},
     "kernels": set(),

@@ -1,5 +1,6 @@
 """LoRAPreAdamW and LoRAPreMuon: options, state, loading and the order of a step."""
 
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -30,19 +31,28 @@ class LoRAPreOptimizer(Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse. Nothing has changed then.
+            RuntimeError: a gradient is sparse, or a weight is sharded in a way that cannot be stepped (flat
+                pieces of FSDP1 or DeepSpeed ZeRO). The message names it; nothing has changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             for index, p in enumerate(group["params"]):
                 if p.grad is not None and p.grad.layout is not torch.strided:
                     raise RuntimeError(
                         f"{type(self).__name__} needs dense gradients, but that of {_name(group, index)} is "
                         f"{p.grad.layout}; nn.Embedding gives dense ones with sparse=False"
                     )
+                if why := sharding.refusal(p, group["flatten"]):
+                    raise RuntimeError(f"{_name(group, index)} {why}")
+            # Between construction and here, DeepSpeed puts one vector in the place of all weights of a group.
+            if self._matrices.get(number) and all(p.ndim < 2 for p in group["params"]):
+                raise RuntimeError(
+                    f"the matrices of group {number} have been replaced by flat vectors, as DeepSpeed ZeRO "
+                    f"does; {sharding.REMEDY}"
+                )
         for group in self.param_groups:
             weights: list[Tensor] = []
             grads: list[Tensor] = []
@@ -101,13 +111,22 @@ class LoRAPreOptimizer(Optimizer):
         params = [params] if isinstance(params, Tensor) else list(params)
         for item in params:
             p = item[1] if isinstance(item, tuple) else item
+            name = f"parameter {item[0]!r}" if isinstance(item, tuple) else "a parameter"
             if isinstance(p, Tensor) and not (p.is_floating_point() and p.layout is torch.strided):
-                name = f"parameter {item[0]!r}" if isinstance(item, tuple) else "a parameter"
                 raise ValueError(
                     f"params must be dense tensors of real floating point numbers, but {name} is {p.dtype}, "
                     f"{p.layout}"
                 )
+            if isinstance(p, Tensor) and (why := sharding.refusal(p, group["flatten"])):
+                raise ValueError(f"{name} {why}")
         super().add_param_group({**param_group, "params": params})
+        if any(p.ndim > 1 for p in self.param_groups[-1]["params"]):
+            self._matrices[len(self.param_groups) - 1] = True
+
+    @functools.cached_property
+    def _matrices(self) -> dict[int, bool]:
+        """Which groups were given matrices; unknown, and so empty, after a copy."""
+        return {}
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raise a ValueError that names the first option out of range."""
@@ -157,11 +176,16 @@ class LoRAPreOptimizer(Optimizer):
 
         def restore(_: Optimizer) -> None:
             # torch has cast everything but "step" to the dtype of the weight.
+            group_of = {p: group for group in self.param_groups for p in group["params"]}
             for p, saved in loaded:
+                flatten = group_of[p]["flatten"]
                 self.state[p] = {
-                    name: torch.as_tensor(value).to(device=p.device, dtype=_state_dtype(p, name), copy=True)
+                    name: sharding.place(
+                        p, flatten, name,
+                        torch.as_tensor(value).to(device=p.device, dtype=_state_dtype(p, name), copy=True),
+                    )
                     for name, value in saved.items()
-                }
+                }  # fmt: skip
 
         # Between the hooks of users, who may adapt a checkpoint before and look at the state after.
         hooks = (

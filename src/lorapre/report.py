@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorapre import sharding
 from lorapre.groups import is_low_rank, state_shapes
 
 __all__ = ["Coverage", "Row", "coverage"]
@@ -130,7 +131,11 @@ def coverage(optimizer: torch.optim.Optimizer) -> Coverage:
         names = group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
         for name, weight in zip(names, group["params"], strict=True):
             state = optimizer.state.get(weight, {})
-            tensors = {key: _local(value) for key, value in state.items() if isinstance(value, Tensor)}
+            tensors = {
+                key: sharding.local(value.detach())
+                for key, value in state.items()
+                if isinstance(value, Tensor)
+            }
             rows.append(_row(name, weight, group, tensors))
     return Coverage(tuple(rows))
 
@@ -140,7 +145,7 @@ def _row(name: str, weight: Tensor, group: Mapping[str, Any], state: Mapping[str
     low_rank = is_low_rank(weight.shape, rank, group.get("flatten", False))
     note = _NOT_SMALLER if rank is not None and weight.ndim > 1 and not low_rank else ""
     trainable = weight.requires_grad
-    local = _local(weight)
+    local = sharding.local(weight.detach())
     return Row(
         name=name,
         shape=tuple(weight.shape),
@@ -156,15 +161,12 @@ def _row(name: str, weight: Tensor, group: Mapping[str, Any], state: Mapping[str
 
 def _planned_bytes(weight: Tensor, group: Mapping[str, Any]) -> int:
     """All state is float32, but for the dense moments of a float64 weight."""
-    moment = _local(weight).numel() * (8 if weight.dtype == torch.float64 else 4)
-    shapes = state_shapes(group, weight.shape)
-    return sum(moment if "exp_avg" in name else 4 * math.prod(shape) for name, shape in shapes.items())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The shard that this process holds of a DTensor; any other tensor itself."""
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    moment = sharding.local(weight.detach()).numel() * (8 if weight.dtype == torch.float64 else 4)
+    flatten = group.get("flatten", False)
+    return sum(
+        moment if "exp_avg" in name else 4 * math.prod(sharding.held(weight, flatten, name, shape))
+        for name, shape in state_shapes(group, weight.shape).items()
+    )
 
 
 def _folded(rows: Sequence[Row]) -> list[list[Row]]:

@@ -8,7 +8,7 @@ processes.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from lorapre.factors import WHOLE, Shards, gram
+
+REMEDY = "shard the model with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps the matrices"
 
 ROWS, COLUMNS, EXPERTS = "rows", "columns", "experts"
 
@@ -43,23 +45,29 @@ def refusal(p: Tensor, flatten: bool) -> str | None:
     FSDP1 and DeepSpeed ZeRO cut the concatenation of all weights into equal pieces, each a vector that has
     lost rows and columns: it would be stepped as a dense vector, or as a matrix of other weights' rows.
     """
-    remedy = "shard the model with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps the matrices"
     if getattr(p, "_fsdp_flattened", False):
-        return f"is a flat piece of FSDP1 (FullyShardedDataParallel), which has no rows and columns; {remedy}"
+        return f"is a flat piece of FSDP1 (FullyShardedDataParallel), which has no rows and columns; {REMEDY}"
     if any(getattr(p, name, None) is not None for name in ("ds_id", "ds_tensor", "_hp_mapping")):
-        return f"is partitioned by DeepSpeed ZeRO, into flat pieces without rows and columns; {remedy}"
+        return f"is partitioned by DeepSpeed ZeRO, into flat pieces without rows and columns; {REMEDY}"
     if not isinstance(p, DTensor):
         if isinstance(p.grad, DTensor):
             return "is a plain tensor with a DTensor as its gradient; make it a DTensor"
         return None
     if p.grad is not None and not isinstance(p.grad, DTensor):
         return "is a DTensor with a plain tensor as its gradient; make that a DTensor of the same mesh"
-    for placement in p.placements:
-        if not isinstance(placement, Replicate) and _role(p, placement, flatten) is None:
+    pixels = p.ndim > 3 or (p.ndim == 3 and flatten)
+    for i, placement in enumerate(p.placements):
+        if not isinstance(placement, Replicate | Shard | _StridedShard):
+            return f"is placed as {placement!r}; weights can be replicated or sharded"
+        dim = getattr(placement, "dim", 0)
+        if pixels and dim > 1:
             return (
-                f"is placed as {placement}, which has no update for the shape {tuple(p.shape)}; replicate it or "
-                f"shard its rows, columns or experts"
+                f"is a convolution placed as {placement!r}; shard its outputs or its inputs, dimension 0 or 1"
             )
+        # The columns of A, inputs times pixels, must split where a DTensor of their number does.
+        count = p.device_mesh.size(i)
+        if pixels and dim == 1 and p.shape[1] % count:
+            return f"is a convolution with {p.shape[1]} inputs on {count} processes; shard its outputs"
     return None
 
 
@@ -81,11 +89,14 @@ def place(p: Tensor, flatten: bool, name: str, value: Tensor) -> Tensor:
             return value
         value = value.full_tensor()
     like = zeros(p, flatten, name, value.shape, value.dtype)
-    assert isinstance(like, DTensor)
-    shards = MeshShards(p, flatten)
-    for dim, indices in enumerate(shards.held_by(value.shape, placements)):
-        value = value.index_select(dim, indices.to(value.device))
-    like.to_local().copy_(value)
+    part = local(like)
+    for dim in range(value.ndim):
+        splits = [i for i, placement in enumerate(placements) if getattr(placement, "dim", None) == dim]
+        held = torch.arange(value.shape[dim])
+        for i in _outer_first(placements, splits):
+            held = _chunk(held, p.device_mesh.size(i), p.device_mesh.get_local_rank(i))
+        value = value.index_select(dim, held.to(value.device))
+    part.copy_(value)
     return like
 
 
@@ -143,9 +154,9 @@ class MeshShards(Shards):
         else:
             self.inner = shape[2:].numel()
             self.shape = (shape[0], shape[1:].numel())
-        # Outer splits first: a strided shard is what is left to split after the mesh dimensions behind it.
-        order = sorted(range(self.mesh.ndim), key=lambda i: isinstance(p.placements[i], _StridedShard))
-        roles = {i: _role(p, p.placements[i], flatten) for i in order}
+        roles = {
+            i: _role(p, p.placements[i], flatten) for i in _outer_first(p.placements, range(self.mesh.ndim))
+        }
         self.splits = [(i, role) for i, role in roles.items() if role is not None and self.mesh.size(i) > 1]
         self.count = 1
         for i, _ in self.splits:
@@ -174,11 +185,15 @@ class MeshShards(Shards):
 
     def rows(self, count: int, device: torch.device) -> Tensor:
         """Which rows of the whole are held here, (count,)."""
-        return self._indices(ROWS, self.shape[0], 1).to(device)
+        held = self._held(ROWS)
+        assert len(held) == count
+        return held.to(device)
 
     def columns(self, count: int, device: torch.device) -> Tensor:
         """Which columns of the whole are held here, (count,)."""
-        return self._indices(COLUMNS, self.shape[1], self.inner).to(device)
+        held = self._held(COLUMNS)
+        assert len(held) == count
+        return held.to(device)
 
     def size(self, p: int, q: int) -> tuple[int, int]:
         """Shape of a whole matrix."""
@@ -189,25 +204,26 @@ class MeshShards(Shards):
 
         Each process is dealt about N / count of them by all-to-all, and deals the result back.
         """
-        for i, role in self.splits:
+        for depth, (_, role) in enumerate(self.splits):
             if role != EXPERTS:
-                function = functools.partial(self._deal, i, 1 if role == ROWS else 2, function)
+                function = functools.partial(self._deal, depth, function)
         return function(M)
 
-    def _deal(self, i: int, dim: int, function: Callable[[Tensor], Tensor], M: Tensor) -> Tensor:
-        group, n = self.mesh.get_group(i), self.mesh.size(i)
-        lengths = [torch.zeros(1, dtype=torch.int64, device=M.device) for _ in range(n)]
-        dist.all_gather(lengths, torch.tensor([M.shape[dim]], device=M.device), group=group)
+    def _deal(self, depth: int, function: Callable[[Tensor], Tensor], M: Tensor) -> Tensor:
+        i, role = self.splits[depth]
+        group, n, here = self.mesh.get_group(i), self.mesh.size(i), self.mesh.get_local_rank(i)
         hands = M.tensor_split(n)
-        mine = hands[self.mesh.get_local_rank(i)].shape[0]
-        shapes = [
-            (mine, int(length), M.shape[2]) if dim == 1 else (mine, M.shape[1], int(length))
-            for length in lengths
-        ]
+        dim = 1 if role == ROWS else 2
+        # The splits inside this one are whole already.
+        outside = {j: self.mesh.get_local_rank(j) for j, _ in self.splits[:depth]}
+        lengths = [len(self._held(role, {**outside, i: j})) for j in range(n)]
+        shapes = [list(hands[here].shape) for _ in range(n)]
+        for shape, length in zip(shapes, lengths, strict=True):
+            shape[dim] = length
         parts = _exchange(list(hands), shapes, group)
         result = function(torch.cat(parts, dim))
-        back = torch.split(result, [part.shape[dim] for part in parts], dim)
-        return torch.cat(_exchange(list(back), [tuple(hand.shape) for hand in hands], group))
+        back = torch.split(result, lengths, dim)
+        return torch.cat(_exchange(list(back), [hand.shape for hand in hands], group))
 
     def _sum(self, dims: list[int], parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if not dims:
@@ -218,25 +234,36 @@ class MeshShards(Shards):
         pieces = torch.split(flat, [part.numel() for part in parts])
         return tuple(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True))
 
-    def _indices(self, role: str, total: int, inner: int) -> Tensor:
+    def _held(self, role: str, coordinates: Mapping[int, int] | None = None) -> Tensor:
+        """Indices of the rows or columns held here, or where `coordinates` (mesh dimension -> one) say."""
+        total, inner = (self.shape[0], 1) if role == ROWS else (self.shape[1], self.inner)
         held = torch.arange(total).view(-1, inner)
+        if coordinates is None:
+            coordinates = {i: self.mesh.get_local_rank(i) for i, _ in self.splits}
         for i, split in self.splits:
-            if split == role:
-                chunks = held.chunk(self.mesh.size(i))
-                here = self.mesh.get_local_rank(i)
-                held = chunks[here] if here < len(chunks) else held[:0]
+            if split == role and i in coordinates:
+                held = _chunk(held, self.mesh.size(i), coordinates[i])
         return held.reshape(-1)
 
 
-def _exchange(
-    parts: list[Tensor], shapes: Sequence[tuple[int, ...]], group: dist.ProcessGroup
-) -> list[Tensor]:
+def _outer_first(placements: Sequence[Placement], dims: Iterable[int]) -> list[int]:
+    """Mesh dimensions in the order of their splits: a strided shard splits what those behind it have left."""
+    return sorted(dims, key=lambda i: getattr(placements[i], "split_factor", 0))
+
+
+def _chunk(x: Tensor, count: int, index: int) -> Tensor:
+    """The part of x that a DTensor puts on process `index` of `count`; the last ones may get nothing."""
+    chunks = x.chunk(count)
+    return chunks[index] if index < len(chunks) else x[:0]
+
+
+def _exchange(parts: list[Tensor], shapes: Sequence[Sequence[int]], group: dist.ProcessGroup) -> list[Tensor]:
     """Send one part to every process of the group, receive one of each shape."""
     sizes = [torch.Size(shape).numel() for shape in shapes]
     sent = torch.cat([part.reshape(-1) for part in parts])
     received = sent.new_empty(sum(sizes))
     dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group)
-    return [piece.view(shape) for piece, shape in zip(torch.split(received, sizes), shapes, strict=True)]
+    return [piece.view(*shape) for piece, shape in zip(torch.split(received, sizes), shapes, strict=True)]
 
 
 def _role(p: Tensor, placement: Placement, flatten: bool) -> str | None:
@@ -251,7 +278,9 @@ def _role(p: Tensor, placement: Placement, flatten: bool) -> str | None:
             names = {0: EXPERTS, 1: ROWS, 2: COLUMNS}
         if placement.dim in names:
             return names[placement.dim]
-    raise RuntimeError(f"a parameter of shape {tuple(p.shape)} is placed as {placement}, which has no update")
+    raise RuntimeError(
+        f"a parameter of shape {tuple(p.shape)} is placed as {placement!r}, which has no update"
+    )
 
 
 def _state_dim(name: str, role: str | None, placement: Any, ndim: int) -> int | None:

@@ -1,0 +1,65 @@
+"""Functions run on several processes, joined by gloo on the CPU."""
+
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+SECONDS = 150  # a hang is a failure
+PRELOAD = [
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.tensor.debug",
+    "torch.nn.parallel",
+    "lorapre",
+]
+
+
+def run(function: Callable[..., None], world: int, *args: Any) -> None:
+    """Call `function(*args)` on `world` processes; an exception in one of them ends all and fails the test.
+
+    The processes are forked from a server that has imported torch once, so each costs little.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        processes = mp.start_processes(
+            _enter, (world, folder, function, args), nprocs=world, join=False, start_method="forkserver"
+        )
+        deadline = time.monotonic() + SECONDS
+        try:
+            while not processes.join(timeout=1):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{function.__name__} on {world} processes did not end")
+        finally:
+            for process in processes.processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+
+
+def _enter(rank: int, world: int, folder: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    warnings.simplefilter("error")
+    # torch's own: DTensor and the checkpoints use what torch has deprecated, and Python's forks of threads.
+    for message in ("torch.distributed", "TypedStorage", "Profiler"):
+        warnings.filterwarnings("ignore", message=rf".*{message}.*", module=r"torch\.")
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    try:
+        function(*args)
+        dist.barrier()  # nobody leaves while another one still talks
+    finally:
+        dist.destroy_process_group()
