@@ -357,13 +357,6 @@ def test_runs_that_cannot_go_on(tiny: Tiny, lorapre: Any, tmp_path: Path, corpus
     assert "nothing to do" in stderr
 
 
-def test_distributed_launch_is_refused(lorapre: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, stderr = lorapre("pretrain")
-    assert code == 2
-    assert "runs in one process" in stderr
-
-
 def test_config_errors_name_their_option() -> None:
     with pytest.raises(UserError, match=r"^--batch-size: "):
         llama_tiny().replace(batch_size=0)
@@ -394,6 +387,7 @@ def test_table_fits_80_columns() -> None:
         tokens=10**13,
         validation_loss=13.8155,
         validation_perplexity=1e6,
+        processes=2,
         state_bytes=10**13,
         adamw_state_bytes=10**14,
         optimizer_share=0.999,

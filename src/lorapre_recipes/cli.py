@@ -51,10 +51,12 @@ def pretrain(
     precision: Precision | None = None,
     report_to: list[str] | None = None,
     seed: int | None = None,
+    fsdp: bool | None = None,
 ) -> int:
     """Pre-train a Llama. With no options: a small one on real English text, in minutes on two CPU cores.
 
-    What is not given comes from the preset, whose learning rates depend on the optimizer.
+    What is not given comes from the preset, whose learning rates depend on the optimizer. On several
+    processes: torchrun --nproc-per-node 2 -m lorapre_recipes pretrain, see docs/distributed.md.
 
     Args:
         preset: model, data and schedule: llama-tiny (default).
@@ -64,7 +66,7 @@ def pretrain(
         out: run folder, new or empty. Default: runs/PRESET-OPTIMIZER-TIME.
         resume: a run folder to go on with from its last checkpoint. It holds all other options.
         steps: optimizer steps.
-        batch_size: sequences in a forward pass.
+        batch_size: sequences in a forward pass, of all processes together.
         accumulation: forward passes in an optimizer step.
         lr: peak learning rate.
         scale: the attention and MLP matrices learn at lr times this.
@@ -74,6 +76,7 @@ def pretrain(
         precision: of matrix products; weights stay float32.
         report_to: a logger that is installed, such as tensorboard, trackio or wandb; may be repeated.
         seed: of weights, data order and factors.
+        fsdp: shard weights and state over the processes (FSDP2), instead of a copy on each (DDP).
     """
     given: dict[str, Any] = {
         "preset": preset,
@@ -90,9 +93,10 @@ def pretrain(
         "precision": precision,
         "report_to": None if report_to is None else tuple(report_to),
         "seed": seed,
+        "fsdp": fsdp or None,
     }
     changes = {name: value for name, value in given.items() if value is not None}
-    check_one_process()
+    launched_with_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # accelerate launch says so
 
     if resume is not None:
         refused = [flag(name) for name in changes] + ([] if out is None else ["--out"])
@@ -104,30 +108,50 @@ def pretrain(
             changes["data"] = str(Path(changes["data"]).expanduser().resolve())  # resume may start elsewhere
         chosen = changes.pop("optimizer", "lorapre-adamw")
         config = get_preset(changes.pop("preset", "llama-tiny"))(chosen).replace(**changes)
+        config = config.replace(fsdp=config.fsdp or launched_with_fsdp)
         run = out or Path("runs") / f"{config.preset}-{config.optimizer}-{time.strftime('%Y%m%d-%H%M%S')}"
-        check_new(run)
+        if os.environ.get("RANK", "0") == "0":  # another one may find what this one has begun
+            check_new(run)
 
     # Read when torch is loaded: its threads then sleep while they wait for each other. Threads that spin slow
     # one another down several times over when other programs want the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch and transformers take seconds to import; help and most mistakes should not.
+    from lorapre_recipes import distributed
     from lorapre_recipes import pretrain as recipe
 
     if resume is not None:
         config = recipe.load_run(run)
+        if launched_with_fsdp and not config.fsdp:
+            raise UserError(f"--resume {run}: this run began without FSDP; go on without it")
     quieten()
+    distributed.join()
+    run = distributed.on_main(lambda: run)  # a time in its name must be one and the same
     command = shlex.join(["lorapre", *sys.argv[1:]])
+    if distributed.processes() > 1:
+        command += f"  # {distributed.processes()} processes"
     try:
         recipe.pretrain(config, run, resume=resume is not None, command=command)
     except recipe.Diverged as error:
-        print(f"lorapre pretrain: {error}", file=sys.stderr)
+        if distributed.is_main():
+            print(f"lorapre pretrain: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = "there is no checkpoint yet"
-        if recipe.last_checkpoint(run) is not None:
-            hint = f"go on with: lorapre pretrain --resume {shlex.quote(str(run))}"
-        print(f"\nlorapre pretrain: interrupted; {hint}", file=sys.stderr)
+        if distributed.is_main():
+            print(f"\nlorapre pretrain: interrupted; {how_to_go_on(run)}", file=sys.stderr)
         return 130
+    except BaseException as error:  # the checkpoint's own error is no Exception
+        if not distributed.is_lost_contact(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].partition(". ")[0]
+        print(
+            f"\nlorapre pretrain: rank {distributed.rank()} lost contact with another process ({reason}); "
+            f"{how_to_go_on(run)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # an orderly exit would wait for the other process
+    distributed.leave()
     return 0
 
 
@@ -173,10 +197,16 @@ def check_new(out: Path) -> None:
         )
 
 
-def check_one_process() -> None:
-    """Refuse a distributed launch: two processes would write one run folder. Raises UserError."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this recipe runs in one process; start it without torchrun or accelerate launch")
+def how_to_go_on(run: Path) -> str:
+    """The command that goes on with an interrupted run, or that there is nothing to go on from."""
+    from lorapre_recipes import distributed
+    from lorapre_recipes.pretrain import last_checkpoint
+
+    if last_checkpoint(run) is None:
+        return "there is no checkpoint yet"
+    launched = "torchrun --nproc-per-node N -m lorapre_recipes"
+    program = launched if distributed.processes() > 1 else "lorapre"
+    return f"go on with: {program} pretrain --resume {shlex.quote(str(run))}"
 
 
 def quieten() -> None:
@@ -196,7 +226,8 @@ def main() -> int:
     try:
         result = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
     except (UserError, CycloptsError) as error:
-        print(f"lorapre: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not from each process of torchrun
+            print(f"lorapre: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return result if isinstance(result, int) else 0
 

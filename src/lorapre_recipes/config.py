@@ -88,6 +88,10 @@ class PretrainConfig:
     report_to: tuple[str, ...]
     seed: int
 
+    # Weights and state sharded over the processes (FSDP2), and checkpoints with them. Batches are those of
+    # all processes together: how many there are does not change what is computed.
+    fsdp: bool = False
+
     def __post_init__(self) -> None:
         """Refuse what cannot run. Raises UserError naming the option."""
         for name, choices in CHOICES.items():
@@ -128,7 +132,7 @@ class PretrainConfig:
 
     @property
     def sequences_per_step(self) -> int:
-        """Sequences that one optimizer step sees on one device."""
+        """Sequences that one optimizer step sees, on all processes together."""
         return self.batch_size * self.accumulation
 
     @property

@@ -109,9 +109,12 @@ def load_data(config: PretrainConfig, tokenizer_file: Path | None = None) -> Pac
         steps = len(sequences) // config.sequences_per_step  # in an epoch: whole ones, all of one size
         train = as_dataset(sequences[: steps * config.sequences_per_step])
         validation = as_dataset(list(held_out))
-        if len(validation) > config.eval_sequences:
+        count = min(len(validation), config.eval_sequences)
+        if count > config.batch_size:  # whole batches: processes share one evenly, and none counts twice
+            count -= count % config.batch_size
+        if len(validation) > count:
             # Evenly spaced, so that every held-out document has its say.
-            picks = np.linspace(0, len(validation) - 1, config.eval_sequences).astype(int)
+            picks = np.linspace(0, len(validation) - 1, count).astype(int)
             validation = validation.select(picks)
     if len(validation) == 0:
         raise UserError(

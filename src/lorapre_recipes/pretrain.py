@@ -11,7 +11,10 @@ module adds the optimizer, the clock that knows how long it takes, and the files
     coverage.txt     which parameter took which route, and its bytes
     summary.json     the figures of the table at the end
     curves.png
-    checkpoint-N/    model.safetensors, its config, tokenizer, optimizer, scheduler, random state
+    checkpoint-N/    model.safetensors, its config, tokenizer, optimizer, scheduler, random state;
+                     with --fsdp, weights and optimizer in shards of torch.distributed.checkpoint
+
+On several processes rank 0 prints and writes, but for the shards of a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import (  # type: ignore[import-untyped]
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+)
 from rich.console import Console
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import (
@@ -41,10 +50,11 @@ from transformers import (
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from lorapre import coverage
+from lorapre_recipes import distributed
 from lorapre_recipes.config import PretrainConfig, UserError
 from lorapre_recipes.data import PackedData, for_transformers, load_data
 from lorapre_recipes.optim import build_optimizer
-from lorapre_recipes.report import Metric, Summary, plot_curves, read_metrics, summary_table
+from lorapre_recipes.report import Metric, Summary, plot_curves, summary_table
 
 
 class Diverged(RuntimeError):
@@ -73,8 +83,11 @@ def pretrain(
         Diverged: the loss became infinite or not a number.
     """
     start = time.perf_counter()
+    distributed.join()
     check_machine(config)
-    data = load_data(config, out / "tokenizer.json" if resume else None)
+    check_processes(config)
+    with distributed.first_on_its_machine():
+        data = load_data(config, out / "tokenizer.json" if resume else None)
     tokenizer = for_transformers(data.tokenizer, config.sequence_length)
     set_seed(config.seed)
     model = build_model(config, tokenizer.eos_token_id)
@@ -84,38 +97,28 @@ def pretrain(
     optimizer.register_step_post_hook(clock.stop_optimizer)
 
     # Nothing is written before this line: a mistake leaves no folder behind.
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: this folder cannot be made ({error.strerror})") from error
-    record_data(data, out / "data.json")
-    if not resume:
-        config.save(out / "config.json")
-        data.tokenizer.save(str(out / "tokenizer.json"))
-    if command is not None:
-        with (out / "command.txt").open("a", encoding="utf-8") as file:
-            file.write(command + "\n")
-
+    distributed.on_main(lambda: prepare_folder(out, config, data, resume=resume, command=command))
     trainer = PretrainTrainer(
         config,
         clock,
         out / "metrics.jsonl",
         model=model,
-        optimizers=(optimizer, None),
         args=training_arguments(config, out),
         data_collator=collate,
         train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=tokenizer,
     )
+    trainer.optimizer = optimizer  # the constructor refuses one with FSDP; accelerate gives it the shards
     trainer.remove_callback(ProgressCallback)
     for callback in (Progress(), Bookkeeping(trainer), *callbacks):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=str(last_checkpoint(out)) if resume else None)
 
-    metrics = read_metrics(out / "metrics.jsonl")
+    metrics = [row for entry in trainer.state.log_history if (row := metric(entry)) is not None]
     last = next(row for row in reversed(metrics) if "validation_loss" in row)
     state = coverage(optimizer)
+    state_bytes, adamw_bytes = distributed.largest(state.state_bytes, state.adamw_bytes)
     summary = Summary(
         optimizer=config.optimizer,
         parameters=model.num_parameters(),
@@ -123,8 +126,9 @@ def pretrain(
         tokens=last["tokens"],
         validation_loss=last["validation_loss"],
         validation_perplexity=last["validation_perplexity"],
-        state_bytes=state.state_bytes,
-        adamw_state_bytes=state.adamw_bytes,
+        processes=distributed.processes(),
+        state_bytes=state_bytes,
+        adamw_state_bytes=adamw_bytes,
         optimizer_share=clock.optimizer_seconds / clock.step_seconds,
         tokens_per_second=clock.steps * config.tokens_per_step / clock.step_seconds,
         wall_seconds=time.perf_counter() - start,
@@ -132,6 +136,8 @@ def pretrain(
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
     )
+    if not distributed.is_main():
+        return summary
     summary.save(out / "summary.json")
     (out / "coverage.txt").write_text(f"{state}\n", encoding="utf-8")
     plot_curves(metrics, config, summary.parameters, out / "curves.png")
@@ -170,8 +176,8 @@ def training_arguments(config: PretrainConfig, out: Path) -> TrainingArguments:
         run_name=out.name,
         seed=config.seed,
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
+        per_device_train_batch_size=config.batch_size // distributed.processes(),
+        per_device_eval_batch_size=config.batch_size // distributed.processes(),
         gradient_accumulation_steps=config.accumulation,
         dataloader_pin_memory=torch.accelerator.is_available(),
         learning_rate=config.lr,
@@ -190,7 +196,21 @@ def training_arguments(config: PretrainConfig, out: Path) -> TrainingArguments:
         save_total_limit=1,
         report_to=list(config.report_to) or "none",
         disable_tqdm=False,
+        ddp_timeout=round(distributed.TIMEOUT.total_seconds()),
+        ddp_find_unused_parameters=False,
+        fsdp=config.fsdp or None,  # type: ignore[arg-type]
+        fsdp_config=FSDP if config.fsdp else None,
     )
+
+
+# transformers hands it to accelerate. Each layer is a unit: gathered before it computes, freed after.
+FSDP = {
+    "version": 2,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    "reshard_after_forward": True,
+    "state_dict_type": "SHARDED_STATE_DICT",
+}
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -238,11 +258,46 @@ class Clock:
 
 
 class PretrainTrainer(Trainer):
-    """transformers.Trainer with a clock and metrics.jsonl."""
+    """transformers.Trainer with a clock, metrics.jsonl, and checkpoints that are complete or not there."""
 
     def __init__(self, config: PretrainConfig, clock: Clock, metrics_file: Path, **kwargs: Any) -> None:
         self.pretrain_config, self.clock, self.metrics_file = config, clock, metrics_file
+        self._saving = False
         super().__init__(**kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let accelerate know FSDP2 on CPUs too: torch has it, but accelerate puts it aside there."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.pretrain_config.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if self.pretrain_config.precision == "bf16":
+                state.fsdp_plugin.set_mixed_precision("bf16")
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints are written: aside, until they are complete."""
+        run = super()._get_output_dir(trial)
+        return str(Path(run) / PARTIAL) if self._saving else run
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint, and rename it to its name when every process has written its part.
+
+        What is called checkpoint-N is complete, whenever a process or the machine's owner kills the run.
+        """
+        self._saving = True
+        super()._save_checkpoint(model, trial)
+        self._saving = False
+        distributed.barrier()
+        if distributed.is_main():
+            run = self.metrics_file.parent
+            old = list(run.glob("checkpoint-*"))
+            name = f"checkpoint-{self.state.global_step}"
+            (run / PARTIAL / name).rename(run / name)
+            for checkpoint in old:  # out of the way before it is incomplete
+                checkpoint.rename(run / PARTIAL / checkpoint.name)
+            shutil.rmtree(run / PARTIAL)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log to the trainer's history, loggers and metrics.jsonl. Raises Diverged at a loss of nan, inf."""
@@ -255,7 +310,7 @@ class PretrainTrainer(Trainer):
             logs["step_seconds"] = self.clock.step_seconds
             logs["optimizer_seconds"] = self.clock.optimizer_seconds
         super().log(logs, start_time)
-        if (row := metric(self.state.log_history[-1])) is not None:
+        if distributed.is_main() and (row := metric(self.state.log_history[-1])) is not None:
             with self.metrics_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if not math.isfinite(loss):
@@ -272,10 +327,11 @@ class Bookkeeping(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Forget what an interrupted session logged after its last checkpoint: it will be logged again."""
-        metrics = [row for entry in state.log_history if (row := metric(entry)) is not None]
-        self.trainer.metrics_file.write_text(
-            "".join(json.dumps(row) + "\n" for row in metrics), encoding="utf-8"
-        )
+        if distributed.is_main():
+            metrics = [row for entry in state.log_history if (row := metric(entry)) is not None]
+            self.trainer.metrics_file.write_text(
+                "".join(json.dumps(row) + "\n" for row in metrics), encoding="utf-8"
+            )
         timed = [entry for entry in state.log_history if "timed_steps" in entry]
         if timed:
             clock = self.trainer.clock
@@ -297,6 +353,8 @@ class Progress(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar, at the checkpoint's step."""
+        if not state.is_world_process_zero:
+            return
         self.training_bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -346,6 +404,32 @@ def metric(entry: dict[str, Any]) -> Metric | None:
 
 # The run folder
 
+PARTIAL = "partial"  # where a checkpoint is while it is written
+
+
+def prepare_folder(
+    out: Path, config: PretrainConfig, data: PackedData, *, resume: bool, command: str | None
+) -> None:
+    """Make the run folder, or clean one that goes on. Raises UserError where that cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: this folder cannot be made ({error.strerror})") from error
+    record_data(data, out / "data.json")
+    if not resume:
+        config.save(out / "config.json")
+        data.tokenizer.save(str(out / "tokenizer.json"))
+    elif (out / PARTIAL).is_dir():
+        print(
+            f"lorapre pretrain: the run was cut off while it wrote or removed a checkpoint; what is left of "
+            f"that is removed, and it goes on from {last_checkpoint(out)}",
+            file=sys.stderr,
+        )
+        shutil.rmtree(out / PARTIAL)
+    if command is not None:
+        with (out / "command.txt").open("a", encoding="utf-8") as file:
+            file.write(command + "\n")
+
 
 def last_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run that was written to its end, or None."""
@@ -383,6 +467,20 @@ def check_machine(config: PretrainConfig) -> None:
             raise UserError(f"--report-to: {logger!r} is unknown or not installed; available here: {names}")
 
 
+def check_processes(config: PretrainConfig) -> None:
+    """Refuse processes that do not fit the config. Raises UserError."""
+    count = distributed.processes()
+    if config.batch_size % count:
+        raise UserError(
+            f"--batch-size {config.batch_size}: {count} processes cannot share it evenly; start a number of "
+            "processes that divides it"
+        )
+    if config.fsdp and not torch.distributed.is_initialized():
+        raise UserError(
+            "--fsdp: start it with torchrun --nproc-per-node N -m lorapre_recipes pretrain; N may be 1"
+        )
+
+
 def record_data(data: PackedData, file: Path) -> None:
     """Write which data a run sees, or raise UserError where it does not see the same again."""
     facts = {
@@ -400,7 +498,9 @@ def record_data(data: PackedData, file: Path) -> None:
 
 def describe_device(device: torch.device) -> str:
     """The device in words, with the number of threads where its speed depends on them."""
+    count = distributed.processes()
+    times = f"{count} × " if count > 1 else ""
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        return f"{threads} CPU thread{'s' * (threads > 1)}"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return f"{times}{threads} CPU thread{'s' * (threads > 1)}"
+    return times + (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)

@@ -26,8 +26,9 @@ class Summary:
     tokens: int
     validation_loss: float  # nats per token
     validation_perplexity: float
-    state_bytes: int
-    adamw_state_bytes: int  # what torch.optim.AdamW holds on the same model
+    processes: int
+    state_bytes: int  # of the process that holds most
+    adamw_state_bytes: int  # what torch.optim.AdamW would hold there
     optimizer_share: float  # of the time of a training step, in optimizer.step
     tokens_per_second: float  # while training; evaluation and checkpoints left out
     wall_seconds: float  # of the last session, everything included
@@ -82,7 +83,8 @@ def summary_table(summary: Summary, config: PretrainConfig) -> Table:
         f"{summary.validation_perplexity:.2f}",
         f"per token; {summary.validation_loss:.4f} nats",
     )
-    table.add_row("optimizer state", mebibytes(summary.state_bytes), f"AdamW's divided by {ratio:.2f}")
+    beside = "per process, AdamW's /" if summary.processes > 1 else "AdamW's divided by"
+    table.add_row("optimizer state", mebibytes(summary.state_bytes), f"{beside} {ratio:.2f}")
     table.add_row("AdamW's state, same model", mebibytes(summary.adamw_state_bytes), "")
     table.add_row("time in optimizer.step", f"{summary.optimizer_share:.1%}", "of the training steps' time")
     table.add_row("training speed", f"{summary.tokens_per_second:,.0f}", f"tokens/s, {summary.device}")

@@ -1,0 +1,73 @@
+"""The command line with a preset `tiny`, for processes that torchrun starts; one of them may kill itself.
+
+LORAPRE_TEST_KILL="1 step 6": rank 1, at the start of step 6.
+LORAPRE_TEST_KILL="0 checkpoint 8": rank 0, when it should write the optimizer's shard of that checkpoint.
+"""
+
+import os
+import signal
+import sys
+from typing import Any
+
+from torch.distributed.checkpoint import FileSystemWriter
+
+from lorapre_recipes import cli, presets, pretrain
+from lorapre_recipes.config import OptimizerName, PretrainConfig
+from lorapre_recipes.presets import llama_tiny
+
+
+def tiny(optimizer: OptimizerName = "lorapre-adamw", **changes: Any) -> PretrainConfig:
+    config = llama_tiny(optimizer)
+    return config.replace(
+        **{
+            "preset": "tiny",
+            "vocab_size": 300,
+            "sequence_length": 16,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "layers": 2,
+            "heads": 2,
+            "rank": None if config.rank is None else 4,
+            "steps": 12,
+            "batch_size": 6,
+            "eval_sequences": 12,
+            "log_points": 12,
+            "evaluations": 3,
+            "checkpoints": 3,
+            **changes,
+        }
+    )
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(rank: str, where: str, number: str) -> None:
+    if os.environ.get("RANK", "0") != rank:
+        return
+    if where == "step":
+        begin = pretrain.Bookkeeping.on_step_begin
+
+        def on_step_begin(self: Any, args: Any, state: Any, *rest: Any, **named: Any) -> None:
+            if state.global_step + 1 == int(number):
+                die()
+            begin(self, args, state, *rest, **named)
+
+        pretrain.Bookkeeping.on_step_begin = on_step_begin
+    else:
+        write = FileSystemWriter.write_data
+
+        def write_data(self: Any, *args: Any) -> Any:
+            if f"checkpoint-{number}/optimizer" in str(self.path):
+                die()
+            return write(self, *args)
+
+        FileSystemWriter.write_data = write_data
+
+
+if __name__ == "__main__":
+    presets.PRESETS["tiny"] = tiny
+    if moment := os.environ.get("LORAPRE_TEST_KILL"):
+        arm(*moment.split())
+    sys.exit(cli.main())

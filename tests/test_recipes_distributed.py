@@ -1,0 +1,195 @@
+"""`lorapre pretrain` on several processes of one CPU: losses, sharded checkpoints, and processes that die."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorapre_recipes import distributed
+from lorapre_recipes.config import UserError
+from lorapre_recipes.pretrain import check_processes, pretrain
+from lorapre_recipes.report import read_metrics
+from recipes_main import tiny
+
+ROOT = Path(__file__).parent.parent
+MAIN = str(Path(__file__).parent / "recipes_main.py")
+SECONDS = 120  # a hang is a failure
+
+# The last bit of a float32 loss is 1.2e-7 of it; sums in another order differ in the last few bits.
+ROUNDING = dict(rel=3e-6)
+
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--rdzv-backend=c10d",
+    "--rdzv-endpoint=localhost:0",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    texts = [f"Document {i}: the {i * i} quick brown foxes jump over {i} lazy dogs. " * 4 for i in range(40)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+def launch(
+    launcher: list[str], *arguments: object, folder: Path, kill: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+        "LORAPRE_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    if kill is not None:
+        environment["LORAPRE_TEST_KILL"] = kill
+    return subprocess.run(
+        [*launcher, MAIN, "pretrain", *map(str, arguments)],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS,
+    )  # fmt: skip
+
+
+def torchrun(processes: int) -> list[str]:
+    return [*TORCHRUN, f"--nproc-per-node={processes}"]
+
+
+def begin(launcher: list[str], out: str, *more: str, folder: Path, kill: str | None = None) -> Any:
+    arguments = ("--preset", "tiny", "--data", "corpus.jsonl", "--out", out, *more)
+    return launch(launcher, *arguments, folder=folder, kill=kill)
+
+
+def resume(launcher: list[str], run: Path) -> Path:
+    done = launch(launcher, "--resume", run.name, folder=run.parent)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def losses(run: Path) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in row.items() if not name.endswith("seconds")}
+        for row in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+def assert_same_up_to_rounding(run: Path, other: Path) -> None:
+    rows, others = losses(run), losses(other)
+    assert len(rows) == len(others) == 15
+    for row, expected in zip(rows, others, strict=True):
+        assert row.pop("grad_norm", 0.0) == pytest.approx(expected.pop("grad_norm", 0.0), rel=1e-4)
+        assert row == pytest.approx(expected, **ROUNDING)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """The run on one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAPRE_CACHE", str(folder / "cache"))
+        pretrain(tiny(data=str(folder / "corpus.jsonl")), folder / "alone")
+    return folder / "alone"
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """The run on two processes with FSDP2 that nobody interrupts; started by accelerate."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
+    accelerate += ["--config_file", str(ROOT / "configs" / "fsdp2.yaml")]
+    done = begin(accelerate, "whole", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation perplexity") == 4  # three evaluations and the table, once each
+    assert done.stdout.count("Run folder: whole") == 1
+    assert "Warning" not in done.stderr
+    return folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def cut(folder: Path) -> Path:
+    """The same, of which rank 1 was killed in step 6."""
+    done = begin(torchrun(2), "cut", "--fsdp", folder=folder, kill="1 step 6")
+    assert_ended_clearly(done, survivor=0)
+    assert [row["step"] for row in losses(folder / "cut")][-1] == 5
+    return folder / "cut"
+
+
+def assert_ended_clearly(done: subprocess.CompletedProcess[str], survivor: int) -> None:
+    assert done.returncode == 1
+    assert "(SIGKILL)" in done.stderr  # torchrun names who died
+    said = f"lorapre pretrain: rank {survivor} lost contact with another process"
+    assert said in done.stderr or f"rank      : {survivor}" not in done.stderr  # else torchrun ended it
+
+
+def test_two_processes_compute_what_one_does(alone: Path, whole: Path) -> None:
+    assert_same_up_to_rounding(whole, alone)
+    one, two = (json.loads((run / "summary.json").read_text()) for run in (alone, whole))
+    assert two["processes"] == 2
+    assert two["tokens"] == one["tokens"] == 12 * 6 * 16
+    assert two["parameters"] == one["parameters"]
+    assert two["state_bytes"] < 0.7 * one["state_bytes"]  # of one process
+    assert two["adamw_state_bytes"] < 0.6 * one["adamw_state_bytes"]
+    assert json.loads((whole / "config.json").read_text())["fsdp"] is True
+    assert (whole / "command.txt").read_text().endswith("# 2 processes\n")
+    assert "q_proj" in (whole / "coverage.txt").read_text()
+    assert [path.name for path in whole.glob("checkpoint-*")] == ["checkpoint-12"]
+
+
+def test_killed_in_a_step_then_resumed(whole: Path, cut: Path) -> None:
+    run = Path(shutil.copytree(cut, cut.parent / "on-two"))
+    assert losses(resume(torchrun(2), run)) == losses(whole)  # exact
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_resumed_on_another_number_of_processes(processes: int, whole: Path, cut: Path) -> None:
+    run = Path(shutil.copytree(cut, cut.parent / f"on-{processes}"))
+    assert_same_up_to_rounding(resume(torchrun(processes), run), whole)
+
+
+def test_killed_in_a_checkpoint_then_resumed(whole: Path, folder: Path) -> None:
+    done = begin(torchrun(2), "torn", "--fsdp", folder=folder, kill="0 checkpoint 8")
+    assert_ended_clearly(done, survivor=1)
+    run = folder / "torn"
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert list(run.glob("partial/checkpoint-8/pytorch_model_fsdp_0/.metadata"))
+    assert not list(run.glob("partial/checkpoint-8/optimizer_0/.metadata"))
+
+    done = launch(torchrun(2), "--resume", "torn", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert "goes on from torn/checkpoint-4" in done.stderr
+    assert losses(run) == losses(whole)  # exact
+    assert sorted(path.name for path in run.glob("*partial*")) == []
+
+
+def test_without_fsdp_a_copy_on_each_process(alone: Path, folder: Path) -> None:
+    done = begin(torchrun(2), "copies", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    run = folder / "copies"
+    assert_same_up_to_rounding(run, alone)
+    one, two = (json.loads((path / "summary.json").read_text()) for path in (alone, run))
+    assert two["state_bytes"] == one["state_bytes"]
+    assert (run / "checkpoint-12" / "model.safetensors").is_file()
+
+
+def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^--fsdp: start it with torchrun"):
+        check_processes(tiny(fsdp=True))
+    monkeypatch.setattr(distributed, "processes", lambda: 4)
+    with pytest.raises(UserError, match=r"^--batch-size 6: 4 processes cannot share it evenly"):
+        check_processes(tiny())
+
+
+def test_which_errors_are_lost_contact(monkeypatch: pytest.MonkeyPatch) -> None:
+    gloo = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    assert not distributed.is_lost_contact(gloo)  # nobody to lose
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    assert distributed.is_lost_contact(gloo)
+    assert distributed.is_lost_contact(torch.distributed.DistBackendError("NCCL"))
+    assert not distributed.is_lost_contact(RuntimeError("shapes do not match"))
