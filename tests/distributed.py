@@ -3,9 +3,11 @@
 import os
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +41,11 @@ def run(function: Callable[..., None], world: int, *args: Any) -> None:
             while not processes.join(timeout=1):
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{function.__name__} on {world} processes did not end")
+        except mp.ProcessRaisedException as error:
+            # The first to fail is the cause; others may have failed for having lost it.
+            times = [(path.read_text(), path.name) for path in Path(folder).glob("failed-*")]
+            message = min(times)[0].partition("\n")[2] if times else str(error)
+            raise AssertionError(f"{function.__name__} on {world} processes:\n{message}") from None
         finally:
             for process in processes.processes:
                 if process.is_alive():
@@ -61,5 +68,9 @@ def _enter(rank: int, world: int, folder: str, function: Callable[..., None], ar
     try:
         function(*args)
         dist.barrier()  # nobody leaves while another one still talks
+    except Exception:
+        failed = Path(folder, f"failed-{rank}")
+        failed.write_text(f"{time.monotonic():020.6f} on process {rank}\n{traceback.format_exc()}")
+        raise
     finally:
         dist.destroy_process_group()

@@ -748,3 +748,14 @@ def test_an_optimizer_that_the_checkpoint_apis_initialised_trains_from_scratch(n
                     assert (p - q).abs().max() <= 1.01 * (0.003 + 0.003 * 0.1 * q.abs().max())
             losses[initialised].append(loss.item())
     assert losses[True][-1] <= losses[False][-4], "more than three steps behind"
+
+
+def check_failure() -> None:
+    if dist.get_rank() == 1:
+        raise ArithmeticError("this process gives up")
+    dist.barrier()  # waits for it
+
+
+def test_a_process_that_fails_ends_the_others_and_shows_its_traceback() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)in check_failure.*ArithmeticError: this process gives up"):
+        run(check_failure, 2)

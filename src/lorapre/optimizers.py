@@ -117,7 +117,7 @@ class LoRAPreOptimizer(Optimizer):
                     f"params must be dense tensors of real floating point numbers, but {name} is {p.dtype}, "
                     f"{p.layout}"
                 )
-            if isinstance(p, Tensor) and (why := sharding.refusal(p, group["flatten"])):
+            if isinstance(p, Tensor) and p.is_leaf and (why := sharding.refusal(p, group["flatten"])):
                 raise ValueError(f"{name} {why}")
         super().add_param_group({**param_group, "params": params})
         if any(p.ndim > 1 for p in self.param_groups[-1]["params"]):
