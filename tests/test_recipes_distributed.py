@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from lorapre_recipes import distributed
 from lorapre_recipes.config import UserError
@@ -67,12 +67,6 @@ def begin(launcher: list[str], out: str, *more: str, folder: Path, kill: str | N
     return launch(launcher, *arguments, folder=folder, kill=kill)
 
 
-def resume(launcher: list[str], run: Path) -> Path:
-    done = launch(launcher, "--resume", run.name, folder=run.parent)
-    assert done.returncode == 0, done.stderr
-    return run
-
-
 def losses(run: Path) -> list[dict[str, Any]]:
     return [
         {name: value for name, value in row.items() if not name.endswith("seconds")}
@@ -88,6 +82,15 @@ def assert_same_up_to_rounding(run: Path, other: Path) -> None:
         assert row == pytest.approx(expected, **ROUNDING)
 
 
+class Interrupt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Path:
     """The run on one process."""
@@ -97,39 +100,35 @@ def alone(folder: Path) -> Path:
     return folder / "alone"
 
 
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> Path:
-    """The run on two processes with FSDP2 that nobody interrupts; started by accelerate."""
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in run.glob("checkpoint-*"))
+
+
+def assert_quiet_and_done(done: subprocess.CompletedProcess[str], run: str) -> None:
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"Run folder: {run}") == 1  # by one process
+    assert "Warning" not in done.stderr
+
+
+def assert_died_clearly(done: subprocess.CompletedProcess[str], victim: int) -> None:
+    assert done.returncode == 1
+    assert "(SIGKILL)" in done.stderr  # torchrun names who died
+    for rank in {0, 1} - {victim}:  # the others say so, unless torchrun was faster to end them
+        said = f"lorapre pretrain: rank {rank} lost contact with another process" in done.stderr
+        assert said or "closing signal SIGTERM" in done.stderr
+    assert 'Traceback (most recent call last):\n  File "' + MAIN not in done.stderr
+
+
+def test_killed_in_a_checkpoint_and_in_a_step_then_resumed(alone: Path, folder: Path) -> None:
+    whole = folder / "whole"
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
     accelerate += ["--config_file", str(ROOT / "configs" / "fsdp2.yaml")]
     done = begin(accelerate, "whole", folder=folder)
-    assert done.returncode == 0, done.stderr
+    assert_quiet_and_done(done, "whole")
     assert done.stdout.count("validation perplexity") == 4  # three evaluations and the table, once each
-    assert done.stdout.count("Run folder: whole") == 1
-    assert "Warning" not in done.stderr
-    return folder / "whole"
-
-
-@pytest.fixture(scope="module")
-def cut(folder: Path) -> Path:
-    """The same, of which rank 1 was killed in step 6."""
-    done = begin(torchrun(2), "cut", "--fsdp", folder=folder, kill="1 step 6")
-    assert_ended_clearly(done, survivor=0)
-    assert [row["step"] for row in losses(folder / "cut")][-1] == 5
-    return folder / "cut"
-
-
-def assert_ended_clearly(done: subprocess.CompletedProcess[str], survivor: int) -> None:
-    assert done.returncode == 1
-    assert "(SIGKILL)" in done.stderr  # torchrun names who died
-    said = f"lorapre pretrain: rank {survivor} lost contact with another process"
-    assert said in done.stderr or f"rank      : {survivor}" not in done.stderr  # else torchrun ended it
-
-
-def test_two_processes_compute_what_one_does(alone: Path, whole: Path) -> None:
     assert_same_up_to_rounding(whole, alone)
     one, two = (json.loads((run / "summary.json").read_text()) for run in (alone, whole))
-    assert two["processes"] == 2
+    assert (one["processes"], two["processes"]) == (1, 2)
     assert two["tokens"] == one["tokens"] == 12 * 6 * 16
     assert two["parameters"] == one["parameters"]
     assert two["state_bytes"] < 0.7 * one["state_bytes"]  # of one process
@@ -137,43 +136,48 @@ def test_two_processes_compute_what_one_does(alone: Path, whole: Path) -> None:
     assert json.loads((whole / "config.json").read_text())["fsdp"] is True
     assert (whole / "command.txt").read_text().endswith("# 2 processes\n")
     assert "q_proj" in (whole / "coverage.txt").read_text()
-    assert [path.name for path in whole.glob("checkpoint-*")] == ["checkpoint-12"]
+    assert checkpoints(whole) == ["checkpoint-12"]
+
+    run = folder / "cut"
+    done = begin(torchrun(2), "cut", "--fsdp", folder=folder, kill="0 checkpoint 8")
+    assert_died_clearly(done, victim=0)
+    assert checkpoints(run) == ["checkpoint-4"]
+    assert (run / "partial" / "checkpoint-8" / "pytorch_model_fsdp_0" / ".metadata").is_file()
+    assert not (run / "partial" / "checkpoint-8" / "optimizer_0" / ".metadata").exists()
+
+    done = launch(torchrun(2), "--resume", "cut", folder=folder, kill="1 step 11")
+    assert "goes on from cut/checkpoint-4" in done.stderr
+    assert_died_clearly(done, victim=1)
+    assert checkpoints(run) == ["checkpoint-8"]
+    assert not (run / "partial").exists()
+    assert losses(run)[-1]["step"] == 10
+
+    assert_quiet_and_done(launch(torchrun(2), "--resume", "cut", folder=folder), "cut")
+    assert losses(run) == losses(whole)  # exactly
+    assert checkpoints(run) == ["checkpoint-12"]
 
 
-def test_killed_in_a_step_then_resumed(whole: Path, cut: Path) -> None:
-    run = Path(shutil.copytree(cut, cut.parent / "on-two"))
-    assert losses(resume(torchrun(2), run)) == losses(whole)  # exact
+def test_two_processes_then_three_then_one(alone: Path, folder: Path) -> None:
+    run = folder / "moved"
+    assert_died_clearly(begin(torchrun(2), "moved", "--fsdp", folder=folder, kill="1 step 6"), victim=1)
+    assert checkpoints(run) == ["checkpoint-4"]
+    launch(torchrun(3), "--resume", "moved", folder=folder, kill="2 step 10")
+    assert checkpoints(run) == ["checkpoint-8"]
+    assert len(list((run / "checkpoint-8" / "optimizer_0").glob("*.distcp"))) == 3
+    assert_quiet_and_done(launch(torchrun(1), "--resume", "moved", folder=folder), "moved")
+    assert_same_up_to_rounding(run, alone)
 
 
-@pytest.mark.parametrize("processes", [1, 3])
-def test_resumed_on_another_number_of_processes(processes: int, whole: Path, cut: Path) -> None:
-    run = Path(shutil.copytree(cut, cut.parent / f"on-{processes}"))
-    assert_same_up_to_rounding(resume(torchrun(processes), run), whole)
-
-
-def test_killed_in_a_checkpoint_then_resumed(whole: Path, folder: Path) -> None:
-    done = begin(torchrun(2), "torn", "--fsdp", folder=folder, kill="0 checkpoint 8")
-    assert_ended_clearly(done, survivor=1)
-    run = folder / "torn"
-    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-4"]
-    assert list(run.glob("partial/checkpoint-8/pytorch_model_fsdp_0/.metadata"))
-    assert not list(run.glob("partial/checkpoint-8/optimizer_0/.metadata"))
-
-    done = launch(torchrun(2), "--resume", "torn", folder=folder)
-    assert done.returncode == 0, done.stderr
-    assert "goes on from torn/checkpoint-4" in done.stderr
-    assert losses(run) == losses(whole)  # exact
-    assert sorted(path.name for path in run.glob("*partial*")) == []
-
-
-def test_without_fsdp_a_copy_on_each_process(alone: Path, folder: Path) -> None:
-    done = begin(torchrun(2), "copies", folder=folder)
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr
+def test_without_fsdp_one_process_then_two(alone: Path, folder: Path) -> None:
     run = folder / "copies"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAPRE_CACHE", str(folder / "cache"))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tiny(data=str(folder / "corpus.jsonl")), run, callbacks=[Interrupt(step=6)])
+    assert_quiet_and_done(launch(torchrun(2), "--resume", "copies", folder=folder), "copies")
     assert_same_up_to_rounding(run, alone)
     one, two = (json.loads((path / "summary.json").read_text()) for path in (alone, run))
-    assert two["state_bytes"] == one["state_bytes"]
+    assert two["state_bytes"] == one["state_bytes"]  # a copy on each
     assert (run / "checkpoint-12" / "model.safetensors").is_file()
 
 

@@ -98,7 +98,7 @@ def load_data(config: PretrainConfig, tokenizer_file: Path | None = None) -> Pac
     if corpus.set_epoch is not None:
         train = PackedStream(corpus, tokenizer, length)
         # Reading on until a stream's every held-out document is found would take for ever.
-        validation = as_dataset(list(itertools.islice(held_out, config.eval_sequences)))
+        held_out = itertools.islice(held_out, config.eval_sequences)
     else:
         sequences = list(pack(corpus.train, tokenizer, length))
         if len(sequences) < config.sequences_per_step:
@@ -108,14 +108,13 @@ def load_data(config: PretrainConfig, tokenizer_file: Path | None = None) -> Pac
             )
         steps = len(sequences) // config.sequences_per_step  # in an epoch: whole ones, all of one size
         train = as_dataset(sequences[: steps * config.sequences_per_step])
-        validation = as_dataset(list(held_out))
-        count = min(len(validation), config.eval_sequences)
-        if count > config.batch_size:  # whole batches: processes share one evenly, and none counts twice
-            count -= count % config.batch_size
-        if len(validation) > count:
-            # Evenly spaced, so that every held-out document has its say.
-            picks = np.linspace(0, len(validation) - 1, count).astype(int)
-            validation = validation.select(picks)
+    validation = as_dataset(list(held_out))
+    count = min(len(validation), config.eval_sequences)
+    if count > config.batch_size:  # whole batches: processes share one evenly, and no sequence counts twice
+        count -= count % config.batch_size
+    if 0 < count < len(validation):
+        # Evenly spaced, so that every held-out document has its say.
+        validation = validation.select(np.linspace(0, len(validation) - 1, count).astype(int))
     if len(validation) == 0:
         raise UserError(
             f"--data {config.data}: too little text, the held-out part has under {length} tokens "

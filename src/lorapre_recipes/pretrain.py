@@ -198,6 +198,7 @@ def training_arguments(config: PretrainConfig, out: Path) -> TrainingArguments:
         disable_tqdm=False,
         ddp_timeout=round(distributed.TIMEOUT.total_seconds()),
         ddp_find_unused_parameters=False,
+        log_level_replica="error",
         fsdp=config.fsdp or None,  # type: ignore[arg-type]
         fsdp_config=FSDP if config.fsdp else None,
     )
