@@ -20,19 +20,10 @@ GAMMA = 1 - math.sqrt(BETA)
 
 def both_left(B: Tensor, A: Tensor, TAt: Tensor, gamma: float, shards: Shards) -> tuple[Tensor, Tensor]:
     """The printed order, the right factor seeing the old left one, with relative damping and gauge (a, d)."""
-    return B, factors.newton_left(B, A, TAt, gamma, shards)[1]
+    return factors.unit(B), factors.newton_left(B, A, TAt, gamma, shards)[1]
 
 
-def both_right(
-    B: Tensor, A: Tensor, L: Tensor, new_B: Tensor, LtT: Tensor, gamma: float, shards: Shards
-) -> tuple[Tensor, Tensor]:
-    B_gauged, new_A = factors.newton_right(B, A, L, new_B, LtT, gamma, shards)
-    # newton_right has put the scale of A' into the old factor, its L: the new one is to carry it.
-    scale = factors.norm(B_gauged) / factors.norm(B)
-    return new_B * torch.where(scale.isfinite(), scale, 1), new_A
-
-
-BOTH = Tracker(NEWTON.probe, both_left, both_right)
+BOTH = Tracker(NEWTON.probe, both_left, PRINTED.parts, NEWTON.right)
 TRACKERS = {"printed": PRINTED, "both at once": BOTH, "newton": NEWTON, "subspace": SUBSPACE}
 
 

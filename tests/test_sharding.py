@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lorapre.rules
 from cases import CASES, assert_same, gradient, parameters
 from distributed import run
-from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage
+from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, sharding
+from lorapre.factors import Shards
 
 STEPS = 20
 VARIANTS = ["adam-paper", "adam-calibrated", "adam-subspace"]
@@ -759,3 +760,31 @@ def check_failure() -> None:
 def test_a_process_that_fails_ends_the_others_and_shows_its_traceback() -> None:
     with pytest.raises(AssertionError, match=r"(?s)in check_failure.*ArithmeticError: this process gives up"):
         run(check_failure, 2)
+
+
+def test_the_last_sums_of_a_batch_travel_while_the_next_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+
+    class Recorded(Shards):
+        count = 2
+
+        def send_rows(self, *parts: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+            events.append("sent")
+            return lambda: events.append("received") or parts
+
+    def stepped() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        weights = [
+            nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((12, 10), (9, 14), (8, 16))
+        ]
+        optimizer = LoRAPreAdamW(weights, rank=2, lr=0.1)
+        for _ in range(2):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            optimizer.step()
+        return weights
+
+    expected = stepped()
+    monkeypatch.setattr(sharding, "shards", lambda p, flatten: Recorded())
+    assert all(map(torch.equal, stepped(), expected))
+    assert events == ["sent", "sent", "received", "sent", "received", "received"] * 2

@@ -37,6 +37,10 @@ class Shards:
         """Sum over the processes that hold other rows of the same matrices, in one collective."""
         return parts
 
+    def send_rows(self, *parts: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        """Start `sum_rows`; what is returned waits for the sums, so that arithmetic can go on until then."""
+        return lambda: parts
+
     def sum_columns(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Sum over the processes that hold other columns of the same matrices, in one collective."""
         return parts
@@ -166,56 +170,75 @@ def printed_left(B: Tensor, A: Tensor, TAt: Tensor, gamma: Tensor | float, shard
     return unit(B, shards), torch.lerp(B, _damped_solve(G, TAt.mT, DAMPING).mT, _as_tensor(gamma, B))
 
 
+def printed_parts(B: Tensor, L: Tensor, new_B: Tensor, LtT: Tensor) -> tuple[Tensor, ...]:
+    """What `printed_right` wants summed over rows: L^T T (..., r, q), L^T L (..., r, r), ||B||; L = unit(B)."""
+    return LtT, gram(L), (B * L).sum((-2, -1), keepdim=True)
+
+
 def printed_right(
-    B: Tensor, A: Tensor, L: Tensor, new_B: Tensor, LtT: Tensor, gamma: Tensor | float, shards: Shards = WHOLE
+    B: Tensor,
+    A: Tensor,
+    new_B: Tensor,
+    sums: tuple[Tensor, ...],
+    gamma: Tensor | float,
+    shards: Shards = WHOLE,
 ) -> Half:
     """A Newton step of length gamma in the right factor, the left one fixed at its old value (paper, Eq. 12).
 
-        A' = (1 - gamma) A + gamma (B^T B + lambda I)^-1 B^T T,   lambda = 1e-6
+        A' = (1 - gamma) A + gamma (B^T B + lambda I)^-1 B^T T,   lambda = 1e-6 (or more, see `_damped_solve`)
+
+    The system is formed from L = B / ||B||_F, in units of ||B||, so that neither a gradient of 1e-20 nor one
+    of 1e20 leaves the range of float32.
 
     Args:
         B: (..., p, r), the old left factor.
         A: (..., r, q).
-        L: (..., p, r), B / ||B||_F. The system is formed from it in units of ||B||, so that neither a
-            gradient of 1e-20 nor one of 1e20 leaves the range of float32.
-        new_B: (..., p, r).
-        LtT: (..., r, q), the target seen by L, summed over the rows held here.
+        new_B: (..., p, r), the new one.
+        sums: `printed_parts`, summed over all rows.
         gamma: as in `printed_left`.
         shards: how to sum over other processes.
 
     Returns:
         (B', A').
     """
-    inverse = _inverse(norm(B, shards.sum_rows))
-    LtT, G = shards.sum_rows(LtT, gram(L))
+    LtT, G, size = sums
+    inverse = _inverse(size)
     damping = (DAMPING * inverse * inverse).clamp(max=1e30)
     return new_B, torch.lerp(A, inverse * _damped_solve(G, LtT, damping), _as_tensor(gamma, A))
 
 
 def newton_left(B: Tensor, A: Tensor, TAt: Tensor, gamma: Tensor | float, shards: Shards = WHOLE) -> Half:
-    """The step of `printed_left` with lambda = 1e-6 trace; returns (B', B'), the new factor as basis."""
+    """The step of `printed_left` with lambda = 1e-6 trace; returns (unit(B'), B')."""
     TAt, G = shards.sum_columns(TAt, gram(A.mT))
-    solution = _damped_solve(G, TAt.mT).mT
-    new_B = torch.lerp(B, solution, _as_tensor(gamma, B))
-    return new_B, new_B
+    new_B = torch.lerp(B, _damped_solve(G, TAt.mT).mT, _as_tensor(gamma, B))
+    return unit(new_B, shards), new_B
+
+
+def newton_parts(B: Tensor, L: Tensor, new_B: Tensor, LtT: Tensor) -> tuple[Tensor, ...]:
+    """As `printed_parts`, L being the unit of the new left factor."""
+    return printed_parts(new_B, L, new_B, LtT)
 
 
 def newton_right(
-    B: Tensor, A: Tensor, L: Tensor, new_B: Tensor, LtT: Tensor, gamma: Tensor | float, shards: Shards = WHOLE
+    B: Tensor,
+    A: Tensor,
+    new_B: Tensor,
+    sums: tuple[Tensor, ...],
+    gamma: Tensor | float,
+    shards: Shards = WHOLE,
 ) -> Half:
-    """A Newton step of length gamma in the right factor, the left one fixed at its new value L = B'.
+    """A Newton step of length gamma in the right factor, the left one fixed at its new value B'.
 
-        A' = (1 - gamma) A + gamma (L^T L + lambda I)^-1 L^T T,   lambda = 1e-6 trace
-        (B, A) = gauge(L, A')
+        A' = (1 - gamma) A + gamma (B'^T B' + lambda I)^-1 B'^T T,   lambda = 1e-6 trace
+        (B, A) = gauge(B', A')
 
     Taken from the new left factor and not, as printed, from the old one, the product is
     B' A' = (1 - gamma) B' A + gamma P T with P the projection on the columns of B': no term is quadratic in
-    T, nothing grows when T is much larger than B A (departure f). Shapes as in `printed_right`.
+    T, nothing grows when T is much larger than B A (departure f). Arguments as in `printed_right`.
     """
-    inverse = _inverse(norm(L, shards.sum_rows))
-    LtT, G = shards.sum_rows(LtT * inverse, gram(L * inverse))
-    solution = _damped_solve(G, LtT) * inverse
-    return gauge(L, torch.lerp(A, solution, _as_tensor(gamma, A)), A, shards)
+    LtT, G, size = sums
+    solution = _inverse(size) * _damped_solve(G, LtT)
+    return gauge(new_B, torch.lerp(A, solution, _as_tensor(gamma, A)), A, shards)
 
 
 def subspace_left(B: Tensor, A: Tensor, TAt: Tensor, beta: Tensor | float, shards: Shards = WHOLE) -> Half:
@@ -225,18 +248,28 @@ def subspace_left(B: Tensor, A: Tensor, TAt: Tensor, beta: Tensor | float, shard
     return Q, Q
 
 
+def subspace_parts(B: Tensor, L: Tensor, new_B: Tensor, LtT: Tensor) -> tuple[Tensor, ...]:
+    """What `subspace_right` wants summed over rows: Q^T T (..., r, q) and Q^T B (..., r, r)."""
+    return LtT, L.mT @ B
+
+
 def subspace_right(
-    B: Tensor, A: Tensor, L: Tensor, new_B: Tensor, LtT: Tensor, beta: Tensor | float, shards: Shards = WHOLE
+    B: Tensor,
+    A: Tensor,
+    new_B: Tensor,
+    sums: tuple[Tensor, ...],
+    beta: Tensor | float,
+    shards: Shards = WHOLE,
 ) -> Half:
-    """The EMA beta B A + (1 - beta) T projected on the columns of L = Q.
+    """The EMA beta B A + (1 - beta) T projected on the columns of Q.
 
         A' = beta (Q^T B) A + (1 - beta) Q^T T,   (B, A) = gauge(Q, A')
 
-    Linear in T and undamped (docs/maths.md, "The subspace tracker"). `beta` is the decay of the EMA, a number
-    or one per matrix (..., 1, 1); other shapes as in `printed_right`.
+    Linear in T and undamped (docs/maths.md, "The subspace tracker"). `new_B` is Q; `beta` is the decay of the
+    EMA, a number or one per matrix (..., 1, 1); other arguments as in `printed_right`.
     """
-    LtT, LtB = shards.sum_rows(LtT, L.mT @ B)
-    return gauge(L, beta * (LtB @ A) + (1 - beta) * LtT, A, shards)
+    LtT, LtB = sums
+    return gauge(new_B, beta * (LtB @ A) + (1 - beta) * LtT, A, shards)
 
 
 def probe(A: Tensor, shards: Shards = WHOLE) -> Tensor:
@@ -256,25 +289,36 @@ def _as_it_is(A: Tensor, shards: Shards = WHOLE) -> Tensor:
 class Tracker(NamedTuple):
     """How factors follow a target T.
 
-    TAt = T probe(A)^T, then L, B' = left(B, A, TAt, rate), then B', A' = right(B, A, L, B', L^T T, rate).
+    With TAt = T probe(A)^T the left half-step is L, B' = left(B, A, TAt, rate). What the right one wants to
+    know of other rows is summed, sums = sum of parts(B, L, B', L^T T), and then B', A' = right(B, A, B',
+    sums, rate).
     """
 
     probe: Callable[..., Tensor]
     left: Callable[..., Half]
+    parts: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
     right: Callable[..., Half]
 
 
-PRINTED = Tracker(_as_it_is, printed_left, printed_right)
-NEWTON = Tracker(probe, newton_left, newton_right)
-SUBSPACE = Tracker(probe, subspace_left, subspace_right)
+PRINTED = Tracker(_as_it_is, printed_left, printed_parts, printed_right)
+NEWTON = Tracker(probe, newton_left, newton_parts, newton_right)
+SUBSPACE = Tracker(probe, subspace_left, subspace_parts, subspace_right)
 
 
 def track(
     tracker: Tracker, B: Tensor, A: Tensor, T: Tensor, rate: Tensor | float, shards: Shards = WHOLE
 ) -> Half:
     """One step of `tracker` towards T (..., p, q), of which all that is held here is at hand: (B', A')."""
+    return start_tracking(tracker, B, A, T, rate, shards)()
+
+
+def start_tracking(
+    tracker: Tracker, B: Tensor, A: Tensor, T: Tensor, rate: Tensor | float, shards: Shards = WHOLE
+) -> Callable[[], Half]:
+    """`track` up to the last sum, which is on its way when this returns; what is returned takes the step."""
     L, new_B = tracker.left(B, A, T @ tracker.probe(A, shards).mT, rate, shards)
-    return tracker.right(B, A, L, new_B, L.mT @ T, rate, shards)
+    sums = shards.send_rows(*tracker.parts(B, L, new_B, L.mT @ T))
+    return lambda: tracker.right(B, A, new_B, sums(), rate, shards)
 
 
 def match_means(

@@ -6,7 +6,7 @@ gathers L^T T for the trackers in `lorapre.factors`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -194,9 +194,15 @@ class Tracking:
         """Gather L^T T."""
         self.LtT.baddbmm_(self.L[:, rows].mT, self.targets(g))
 
+    def send(self) -> None:
+        """After the sweeps: start the last sum over processes."""
+        parts = self.tracker.parts(self.B, self.L, self.new_B, self.LtT)
+        del self.L, self.LtT
+        self.sums = self.batch.shards.send_rows(*parts)
+
     def right(self) -> None:
         """The right half-step; stores the new factors."""
-        B, A = self.tracker.right(self.B, self.A, self.L, self.new_B, self.LtT, self.rate, self.batch.shards)
+        B, A = self.tracker.right(self.B, self.A, self.new_B, self.sums(), self.rate, self.batch.shards)
         for name in self.names:
             self.batch.write(f"{name}_B", self.part(name, B))
             self.batch.write(f"{name}_A", self.part(name, A))
@@ -271,8 +277,11 @@ class Means:
 def adam(
     batch: Batch, variant: Variant, *, betas: tuple[float, float],
     lr: float | Tensor, scale: float, eps: float, weight_decay: float,
-) -> None:  # fmt: skip
-    """Algorithm 1 of the paper on a batch; a moment without factors in the state is dense, as in AdamW."""
+) -> Callable[[], None]:  # fmt: skip
+    """Algorithm 1 of the paper on a batch; a moment without factors in the state is dense, as in AdamW.
+
+    Returns with the last sum over processes on its way; what is returned stores the new factors.
+    """
     beta1, beta2 = betas
     decays = {"m": beta1, "v": math.sqrt(beta2)}
     decays = {name: beta for name, beta in decays.items() if f"{name}_B" in batch.state}
@@ -292,13 +301,18 @@ def adam(
         if tracking:
             tracking.first_sweep(rows, g)
     if not tracking:
-        return
+        return lambda: None
     tracking.left()
     for rows in batch.tiles:
         tracking.second_sweep(rows, batch.gradient(rows))
-    tracking.right()
-    if isinstance(second, SecondMoment) and second.means is not None:
-        second.means.finish()
+    tracking.send()
+
+    def finish() -> None:
+        tracking.right()
+        if isinstance(second, SecondMoment) and second.means is not None:
+            second.means.finish()
+
+    return finish
 
 
 def batches(

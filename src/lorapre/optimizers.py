@@ -53,6 +53,7 @@ class LoRAPreOptimizer(Optimizer):
                     f"the matrices of group {number} have been replaced by flat vectors, as DeepSpeed ZeRO "
                     f"does; {sharding.REMEDY}"
                 )
+        started: list[tuple[Batch, Callable[[], None]]] = []
         for group in self.param_groups:
             weights: list[Tensor] = []
             grads: list[Tensor] = []
@@ -61,11 +62,14 @@ class LoRAPreOptimizer(Optimizer):
             for batch in batches(group, weights, grads, state):
                 batch.begin(group["nonfinite"])
                 with torch.autocast(batch.device.type, enabled=False):
-                    self._update(batch, group)
+                    started.append((batch, self._update(batch, group)))
+                # The last sums of a sharded batch travel while the next one computes.
+                _finish(started, keep=1 if batch.shards.count > 1 else 0)
+        _finish(started, keep=0)
         return loss
 
-    def _update(self, batch: Batch, group: dict[str, Any]) -> None:
-        """Step a batch of parameters."""
+    def _update(self, batch: Batch, group: dict[str, Any]) -> Callable[[], None]:
+        """Step a batch of parameters, all but what waits for other processes: that is what is returned."""
         raise NotImplementedError
 
     def _init_group(
@@ -258,8 +262,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         _require_number(group, "scale", group["scale"])
         _require_choice(group, "compress", "both", "first", "second")
 
-    def _update(self, batch: Batch, group: dict[str, Any]) -> None:
-        adam(
+    def _update(self, batch: Batch, group: dict[str, Any]) -> Callable[[], None]:
+        return adam(
             batch, VARIANTS[group["variant"]], betas=group["betas"], lr=_lr(group),
             scale=group["scale"] if batch.low_rank else 1.0, eps=group["eps"],
             weight_decay=group["weight_decay"],
@@ -360,17 +364,16 @@ class LoRAPreMuon(LoRAPreOptimizer):
             if group[name] is not None or name == "adamw_eps":
                 _require_number(group, name, group[name])
 
-    def _update(self, batch: Batch, group: dict[str, Any]) -> None:
+    def _update(self, batch: Batch, group: dict[str, Any]) -> Callable[[], None]:
         lr, variant = _lr(group), VARIANTS[group["variant"]]
         if not batch.low_rank:
             weight_decay = group["weight_decay"]
             if group["rank"] is not None and group["adamw_weight_decay"] is not None:
                 weight_decay = group["adamw_weight_decay"]
-            adam(
+            return adam(
                 batch, variant, betas=group["adamw_betas"], lr=lr * group["dense_ratio"], scale=1.0,
                 eps=group["adamw_eps"], weight_decay=weight_decay,
             )  # fmt: skip
-            return
         mu, tracker = group["momentum"], variant.tracker
         B, A = batch.read("m_B"), batch.read("m_A")
         everything = slice(None)
@@ -385,9 +388,22 @@ class LoRAPreMuon(LoRAPreOptimizer):
         batch.descend(everything, update.float(), lr * scale, 1 - lr * group["weight_decay"])
         # The sum m is the EMA of g / (1 - mu), which the factors follow; the sum is never debiased.
         rate = mu if tracker is factors.SUBSPACE else 1 - math.sqrt(mu)
-        B, A = factors.track(tracker, B, A, g / (1 - mu), rate, batch.shards)
-        batch.write("m_B", B)
-        batch.write("m_A", A)
+        tracked = factors.start_tracking(tracker, B, A, g / (1 - mu), rate, batch.shards)
+
+        def finish() -> None:
+            new_B, new_A = tracked()
+            batch.write("m_B", new_B)
+            batch.write("m_A", new_A)
+
+        return finish
+
+
+def _finish(started: list[tuple[Batch, Callable[[], None]]], *, keep: int) -> None:
+    """Finish the batches that have been started, the first ones first, until `keep` of them are left."""
+    while len(started) > keep:
+        batch, finish = started.pop(0)
+        with torch.autocast(batch.device.type, enabled=False):
+            finish()
 
 
 def _start(p: Tensor, group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

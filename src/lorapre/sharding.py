@@ -166,6 +166,10 @@ class MeshShards(Shards):
         """Sum over the processes that hold other rows, in one collective for each mesh dimension of them."""
         return self._sum([i for i, role in self.splits if role == ROWS], parts)
 
+    def send_rows(self, *parts: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        """Start `sum_rows`; what is returned waits for it."""
+        return self._send([i for i, role in self.splits if role == ROWS], parts)
+
     def sum_columns(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Sum over the processes that hold other columns."""
         return self._sum([i for i, role in self.splits if role == COLUMNS], parts)
@@ -226,13 +230,22 @@ class MeshShards(Shards):
         return torch.cat(_exchange(list(back), [hand.shape for hand in hands], group))
 
     def _sum(self, dims: list[int], parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self._send(dims, parts)()
+
+    def _send(self, dims: list[int], parts: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
         if not dims:
-            return parts
+            return lambda: parts
         flat = torch.cat([part.reshape(-1) for part in parts])
-        for i in dims:
+        for i in dims[:-1]:
             dist.all_reduce(flat, group=self.mesh.get_group(i))
-        pieces = torch.split(flat, [part.numel() for part in parts])
-        return tuple(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True))
+        last = dist.all_reduce(flat, group=self.mesh.get_group(dims[-1]), async_op=True)
+
+        def receive() -> tuple[Tensor, ...]:
+            last.wait()
+            pieces = torch.split(flat, [part.numel() for part in parts])
+            return tuple(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True))
+
+        return receive
 
     def _held(self, role: str, coordinates: Mapping[int, int] | None = None) -> Tensor:
         """Indices of the rows or columns held here, or where `coordinates` (mesh dimension -> one) say."""
