@@ -171,7 +171,7 @@ def printed_left(B: Tensor, A: Tensor, TAt: Tensor, gamma: Tensor | float, shard
 
 
 def printed_parts(B: Tensor, L: Tensor, new_B: Tensor, LtT: Tensor) -> tuple[Tensor, ...]:
-    """What `printed_right` wants summed over rows: L^T T (..., r, q), L^T L (..., r, r), ||B||; L = unit(B)."""
+    """What `printed_right` wants of all rows: L^T T (..., r, q), L^T L (..., r, r), ||B||; L = unit(B)."""
     return LtT, gram(L), (B * L).sum((-2, -1), keepdim=True)
 
 
