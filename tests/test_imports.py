@@ -21,9 +21,9 @@ LAYERS: dict[str, set[str]] = {
     "rounding": set(),
     "sharding": {"factors"},
     "kernels": set(),
-    "moments": {"factors", "rules", "groups", "sharding"},
+    "moments": {"factors", "rules", "groups", "rounding", "sharding"},
     "optimizers": {"factors", "rules", "groups", "moments", "rounding", "sharding", "kernels"},
-    "release": {"optimizers"},
+    "release": {"optimizers", "sharding"},
     "__init__": {"optimizers", "groups", "report", "release"},
 }
 

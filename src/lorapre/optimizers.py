@@ -3,7 +3,7 @@
 import functools
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class LoRAPreOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
+        """Update every parameter that has a gradient, but for one that `gradient_release` has updated.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -38,7 +38,28 @@ class LoRAPreOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        parts = []
+        first = 0
         for number, group in enumerate(self.param_groups):
+            # Between construction and here, DeepSpeed puts one vector in the place of all weights of a group.
+            if self._matrices.get(number) and all(p.ndim < 2 for p in group["params"]):
+                raise RuntimeError(
+                    f"the matrices of group {number} have been replaced by flat vectors, as DeepSpeed ZeRO "
+                    f"does; {sharding.REMEDY}"
+                )
+            parts.append((group, range(first, first + len(group["params"]))))
+            first += len(group["params"])
+        self._step(parts)
+        return loss
+
+    @torch.no_grad()
+    def _step(self, parts: Sequence[tuple[dict[str, Any], Sequence[int]]]) -> None:
+        """Step groups, or copies of groups with fewer parameters.
+
+        Args:
+            parts: (group, positions of its parameters among all of the optimizer) pairs.
+        """
+        for group, _ in parts:
             for index, p in enumerate(group["params"]):
                 if p.grad is not None and p.grad.layout is not torch.strided:
                     raise RuntimeError(
@@ -47,26 +68,20 @@ class LoRAPreOptimizer(Optimizer):
                     )
                 if why := sharding.refusal(p, group["flatten"]):
                     raise RuntimeError(f"{_name(group, index)} {why}")
-            # Between construction and here, DeepSpeed puts one vector in the place of all weights of a group.
-            if self._matrices.get(number) and all(p.ndim < 2 for p in group["params"]):
-                raise RuntimeError(
-                    f"the matrices of group {number} have been replaced by flat vectors, as DeepSpeed ZeRO "
-                    f"does; {sharding.REMEDY}"
-                )
         started: list[tuple[Batch, Callable[[], None]]] = []
-        for group in self.param_groups:
+        for group, positions in parts:
             weights: list[Tensor] = []
             grads: list[Tensor] = []
             state: list[Tensor] = []
             self._init_group(group, weights, grads, state)
-            for batch in batches(group, weights, grads, state):
+            held = [i for i, p in zip(positions, group["params"], strict=True) if _waits(p)]
+            for batch in batches({**group, "positions": held}, weights, grads, state):
                 batch.begin(group["nonfinite"])
                 with torch.autocast(batch.device.type, enabled=False):
                     started.append((batch, self._update(batch, group)))
                 # The last sums of a sharded batch travel while the next one computes.
                 _finish(started, keep=1 if batch.shards.count > 1 else 0)
         _finish(started, keep=0)
-        return loss
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> Callable[[], None]:
         """Step a batch of parameters, all but what waits for other processes: that is what is returned."""
@@ -81,7 +96,7 @@ class LoRAPreOptimizer(Optimizer):
         filled as the graph's inputs.
         """
         for p in group["params"]:
-            if p.grad is None:
+            if not _waits(p):
                 continue
             own = self.state[p]
             shapes = state_shapes(group, p.shape)
@@ -147,6 +162,7 @@ class LoRAPreOptimizer(Optimizer):
         _require(group, "seed", _is_integer(seed) and seed >= 0, "an integer >= 0")
         _require_choice(group, "variant", *VARIANTS)
         _require_choice(group, "nonfinite", "propagate", "skip")
+        _require_choice(group, "stochastic_rounding", False, True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied optimizer; options it did not know take their defaults."""
@@ -223,7 +239,11 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         maximize: ascend instead.
         nonfinite: what a NaN or infinite gradient does: "propagate" as in torch, or "skip" the step of that
             weight, which is counted in its state as `skipped` without waiting for the device.
-        seed: of the random start; the start depends on it and on the shape of the weight, on nothing else.
+        stochastic_rounding: round bfloat16 weights up or down at random with the right mean, so that updates
+            too small for bfloat16 are not lost. Takes no memory; the same seed gives the same weights, in a
+            resumed run too. Weights of other dtypes are not affected.
+        seed: of the random start, which depends on it and on the shape of the weight, on nothing else, and of
+            the stochastic rounding.
 
     Raises:
         ValueError: an option is out of range; the message names it.
@@ -248,11 +268,13 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         compress: str = "both",
         maximize: bool = False,
         nonfinite: str = "propagate",
+        stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, scale=scale, variant=variant,
-            compress=compress, maximize=maximize, nonfinite=nonfinite, seed=seed, flatten=False,
+            compress=compress, maximize=maximize, nonfinite=nonfinite,
+            stochastic_rounding=stochastic_rounding, seed=seed, flatten=False,
         )  # fmt: skip
         super().__init__(params, defaults)
 
@@ -298,6 +320,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
             unless it names its own, as `lorapre.param_groups` does for norms and biases.
         maximize: ascend instead.
         nonfinite: as in `LoRAPreAdamW`.
+        stochastic_rounding: as in `LoRAPreAdamW`.
         seed: as in `LoRAPreAdamW`.
 
     Raises:
@@ -326,14 +349,15 @@ class LoRAPreMuon(LoRAPreOptimizer):
         adamw_weight_decay: float | None = None,
         maximize: bool = False,
         nonfinite: str = "propagate",
+        stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
         defaults = dict(
             lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
             ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn, rank=rank,
             variant=variant, adamw_lr=adamw_lr, adamw_betas=adamw_betas, adamw_eps=adamw_eps,
-            adamw_weight_decay=adamw_weight_decay, maximize=maximize, nonfinite=nonfinite, seed=seed,
-            flatten=False, dense_ratio=1.0,
+            adamw_weight_decay=adamw_weight_decay, maximize=maximize, nonfinite=nonfinite,
+            stochastic_rounding=stochastic_rounding, seed=seed, flatten=False, dense_ratio=1.0,
         )  # fmt: skip
         super().__init__(params, defaults)
 
@@ -442,6 +466,11 @@ def _state_dtype(p: Tensor, name: str) -> torch.dtype:
     return wide(p.dtype) if name in ("exp_avg", "exp_avg_sq") else torch.float32
 
 
+def _waits(p: Tensor) -> bool:
+    """Whether p has a gradient to step; what `lorapre.release` leaves in the place of one is none."""
+    return p.grad is not None and not hasattr(p.grad, "lorapre_released")
+
+
 def _lr(group: dict[str, Any]) -> float | Tensor:
     lr = group["lr"]
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
@@ -493,7 +522,7 @@ def _require(group: dict[str, Any], name: str, condition: bool, wanted: str) -> 
         raise ValueError(f"{name} must be {wanted}, but is {group[name]!r}")
 
 
-def _require_choice(group: dict[str, Any], name: str, *choices: str | None) -> None:
+def _require_choice(group: dict[str, Any], name: str, *choices: str | bool | None) -> None:
     _require(group, name, group[name] in choices, f"one of {', '.join(map(repr, choices))}")
 
 
