@@ -1,0 +1,496 @@
+"""Triton kernels for the two sweeps of a step of Adam over the gradients of a group of same-shaped weights.
+
+Optional: nothing here is needed where `why_not` gives a reason, and then the caller takes the eager path,
+which is the specification. This is the only module that imports triton; import it where it is used, so that
+`import lorapre` does not load a compiler.
+
+    reason = kernels.why_not(weights, grads, rank)
+    rows = kernels.row_sweep(weights, grads, first, second, decay=..., lr=..., eps=...)      W in place, T A^T
+    columns = kernels.column_sweep(grads, first_basis, second_basis)                         L^T T
+
+T is the gradient g for the first moment (m) and |g| for the second (v). A group is N matrices (p, q). Where
+tensors are asked for as `Matrices`, each is (p, q) or, as fused experts are, (E, p, q), which counts as E
+matrices; so N matrices may also come stacked, as one tensor. Per-matrix numbers are floats or tensors that
+hold one or N elements. Every sweep is one launch for the group (two where the rank is above 128), whose
+addresses travel in a table on the device. Nothing waits for the device, everything can be captured in a CUDA
+graph, and nothing depends on the order in which programs run: sums are never formed by atomics.
+
+Precision: everything is float32 but the products with a bfloat16 gradient, for which the other operand is
+rounded to bfloat16 and the sum kept in float32, and products with TF32 operands where the gradient is
+bfloat16 or float16. TF32 has float16's mantissa and float32's range: it holds such a gradient exactly and
+rounds a factor no more coarsely than the gradient itself was rounded. With a float32 gradient it would be the
+largest error of the step, so that products are then split in three (tf32x3).
+"""
+
+import functools
+import types
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # `why_not` says so, and what is below is never called
+    triton = None
+    tl = types.SimpleNamespace(constexpr=None)
+
+_jit: Any = triton.jit if triton else lambda function: function
+
+Matrices: TypeAlias = Sequence[Tensor]  # of one shape each, (p, q) or (E, p, q)
+Numbers: TypeAlias = float | Tensor  # one for all matrices, or one per matrix
+
+MAX_RANK = 512
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Factors(NamedTuple):
+    """A factorised moment, keep (B A) + fresh g or, as the second, keep (row B A column)**2 + fresh g**2."""
+
+    B: Matrices  # (p, r), float32, contiguous
+    A: Matrices  # (r, q), float32, contiguous
+    keep: Numbers
+    fresh: Numbers
+    row: Tensor | None = None  # (N, p), for the second moment only
+    column: Tensor | None = None  # (N, q)
+
+
+class Dense(NamedTuple):
+    """A moment kept in full, updated in place and taken divided by `correction`."""
+
+    ema: Matrices  # (p, q), float32, contiguous
+    beta: float
+    correction: Numbers
+
+
+class RowSweep(NamedTuple):
+    """What `row_sweep` gathers, float32; moments in the order m, v, dense ones left out."""
+
+    TAt: Tensor  # (moments, N, p, r)
+    row_sums: Tensor | None  # (N, p), of g**2
+
+
+class ColumnSweep(NamedTuple):
+    """What `column_sweep` gathers, float32; moments in the order m, v, those without a basis left out."""
+
+    LtT: Tensor  # (moments, N, r, q)
+    column_sums: Tensor | None  # (N, q), of g**2
+
+
+def why_not(weights: Matrices, grads: Matrices, rank: int) -> str | None:
+    """Why the kernels cannot take these weights, for a warning, or None where they can."""
+    device = weights[0].device
+    if torch.compiler.is_compiling():
+        return "inside torch.compile the eager path is compiled instead"
+    if triton is None:
+        return "Triton is not installed"
+    if device.type != "cuda" and not _interpreted():
+        return f"the weights are on {device.type}, and the kernels are for CUDA and ROCm devices"
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if rank > MAX_RANK:
+        return f"rank {rank} is above {MAX_RANK}"
+    for name, tensors in (("weight", weights), ("gradient", grads)):
+        first = tensors[0]
+        if first.dtype not in DTYPES:
+            return f"there is no kernel for {name}s in {first.dtype}"
+        if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in tensors):
+            return f"the rows of a {name} are not contiguous"
+        if any((x.stride(-2), x.dtype, x.device) != (first.stride(-2), first.dtype, device) for x in tensors):
+            return f"the {name}s of a group differ in stride, dtype or device"
+    return None
+
+
+def row_sweep(
+    weights: Matrices, grads: Matrices, first: Factors | Dense, second: Factors | Dense, *,
+    decay: Numbers, lr: Numbers, eps: float, sign: float = 1.0, finite: Tensor | None = None,
+    keys: Tensor | None = None, origin: tuple[int, int] = (0, 0), width: int | None = None,
+    row_sums: bool = False,
+) -> RowSweep:  # fmt: skip
+    """The weights <- decay W - lr m / (sqrt(v) + eps), in place, with T A^T gathered on the way.
+
+    Args:
+        weights: (p, q) each; rows contiguous, their stride common to the group, as `why_not` checks.
+        grads: (p, q) each, likewise.
+        first: how m comes about; at least one of the two moments is factorised, and both have one rank.
+        second: how v does.
+        decay: what W keeps, 1 - lr weight_decay.
+        lr: the learning rate with all its factors.
+        eps: as in Adam.
+        sign: -1 to maximise; multiplies g.
+        finite: (N,), bool. Where False, g is taken as zero and neither W nor a dense moment changes.
+        keys: (N,), int64 in [0, 2**32): bfloat16 weights are rounded stochastically, with the bits of
+            `lorapre.rounding`. None rounds to nearest.
+        origin: row and column at which these weights, a shard, lie in their whole matrices; for `keys` only.
+        width: columns of the whole matrices, q unless given; for `keys` only.
+        row_sums: whether to return the sums of g**2 over each row.
+    """
+    (p, q), n, r = weights[0].shape[-2:], _count(weights), _rank(first, second)
+    fused, R, BM, BN, warps, stages = _row_blocks(r)
+    factorised = [x for x in (first, second) if isinstance(x, Factors)]
+    device, kinds = weights[0].device, _kinds(grads[0])
+    splits, span = _split(q, BN, -(-p // BM) * n) if fused else (max(1, -(-q // BN)), BN)
+    TAt = torch.empty((splits, len(factorised), n, p, r) if fused else (0,), device=device)
+    sums = torch.empty((splits, n, p), device=device) if row_sums and fused else None
+    table, aligned = _table(weights, grads, *_arrays(first), *_arrays(second))
+    scales = (second.row, second.column) if isinstance(second, Factors) else (None, None)
+    with torch.cuda.device_of(table):
+        _row_sweep[(-(-p // BM), splits, n)](
+            table, *_numbers(first, n, device), *_numbers(second, n, device), _vector(decay, n, device),
+            _vector(lr, n, device), finite, *scales, keys, TAt, sums,
+            p, q, r, weights[0].stride(-2), grads[0].stride(-2), span, *origin, width or q, sign, eps,
+            W=_tl(weights[0].dtype), **kinds, FIRST=isinstance(first, Factors),
+            SECOND=isinstance(second, Factors), FUSED=fused, ALIGNED=aligned, BM=BM, BN=BN, R=R,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    if fused:
+        return RowSweep(_sum(TAt), None if sums is None else _sum(sums))
+    A = [x.A if isinstance(x, Factors) else None for x in (first, second)]
+    return RowSweep(*_project(grads, *A, sign=sign, finite=finite, sums=row_sums, rows=True))
+
+
+def column_sweep(
+    grads: Matrices, first_basis: Matrices | None, second_basis: Matrices | None, *,
+    sign: float = 1.0, finite: Tensor | None = None, column_sums: bool = False,
+) -> ColumnSweep:  # fmt: skip
+    """L^T g with the basis of the first moment, L^T |g| with that of the second.
+
+    Args:
+        grads: (p, q) each; rows contiguous, their stride common to the group.
+        first_basis: L (p, r) each, contiguous, float32; None where the first moment is dense.
+        second_basis: likewise.
+        sign: as in `row_sweep`.
+        finite: as in `row_sweep`.
+        column_sums: whether to return the sums of g**2 over each column.
+    """
+    return ColumnSweep(*_project(
+        grads, first_basis, second_basis, sign=sign, finite=finite, sums=column_sums, rows=False
+    ))  # fmt: skip
+
+
+def _project(
+    grads: Matrices, first: Matrices | None, second: Matrices | None, *,
+    sign: float, finite: Tensor | None, sums: bool, rows: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """L^T T over the rows of T or, with `rows` and A for L, T A^T over its columns; sums of g**2 likewise."""
+    bases = [x for x in (first, second) if x is not None]
+    (p, q), n = grads[0].shape[-2:], _count(grads)
+    r = bases[0][0].shape[-2 if rows else -1]
+    R = min(_padded(r), 128)
+    BK, BJ, warps, stages = _COLUMN_BLOCKS[R]
+    length, free = (q, p) if rows else (p, q)
+    blocks = -(-free // BJ) * -(-r // R)
+    splits, span = _split(length, BK, blocks * n)
+    device, g_row = grads[0].device, grads[0].stride(-2)
+    out = torch.empty((splits, len(bases), n, *((p, r) if rows else (r, q))), device=device)
+    total = torch.empty((splits, n, free), device=device) if sums else None
+    table, aligned = _table(grads, first, second)
+    with torch.cuda.device_of(table):
+        _column_sweep[(blocks, splits, n)](
+            table, finite, out, total, length, free, r,
+            # Strides of T (length, free), L (length, r) and L^T T (r, free): with `rows`, of the transposes.
+            *((1, g_row, 1, q, 1, r) if rows else (g_row, 1, r, 1, q, 1)), span, sign,
+            **_kinds(grads[0]), FIRST=first is not None, SECOND=second is not None, ALIGNED=aligned,
+            BK=BK, BJ=BJ, R=R, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return _sum(out), None if total is None else _sum(total)
+
+
+# Blocks. Up to a padded rank of 128 a program of the row sweep owns BM rows: it holds its rows of mB and vB and
+# of both sums T A^T, 4 BM R floats in all, of which the 2 BM R of the sums in registers (64 per thread at R =
+# 128), and streams through the columns, so that g is read once for all. Per element of g it reads 8 R / BM
+# bytes of the A's from the L2 cache. Above 128 neither registers nor shared memory hold this with BM large
+# enough for that: the update then loops over the rank in chunks, one (BM, BN) tile a program, as a plain matrix
+# product does, and T A^T is a second launch, in chunks of 128, that reads g again. So nothing grows with r.
+_ROW_BLOCKS = {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 8, 2), 128: (64, 32, 8, 2)}
+_CHUNKED = (64, 64, 64, 8, 2)  # R, BM, BN, warps, stages
+# Rows of T at a time, columns of a program, warps, stages.
+_COLUMN_BLOCKS = {16: (64, 128, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 8, 2), 128: (32, 64, 8, 2)}
+# Where a group has fewer blocks than a large device has processors, programs share a block and their sums are
+# added up afterwards. It depends on the shapes alone, so that results do not depend on the device's size.
+_PROGRAMS = 256
+
+
+def _padded(r: int) -> int:
+    return max(16, 1 << (r - 1).bit_length())
+
+
+def _row_blocks(r: int) -> tuple[bool, int, int, int, int, int]:
+    """(whether T A^T is gathered in the same launch, R, BM, BN, warps, stages)."""
+    R = _padded(r)
+    return (True, R, *_ROW_BLOCKS[R]) if R in _ROW_BLOCKS else (False, *_CHUNKED)
+
+
+def _split(length: int, block: int, programs: int) -> tuple[int, int]:
+    """Into how many parts, of how many elements, a sweep over `length` is cut; a part is 8 blocks or more."""
+    parts = max(1, min(_PROGRAMS // max(1, programs), length // (8 * block)))
+    span = -(-max(1, length) // (parts * block)) * block
+    return max(1, -(-length // span)), span
+
+
+def _sum(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def _interpreted() -> bool:
+    return not isinstance(_row_sweep, triton.JITFunction)
+
+
+def _tl(dtype: torch.dtype) -> Any:
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+def _kinds(g: Tensor) -> dict[str, Any]:
+    """Types of the gradient and of its products, and the precision of products of float32."""
+    exact = "ieee" if torch.version.hip else "tf32x3"
+    coarse = "ieee" if torch.version.hip else "tf32"
+    narrow = tl.bfloat16 if g.dtype == torch.bfloat16 else tl.float32
+    precision = exact if g.dtype == torch.float32 else coarse
+    return {"G": _tl(g.dtype), "D": narrow, "PRECISION": precision, "INTERPRETED": _interpreted()}
+
+
+def _count(tensors: Matrices) -> int:
+    return sum(1 if x.ndim == 2 else x.shape[0] for x in tensors)
+
+
+def _rank(*moments: Factors | Dense) -> int:
+    ranks = {x.B[0].shape[-1] for x in moments if isinstance(x, Factors)}
+    assert len(ranks) == 1, "the factorised moments of a weight have one rank"
+    return ranks.pop()
+
+
+def _arrays(moment: Factors | Dense) -> tuple[Matrices | None, Matrices | None]:
+    return (moment.B, moment.A) if isinstance(moment, Factors) else (moment.ema, None)
+
+
+def _numbers(moment: Factors | Dense, n: int, device: torch.device) -> tuple[Tensor, Tensor | None, float]:
+    """(keep or correction, fresh, 1 - beta)."""
+    if isinstance(moment, Factors):
+        return _vector(moment.keep, n, device), _vector(moment.fresh, n, device), 0.0
+    return _vector(moment.correction, n, device), None, 1 - moment.beta
+
+
+def _vector(x: Numbers, n: int, device: torch.device) -> Tensor:
+    """(N,) float32 on the device."""
+    if not isinstance(x, Tensor):
+        return torch.full((n,), x, dtype=torch.float32, device=device)
+    return x.to(device, torch.float32, non_blocking=True).reshape(-1).expand(n).contiguous()
+
+
+def _table(*arrays: Matrices | None) -> tuple[Tensor, bool]:
+    """Addresses of all matrices (N, arrays) on the device, 0 for None, and whether all rows are aligned."""
+    columns, aligned, n = [], True, _count(arrays[0] or ())
+    for array in arrays:
+        column = []
+        for x in array or ():
+            row, step = x.stride(-2) * x.itemsize, (x.stride(0) if x.ndim == 3 else 0) * x.itemsize
+            first = x.data_ptr()
+            column += [first + step * e for e in range(1 if x.ndim == 2 else x.shape[0])]
+            aligned = aligned and not (first | row | step) % 16
+        columns.append(column or [0] * n)
+    device = arrays[0][0].device if arrays[0] else torch.device("cpu")
+    addresses = tuple(address for matrix in zip(*columns, strict=True) for address in matrix)
+    if device.type != "cuda":
+        return _upload(addresses, device, 0), aligned
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            # Its own, filled at every replay: one from the cache may be gone by then, or not be filled yet.
+            return _upload.__wrapped__(addresses, device, 0), aligned
+    return _upload(addresses, device, torch.cuda.current_stream(device).cuda_stream), aligned
+
+
+@functools.lru_cache(maxsize=256)
+def _upload(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """The addresses on the device, (count,), int64; the same ones are not sent again in a steady loop.
+
+    They travel as arguments of a kernel: no host memory has to live on for it, no host waits for it, and a
+    CUDA graph holds them. On another stream the table might be read before it is written, hence `stream`.
+    """
+    table = torch.zeros(len(addresses), dtype=torch.int64, device=device)
+    torch._foreach_add_(list(table.unbind()), list(addresses))
+    return table
+
+
+@_jit
+def _array(table, n, k: tl.constexpr, arrays: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where the k-th array of matrix n begins."""
+    address = tl.load(table + n * arrays + k)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address.to(tl.pointer_type(dtype))
+
+
+@_jit
+def _tile(base, i, j, rows, columns, row_stride, column_stride):
+    """Rows i and columns j, zero outside of (rows, columns)."""
+    at = i.to(tl.int64)[:, None] * row_stride + j.to(tl.int64)[None, :] * column_stride
+    return tl.load(base + at, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0)
+
+
+@_jit
+def _operand(x, D: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x in the type D of a product; the interpreter cannot multiply bfloat16, but can round to it."""
+    x = x.to(D)
+    return x.to(tl.float32) if INTERPRETED else x
+
+
+@_jit
+def _noisy(x, index, key):
+    """x rounded to a bfloat16 above or below, with the bits of `lorapre.rounding`; inf and NaN stay."""
+    h = (index * 0x9E3779B1) ^ key
+    h ^= h >> 16
+    h *= 0x7FEB352D
+    h ^= h >> 15
+    h *= 0x846CA68B
+    h ^= h >> 16
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = ((bits + (h & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.where((bits & 0x7F800000) == 0x7F800000, x, rounded)
+
+
+@_jit
+def _product(B, A, i, j, p, q, r, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
+    """Rows i and columns j of B A, in chunks of the rank."""
+    out = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, r, R):
+        k = start + tl.arange(0, R)
+        out = tl.dot(_tile(B, i, k, p, r, r, 1), _tile(A, k, j, r, q, q, 1), out, input_precision=PRECISION)
+    return out
+
+
+@_jit
+def _row_sweep(
+    table, keep_m, fresh_m, weight_m, keep_v, fresh_v, weight_v, decay, lr, finite, row, column, keys, TAt, sums,
+    p, q, r, w_stride, g_stride, span, row0, column0, width, sign, eps,
+    W: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, FIRST: tl.constexpr,
+    SECOND: tl.constexpr, FUSED: tl.constexpr, ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    R: tl.constexpr,
+):  # fmt: skip
+    """BM rows of matrix n by `span` columns; see `row_sweep` and the table of blocks."""
+    n = tl.program_id(2).to(tl.int64)
+    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    start = tl.program_id(1) * span
+    k = tl.arange(0, R)
+    weight = _array(table, n, 0, 6, W, ALIGNED)
+    grad = _array(table, n, 1, 6, G, ALIGNED)
+    mB = _array(table, n, 2, 6, tl.float32, ALIGNED)  # or the dense moment
+    mA = _array(table, n, 3, 6, tl.float32, ALIGNED)
+    vB = _array(table, n, 4, 6, tl.float32, ALIGNED)
+    vA = _array(table, n, 5, 6, tl.float32, ALIGNED)
+    alive = True if finite is None else tl.load(finite + n) != 0
+    if FUSED and FIRST:
+        mB_rows = _tile(mB, i, k, p, r, r, 1)
+        m_sum = tl.zeros((BM, R), tl.float32)
+    if FUSED and SECOND:
+        vB_rows = _tile(vB, i, k, p, r, r, 1)
+        v_sum = tl.zeros((BM, R), tl.float32)
+    squares = tl.zeros((BM,), tl.float32)
+    if row is not None:
+        scale = tl.load(row + n * p + i, mask=i < p, other=0.0)
+    for block in range(start, tl.minimum(start + span, q), BN):
+        j = block + tl.arange(0, BN)
+        inside = (i < p)[:, None] & (j < q)[None, :]
+        write = inside & alive
+        g = tl.load(grad + i.to(tl.int64)[:, None] * g_stride + j[None, :], mask=inside, other=0.0)
+        g = tl.where(alive, g.to(tl.float32) * sign, 0.0)
+        squares += tl.sum(g * g, 1)
+
+        if not FIRST:
+            at = mB + i.to(tl.int64)[:, None] * q + j[None, :]
+            old = tl.load(at, mask=inside, other=0.0)
+            new = old + weight_m * (g - old)
+            tl.store(at, new, mask=write)
+            m = new / tl.load(keep_m + n)
+        else:
+            if FUSED:
+                A = _tile(mA, k, j, r, q, q, 1)
+                m = tl.dot(mB_rows, A, input_precision=PRECISION)
+                m_sum = tl.dot(_operand(g, D, INTERPRETED), tl.trans(_operand(A, D, INTERPRETED)), m_sum, input_precision=PRECISION)
+            else:
+                m = _product(mB, mA, i, j, p, q, r, BM, BN, R, PRECISION)
+            m = tl.load(keep_m + n) * m + tl.load(fresh_m + n) * g
+
+        if not SECOND:
+            at = vB + i.to(tl.int64)[:, None] * q + j[None, :]
+            old = tl.load(at, mask=inside, other=0.0)
+            new = old + weight_v * (g * g - old)
+            tl.store(at, new, mask=write)
+            v = new / tl.load(keep_v + n)
+        else:
+            if FUSED:
+                A = _tile(vA, k, j, r, q, q, 1)
+                v = tl.dot(vB_rows, A, input_precision=PRECISION)
+                v_sum = tl.dot(_operand(tl.abs(g), D, INTERPRETED), tl.trans(_operand(A, D, INTERPRETED)), v_sum, input_precision=PRECISION)
+            else:
+                v = _product(vB, vA, i, j, p, q, r, BM, BN, R, PRECISION)
+            if row is not None:
+                v = scale[:, None] * v * tl.load(column + n * q + j, mask=j < q, other=0.0)[None, :]
+            v = tl.load(keep_v + n) * v * v + tl.load(fresh_v + n) * g * g
+
+        at = weight + i.to(tl.int64)[:, None] * w_stride + j[None, :]
+        new = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        new = tl.load(decay + n) * new - tl.load(lr + n) * m / (tl.sqrt(v) + eps)
+        if keys is not None:
+            index = (row0 + i).to(tl.uint32)[:, None] * width.to(tl.uint32) + (column0 + j).to(tl.uint32)[None, :]
+            new = _noisy(new, index, tl.load(keys + n).to(tl.uint32))
+        tl.store(at, new.to(W), mask=write)
+
+    if FUSED:
+        group = tl.num_programs(2).to(tl.int64)
+        at = (tl.program_id(1) * (FIRST + SECOND) * group + n) * p + i
+        at = at[:, None] * r + k[None, :]
+        mask = (i < p)[:, None] & (k < r)[None, :]
+        if FIRST:
+            tl.store(TAt + at, m_sum, mask=mask)
+        if SECOND:
+            tl.store(TAt + at + FIRST * group * p * r, v_sum, mask=mask)
+        if sums is not None:
+            tl.store(sums + (tl.program_id(1) * group + n) * p + i, squares, mask=i < p)
+
+
+@_jit
+def _column_sweep(
+    table, finite, out, sums, length, free, r, g_length, g_free, L_length, L_rank, out_rank, out_free, span, sign,
+    G: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    ALIGNED: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Of matrix n, R rows by BJ columns of L^T T (r, free), summed over `span` of T's `length`; see `_project`."""
+    n = tl.program_id(2).to(tl.int64)
+    chunks = tl.cdiv(r, R)  # neighbours read the same T
+    chunk = tl.program_id(0) % chunks
+    k = chunk * R + tl.arange(0, R)
+    j = tl.program_id(0) // chunks * BJ + tl.arange(0, BJ)
+    start = tl.program_id(1) * span
+    grad = _array(table, n, 0, 3, G, ALIGNED)
+    first = _array(table, n, 1, 3, tl.float32, ALIGNED)
+    second = _array(table, n, 2, 3, tl.float32, ALIGNED)
+    alive = True if finite is None else tl.load(finite + n) != 0
+    if FIRST:
+        m_sum = tl.zeros((R, BJ), tl.float32)
+    if SECOND:
+        v_sum = tl.zeros((R, BJ), tl.float32)
+    squares = tl.zeros((BJ,), tl.float32)
+    for block in range(start, tl.minimum(start + span, length), BK):
+        i = block + tl.arange(0, BK)
+        g = _tile(grad, i, j, length, free, g_length, g_free).to(tl.float32)
+        g = tl.where(alive, g * sign, 0.0)
+        squares += tl.sum(g * g, 0)
+        if FIRST:
+            L = _operand(_tile(first, i, k, length, r, L_length, L_rank), D, INTERPRETED)
+            m_sum = tl.dot(tl.trans(L), _operand(g, D, INTERPRETED), m_sum, input_precision=PRECISION)
+        if SECOND:
+            L = _operand(_tile(second, i, k, length, r, L_length, L_rank), D, INTERPRETED)
+            v_sum = tl.dot(tl.trans(L), _operand(tl.abs(g), D, INTERPRETED), v_sum, input_precision=PRECISION)
+    group = tl.num_programs(2).to(tl.int64)
+    at = (tl.program_id(1) * (FIRST + SECOND) * group + n) * r * free
+    at += k.to(tl.int64)[:, None] * out_rank + j.to(tl.int64)[None, :] * out_free
+    mask = (k < r)[:, None] & (j < free)[None, :]
+    if FIRST:
+        tl.store(out + at, m_sum, mask=mask)
+    if SECOND:
+        tl.store(out + at + FIRST * group * r * free, v_sum, mask=mask)
+    if sums is not None and chunk == 0:
+        tl.store(sums + (tl.program_id(1) * group + n) * free + j, squares, mask=j < free)
