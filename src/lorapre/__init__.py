@@ -2,7 +2,8 @@
 
 from lorapre.groups import param_groups
 from lorapre.optimizers import LoRAPreAdamW, LoRAPreMuon
+from lorapre.release import gradient_release
 from lorapre.report import coverage
 
-__all__ = ["LoRAPreAdamW", "LoRAPreMuon", "coverage", "param_groups"]
+__all__ = ["LoRAPreAdamW", "LoRAPreMuon", "coverage", "gradient_release", "param_groups"]
 __version__ = "0.1.0"

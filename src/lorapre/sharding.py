@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -69,6 +69,40 @@ def refusal(p: Tensor, flatten: bool) -> str | None:
         if pixels and dim == 1 and p.shape[1] % count:
             return f"is a convolution with {p.shape[1]} inputs on {count} processes; shard its outputs"
     return None
+
+
+def spread(model: nn.Module) -> str | None:
+    """What spreads the training of a model over processes; None if nothing does."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
+
+    kinds = (nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+    for module in model.modules():
+        for kind in kinds:
+            if isinstance(module, kind):
+                return f"a module of torch's {kind.__name__}"
+    for name, p in model.named_parameters():
+        if isinstance(p, DTensor):
+            return f"a DTensor, {name!r}"
+        if why := refusal(p, flatten=False):
+            return f"{name!r}, which {why}"
+    return processes()
+
+
+def processes() -> str | None:
+    """How many processes train together; None if this one is alone."""
+    count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return f"{count} processes of torch.distributed" if count > 1 else None
+
+
+def experts(p: Tensor, flatten: bool) -> Tensor:
+    """Which of the matrices of p are held here, (E,)."""
+    fused = p.ndim == 3 and not flatten
+    held = torch.arange(p.shape[0] if fused else 1, device=local(p).device)
+    if isinstance(p, DTensor) and fused:
+        splits = [i for i, placement in enumerate(p.placements) if getattr(placement, "dim", None) == 0]
+        for i in _outer_first(p.placements, splits):
+            held = _chunk(held, p.device_mesh.size(i), p.device_mesh.get_local_rank(i))
+    return held
 
 
 def held(p: Tensor, flatten: bool, name: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -1,0 +1,201 @@
+"""The update inside the backward pass: each gradient is used as soon as it is complete, and freed at once.
+
+What takes its place until `zero_grad()` is a tensor without memory that refuses to be used: whoever needs
+the gradients of all weights together, or those of several backward passes, learns it at the first attempt.
+"""
+
+import math
+import numbers
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from lorapre import sharding
+from lorapre.optimizers import LoRAPreOptimizer
+
+__all__ = ["GradientRelease", "gradient_release"]
+
+
+class GradientRelease:
+    """Handle of `gradient_release`; as a context manager it removes itself at the end."""
+
+    def __init__(self, weights: Sequence[Tensor], hooks: Sequence[RemovableHandle]) -> None:
+        self._weights, self._hooks = weights, hooks
+
+    def remove(self) -> None:
+        """Leave the gradients to `optimizer.step()` again; what is left of the last ones is cleared."""
+        for hook in self._hooks:
+            hook.remove()
+        for p in self._weights:
+            if isinstance(p.grad, Released):
+                p.grad = None
+
+    def __enter__(self) -> "GradientRelease":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def gradient_release(
+    model: nn.Module, optimizer: LoRAPreOptimizer, max_norm: float | None = None
+) -> GradientRelease:
+    """Update every weight inside the backward pass, as soon as its gradient is complete, and free that.
+
+    Training loops keep their form: `optimizer.step()` finds nothing to do, schedulers, closures, checkpoints
+    and `coverage` go on as before. A backward pass takes the learning rates that the groups have then.
+
+    What needs the gradients of several backward passes, or of all weights at once, is impossible and raises
+    a RuntimeError: accumulating gradients, a second pass through a retained graph, clipping by the global
+    norm or by value, GradScaler (which has let the first pass update by scaled gradients then), and a weight
+    used in more than one reentrant checkpoint. Weights that are frozen now, or not in `optimizer`, keep their
+    gradients.
+
+    Args:
+        model: trained on this process alone: DistributedDataParallel, FSDP and tensor parallelism are
+            refused.
+        optimizer: `LoRAPreAdamW` or `LoRAPreMuon`, whose parameters are the model's.
+        max_norm: scale the gradient of each weight down to this norm before its update, as
+            `torch.nn.utils.clip_grad_norm_` does for one weight. Not the same as clipping them all together.
+
+    Returns:
+        A handle with `remove()`.
+
+    Raises:
+        TypeError: `model` or `optimizer` is something else, for instance accelerate's wrapper.
+        ValueError: an argument is out of range, a parameter of the optimizer is not the model's or is updated
+            in the backward pass already, or the model is spread over processes. Nothing has changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizer, LoRAPreOptimizer):
+        raise TypeError(
+            "optimizer must be a LoRAPreAdamW or LoRAPreMuon itself, before anything wraps it, got "
+            f"{type(optimizer).__name__}"
+        )
+    if max_norm is not None and not (isinstance(max_norm, numbers.Real) and 0 < max_norm < math.inf):
+        raise ValueError(f"max_norm must be a finite number > 0 or None, but is {max_norm!r}")
+    if what := sharding.spread(model):
+        raise ValueError(f"model must be on this process alone for gradient_release, but has {what}")
+    name_of = {p: name for name, p in model.named_parameters()}
+    updates: list[tuple[Tensor, _Update]] = []
+    position = 0
+    for number, group in enumerate(optimizer.param_groups):
+        for index, p in enumerate(group["params"]):
+            if p not in name_of:
+                raise ValueError(
+                    f"optimizer: parameter {index} of group {number}, of shape {tuple(p.shape)}, is not one "
+                    "of model's"
+                )
+            if any(isinstance(hook, _Update) for hook in (p._post_accumulate_grad_hooks or {}).values()):
+                raise ValueError(
+                    f"optimizer: {name_of[p]!r} is updated in the backward pass already; remove() that "
+                    "handle first"
+                )
+            if p.requires_grad:
+                updates.append((p, _Update(optimizer, number, index, position, name_of[p], max_norm)))
+            position += 1
+    hooks = [p.register_post_accumulate_grad_hook(update) for p, update in updates]  # type: ignore[no-untyped-call]
+    return GradientRelease([p for p, _ in updates], hooks)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """The hook of one weight."""
+
+    optimizer: LoRAPreOptimizer
+    number: int  # of its group, which loading a checkpoint replaces
+    index: int  # in the group
+    position: int  # among all parameters of the optimizer
+    name: str
+    max_norm: float | None
+
+    def __call__(self, p: Tensor) -> None:
+        if p.grad is None:
+            return
+        if p.grad.requires_grad:
+            raise RuntimeError("gradient_release: backward(create_graph=True) needs the gradients later on")
+        if what := sharding.processes():
+            raise RuntimeError(
+                f"gradient_release: {self.name!r} must be on this process alone, but has {what}"
+            )
+        if self.max_norm is not None:
+            nn.utils.clip_grad_norm_([p], self.max_norm)
+        group = self.optimizer.param_groups[self.number]
+        part = {**group, "params": [p]}
+        if "param_names" in group:
+            part["param_names"] = [group["param_names"][self.index]]
+        self.optimizer._step([(part, [self.position])])
+        p.grad = Released(p, self.name)
+
+
+class Released(Tensor):
+    """In the place of a gradient that has been used: its shape, type and device, but no memory.
+
+    Setting it to zero removes it. Any other operation raises, but for what `clip_grad_norm_` does where
+    `max_norm` is infinite, which transformers' Trainer calls for its log: it finds an infinite norm, which is
+    above any finite `max_norm`, and multiplies by inf / inf.
+    """
+
+    lorapre_released = True  # what `optimizers` knows it by
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    parameter: Callable[[], Tensor | None]
+    weight: str  # its name
+
+    @staticmethod
+    def __new__(cls, p: Tensor, name: str) -> "Released":
+        """The stand-in for the gradient of p."""
+        released: Released = Tensor._make_wrapper_subclass(cls, p.shape, dtype=p.dtype, device=p.device)
+        released.parameter, released.weight = weakref.ref(p), name
+        return released
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        operation = func._schema.name.removeprefix("aten::")
+        released = [x for x in tree_leaves((args, kwargs)) if isinstance(x, cls)]
+        if operation in ("zero_", "_foreach_zero_"):  # zero_grad(set_to_none=False)
+            for x in released:
+                if (p := x.parameter()) is not None and p.grad is x:
+                    p.grad = None
+            return args[0]
+        if operation == "linalg_vector_norm" and len(args) < 3:  # of all elements
+            return torch.full((), math.inf, dtype=args[0].dtype, device=args[0].device)
+        if operation == "mul_" and isinstance(args[1], Tensor) and args[1].isnan():
+            return args[0]
+        remedy = next((text for part, text in _REMEDIES.items() if part in operation), _OTHERWISE)
+        raise RuntimeError(
+            f"gradient_release has updated {released[0].weight!r} in the backward pass and freed its "
+            f"gradient, which {operation} needs. {remedy}"
+        )
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Released(gradient of {self.weight!r}, used in the backward pass)"
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """The copy of a weight has no gradient."""
+
+
+_REMEDIES = {  # by part of the name of an operation
+    "add": "A second backward pass needs zero_grad() before it: gradients cannot be accumulated, nor a graph "
+    "be retained. Use larger batches and gradient_accumulation_steps=1.",
+    "_amp_": "GradScaler cannot be used, the update by the scaled gradient is done: train in bfloat16.",
+    **dict.fromkeys(
+        ("norm", "mul", "clamp"),
+        "Gradients cannot be clipped after the update: gradient_release(..., max_norm=...) clips each one "
+        "before. In transformers set max_grad_norm=0.",
+    ),
+}
+_OTHERWISE = (
+    "Call zero_grad() first, read gradients in a hook that is registered before, or remove() the handle."
+)
