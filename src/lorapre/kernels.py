@@ -98,7 +98,7 @@ def why_not(weights: Matrices, grads: Matrices, rank: int) -> str | None:
             return f"there is no kernel for {name}s in {first.dtype}"
         if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in tensors):
             return f"the rows of a {name} are not contiguous"
-        if any((x.stride(-2), x.dtype, x.device) != (first.stride(-2), first.dtype, device) for x in tensors):
+        if any((_stride(x), x.dtype, x.device) != (_stride(first), first.dtype, device) for x in tensors):
             return f"the {name}s of a group differ in stride, dtype or device"
     return None
 
@@ -128,7 +128,7 @@ def row_sweep(
         row_sums: whether to return the sums of g**2 over each row.
     """
     (p, q), n, r = weights[0].shape[-2:], _count(weights), _rank(first, second)
-    fused, R, BM, BN, warps, stages = _row_blocks(r)
+    fused, R, BM, BN, warps, stages = _row_blocks(r, _exact(grads[0]))
     factorised = [x for x in (first, second) if isinstance(x, Factors)]
     device, kinds = weights[0].device, _kinds(grads[0])
     splits, span = _split(q, BN, -(-p // BM) * n) if fused else (max(1, -(-q // BN)), BN)
@@ -140,7 +140,7 @@ def row_sweep(
         _row_sweep[(-(-p // BM), splits, n)](
             table, *_numbers(first, n, device), *_numbers(second, n, device), _vector(decay, n, device),
             _vector(lr, n, device), finite, *scales, keys, TAt, sums,
-            p, q, r, weights[0].stride(-2), grads[0].stride(-2), span, *origin, width or q, sign, eps,
+            p, q, r, _stride(weights[0]), _stride(grads[0]), span, *origin, width or q, float(sign), eps,
             W=_tl(weights[0].dtype), **kinds, FIRST=isinstance(first, Factors),
             SECOND=isinstance(second, Factors), FUSED=fused, ALIGNED=aligned, BM=BM, BN=BN, R=R,
             num_warps=warps, num_stages=stages,
@@ -179,11 +179,11 @@ def _project(
     (p, q), n = grads[0].shape[-2:], _count(grads)
     r = bases[0][0].shape[-2 if rows else -1]
     R = min(_padded(r), 128)
-    BK, BJ, warps, stages = _COLUMN_BLOCKS[R]
+    BK, BJ, warps, stages = _COLUMN_BLOCKS[_exact(grads[0])][R]
     length, free = (q, p) if rows else (p, q)
     blocks = -(-free // BJ) * -(-r // R)
     splits, span = _split(length, BK, blocks * n)
-    device, g_row = grads[0].device, grads[0].stride(-2)
+    device, g_row = grads[0].device, _stride(grads[0])
     out = torch.empty((splits, len(bases), n, *((p, r) if rows else (r, q))), device=device)
     total = torch.empty((splits, n, free), device=device) if sums else None
     table, aligned = _table(grads, first, second)
@@ -191,23 +191,30 @@ def _project(
         _column_sweep[(blocks, splits, n)](
             table, finite, out, total, length, free, r,
             # Strides of T (length, free), L (length, r) and L^T T (r, free): with `rows`, of the transposes.
-            *((1, g_row, 1, q, 1, r) if rows else (g_row, 1, r, 1, q, 1)), span, sign,
+            *((1, g_row, 1, q, 1, r) if rows else (g_row, 1, r, 1, q, 1)), span, float(sign),
             **_kinds(grads[0]), FIRST=first is not None, SECOND=second is not None, ALIGNED=aligned,
             BK=BK, BJ=BJ, R=R, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return _sum(out), None if total is None else _sum(total)
 
 
-# Blocks. Up to a padded rank of 128 a program of the row sweep owns BM rows: it holds its rows of mB and vB and
-# of both sums T A^T, 4 BM R floats in all, of which the 2 BM R of the sums in registers (64 per thread at R =
-# 128), and streams through the columns, so that g is read once for all. Per element of g it reads 8 R / BM
-# bytes of the A's from the L2 cache. Above 128 neither registers nor shared memory hold this with BM large
-# enough for that: the update then loops over the rank in chunks, one (BM, BN) tile a program, as a plain matrix
-# product does, and T A^T is a second launch, in chunks of 128, that reads g again. So nothing grows with r.
-_ROW_BLOCKS = {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 8, 2), 128: (64, 32, 8, 2)}
-_CHUNKED = (64, 64, 64, 8, 2)  # R, BM, BN, warps, stages
-# Rows of T at a time, columns of a program, warps, stages.
-_COLUMN_BLOCKS = {16: (64, 128, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 8, 2), 128: (32, 64, 8, 2)}
+# Blocks. A program of the row sweep owns BM rows and streams through the columns. It holds its rows of mB and
+# vB in shared memory and of both sums T A^T in registers, 2 BM R floats each, so that g is read once for all;
+# per element of g it reads 8 R / BM bytes of the A's, from the L2 cache. From some rank on (above 128; above 32
+# where products are split in three, which doubles the operands) this does not fit. Then the update loops over
+# the rank in chunks, one (BM, BN) tile a program, as a plain matrix product does, and T A^T is a launch of its
+# own, in chunks of up to 128, that reads g again: nothing that a program holds grows with the rank.
+# By the compiler's reports no program needs more than the 99 KB of shared memory that the smallest devices have
+# (capability 8.6, 8.9, 12.0), and none spills registers on 9.0.
+_ROW_BLOCKS = {  # whether products are exact: padded rank: BM, BN, warps, stages
+    False: {16: (64, 64, 8, 3), 32: (64, 64, 8, 3), 64: (64, 64, 8, 2), 128: (64, 16, 8, 2)},
+    True: {16: (64, 32, 8, 2), 32: (64, 32, 8, 2)},
+}
+_CHUNKED = {False: (64, 64, 64, 8, 2), True: (32, 64, 64, 8, 2)}  # chunk, BM, BN, warps, stages
+_COLUMN_BLOCKS = {  # rows of T at a time, columns of a program, warps, stages
+    False: {16: (64, 128, 8, 3), 32: (64, 64, 8, 3), 64: (64, 64, 8, 2), 128: (32, 64, 8, 2)},
+    True: {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (32, 64, 8, 3), 128: (32, 64, 8, 2)},
+}
 # Where a group has fewer blocks than a large device has processors, programs share a block and their sums are
 # added up afterwards. It depends on the shapes alone, so that results do not depend on the device's size.
 _PROGRAMS = 256
@@ -217,10 +224,10 @@ def _padded(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def _row_blocks(r: int) -> tuple[bool, int, int, int, int, int]:
+def _row_blocks(r: int, exact: bool) -> tuple[bool, int, int, int, int, int]:
     """(whether T A^T is gathered in the same launch, R, BM, BN, warps, stages)."""
     R = _padded(r)
-    return (True, R, *_ROW_BLOCKS[R]) if R in _ROW_BLOCKS else (False, *_CHUNKED)
+    return (True, R, *_ROW_BLOCKS[exact][R]) if R in _ROW_BLOCKS[exact] else (False, *_CHUNKED[exact])
 
 
 def _split(length: int, block: int, programs: int) -> tuple[int, int]:
@@ -242,13 +249,22 @@ def _tl(dtype: torch.dtype) -> Any:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
+def _exact(g: Tensor) -> bool:
+    return g.dtype == torch.float32
+
+
 def _kinds(g: Tensor) -> dict[str, Any]:
-    """Types of the gradient and of its products, and the precision of products of float32."""
-    exact = "ieee" if torch.version.hip else "tf32x3"
-    coarse = "ieee" if torch.version.hip else "tf32"
+    """Types of the gradient and of its products, the precision of products of float32, and an option."""
+    precision = "ieee" if torch.version.hip else "tf32x3" if _exact(g) else "tf32"
     narrow = tl.bfloat16 if g.dtype == torch.bfloat16 else tl.float32
-    precision = exact if g.dtype == torch.float32 else coarse
-    return {"G": _tl(g.dtype), "D": narrow, "PRECISION": precision, "INTERPRETED": _interpreted()}
+    # Left to Triton, fusion of multiplications with additions depends on its version, and 3.9 warns of that.
+    return {"G": _tl(g.dtype), "D": narrow, "PRECISION": precision, "INTERPRETED": _interpreted(),
+            "enable_fp_fusion": True}  # fmt: skip
+
+
+def _stride(x: Tensor) -> int:
+    """Elements from a row to the next; that of a single row means nothing."""
+    return x.stride(-2) if x.shape[-2] > 1 else x.shape[-1]
 
 
 def _count(tensors: Matrices) -> int:
@@ -273,10 +289,10 @@ def _numbers(moment: Factors | Dense, n: int, device: torch.device) -> tuple[Ten
 
 
 def _vector(x: Numbers, n: int, device: torch.device) -> Tensor:
-    """(N,) float32 on the device."""
-    if not isinstance(x, Tensor):
-        return torch.full((n,), x, dtype=torch.float32, device=device)
-    return x.to(device, torch.float32, non_blocking=True).reshape(-1).expand(n).contiguous()
+    """(N,) float32 on the device; a number on the host, in a tensor or not, goes as a kernel's argument."""
+    if isinstance(x, Tensor) and x.device == device:
+        return x.to(torch.float32).reshape(-1).expand(n).contiguous()
+    return torch.full((n,), float(x), dtype=torch.float32, device=device)
 
 
 def _table(*arrays: Matrices | None) -> tuple[Tensor, bool]:
@@ -285,7 +301,7 @@ def _table(*arrays: Matrices | None) -> tuple[Tensor, bool]:
     for array in arrays:
         column = []
         for x in array or ():
-            row, step = x.stride(-2) * x.itemsize, (x.stride(0) if x.ndim == 3 else 0) * x.itemsize
+            row, step = _stride(x) * x.itemsize, (x.stride(0) if x.ndim == 3 else 0) * x.itemsize
             first = x.data_ptr()
             column += [first + step * e for e in range(1 if x.ndim == 2 else x.shape[0])]
             aligned = aligned and not (first | row | step) % 16
@@ -316,10 +332,8 @@ def _upload(addresses: tuple[int, ...], device: torch.device, stream: int) -> Te
 @_jit
 def _array(table, n, k: tl.constexpr, arrays: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     """Where the k-th array of matrix n begins."""
-    address = tl.load(table + n * arrays + k)
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(dtype))
+    base = tl.load(table + n * arrays + k).to(tl.pointer_type(dtype))
+    return tl.multiple_of(base, 16) if ALIGNED else base
 
 
 @_jit
@@ -330,15 +344,17 @@ def _tile(base, i, j, rows, columns, row_stride, column_stride):
 
 
 @_jit
-def _operand(x, D: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x in the type D of a product; the interpreter cannot multiply bfloat16, but can round to it."""
-    x = x.to(D)
-    return x.to(tl.float32) if INTERPRETED else x
+def _add(out, x, y, D: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """out + x y, both rounded to D before; the interpreter can round to bfloat16, but not multiply."""
+    x, y = x.to(D), y.to(D)
+    if INTERPRETED:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, out, input_precision=PRECISION)
 
 
 @_jit
 def _noisy(x, index, key):
-    """x rounded to a bfloat16 above or below, with the bits of `lorapre.rounding`; inf and NaN stay."""
+    """x rounded to a bfloat16 above or below, bit for bit as `lorapre.rounding.round_` does."""
     h = (index * 0x9E3779B1) ^ key
     h ^= h >> 16
     h *= 0x7FEB352D
@@ -347,6 +363,7 @@ def _noisy(x, index, key):
     h ^= h >> 16
     bits = x.to(tl.uint32, bitcast=True)
     rounded = ((bits + (h & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    rounded = tl.minimum(tl.maximum(rounded, -3.3895313892515355e38), 3.3895313892515355e38)
     return tl.where((bits & 0x7F800000) == 0x7F800000, x, rounded)
 
 
@@ -363,11 +380,11 @@ def _product(B, A, i, j, p, q, r, BM: tl.constexpr, BN: tl.constexpr, R: tl.cons
 
 @_jit
 def _row_sweep(
-    table, keep_m, fresh_m, weight_m, keep_v, fresh_v, weight_v, decay, lr, finite, row, column, keys, TAt, sums,
-    p, q, r, w_stride, g_stride, span, row0, column0, width, sign, eps,
-    W: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, FIRST: tl.constexpr,
-    SECOND: tl.constexpr, FUSED: tl.constexpr, ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    R: tl.constexpr,
+    table, keep_m, fresh_m, weight_m, keep_v, fresh_v, weight_v, decay, lr, finite, row, column, keys,
+    TAt, sums, p, q, r, w_stride, g_stride, span, row0, column0, width, sign, eps,
+    W: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, FUSED: tl.constexpr, ALIGNED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """BM rows of matrix n by `span` columns; see `row_sweep` and the table of blocks."""
     n = tl.program_id(2).to(tl.int64)
@@ -408,7 +425,7 @@ def _row_sweep(
             if FUSED:
                 A = _tile(mA, k, j, r, q, q, 1)
                 m = tl.dot(mB_rows, A, input_precision=PRECISION)
-                m_sum = tl.dot(_operand(g, D, INTERPRETED), tl.trans(_operand(A, D, INTERPRETED)), m_sum, input_precision=PRECISION)
+                m_sum = _add(m_sum, g, tl.trans(A), D, PRECISION, INTERPRETED)
             else:
                 m = _product(mB, mA, i, j, p, q, r, BM, BN, R, PRECISION)
             m = tl.load(keep_m + n) * m + tl.load(fresh_m + n) * g
@@ -423,7 +440,7 @@ def _row_sweep(
             if FUSED:
                 A = _tile(vA, k, j, r, q, q, 1)
                 v = tl.dot(vB_rows, A, input_precision=PRECISION)
-                v_sum = tl.dot(_operand(tl.abs(g), D, INTERPRETED), tl.trans(_operand(A, D, INTERPRETED)), v_sum, input_precision=PRECISION)
+                v_sum = _add(v_sum, tl.abs(g), tl.trans(A), D, PRECISION, INTERPRETED)
             else:
                 v = _product(vB, vA, i, j, p, q, r, BM, BN, R, PRECISION)
             if row is not None:
@@ -434,7 +451,7 @@ def _row_sweep(
         new = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         new = tl.load(decay + n) * new - tl.load(lr + n) * m / (tl.sqrt(v) + eps)
         if keys is not None:
-            index = (row0 + i).to(tl.uint32)[:, None] * width.to(tl.uint32) + (column0 + j).to(tl.uint32)[None, :]
+            index = (row0 + i).to(tl.uint32)[:, None] * width + (column0 + j).to(tl.uint32)[None, :]
             new = _noisy(new, index, tl.load(keys + n).to(tl.uint32))
         tl.store(at, new.to(W), mask=write)
 
@@ -453,11 +470,13 @@ def _row_sweep(
 
 @_jit
 def _column_sweep(
-    table, finite, out, sums, length, free, r, g_length, g_free, L_length, L_rank, out_rank, out_free, span, sign,
-    G: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    ALIGNED: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr, R: tl.constexpr,
+    table, finite, out, sums, length, free, r, g_length, g_free, L_length, L_rank, out_rank, out_free,
+    span, sign,
+    G: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, ALIGNED: tl.constexpr,
+    BK: tl.constexpr, BJ: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Of matrix n, R rows by BJ columns of L^T T (r, free), summed over `span` of T's `length`; see `_project`."""
+    """R rows and BJ columns of L^T T (r, free) of matrix n, over `span` of the length of T; see `_project`."""
     n = tl.program_id(2).to(tl.int64)
     chunks = tl.cdiv(r, R)  # neighbours read the same T
     chunk = tl.program_id(0) % chunks
@@ -479,11 +498,11 @@ def _column_sweep(
         g = tl.where(alive, g * sign, 0.0)
         squares += tl.sum(g * g, 0)
         if FIRST:
-            L = _operand(_tile(first, i, k, length, r, L_length, L_rank), D, INTERPRETED)
-            m_sum = tl.dot(tl.trans(L), _operand(g, D, INTERPRETED), m_sum, input_precision=PRECISION)
+            L = _tile(first, i, k, length, r, L_length, L_rank)
+            m_sum = _add(m_sum, tl.trans(L), g, D, PRECISION, INTERPRETED)
         if SECOND:
-            L = _operand(_tile(second, i, k, length, r, L_length, L_rank), D, INTERPRETED)
-            v_sum = tl.dot(tl.trans(L), _operand(tl.abs(g), D, INTERPRETED), v_sum, input_precision=PRECISION)
+            L = _tile(second, i, k, length, r, L_length, L_rank)
+            v_sum = _add(v_sum, tl.trans(L), tl.abs(g), D, PRECISION, INTERPRETED)
     group = tl.num_programs(2).to(tl.int64)
     at = (tl.program_id(1) * (FIRST + SECOND) * group + n) * r * free
     at += k.to(tl.int64)[:, None] * out_rank + j.to(tl.int64)[None, :] * out_free
