@@ -26,8 +26,10 @@ __all__ = ["GradientRelease", "gradient_release"]
 class GradientRelease:
     """Handle of `gradient_release`; as a context manager it removes itself at the end."""
 
-    def __init__(self, weights: Sequence[Tensor], hooks: Sequence[RemovableHandle]) -> None:
-        self._weights, self._hooks = weights, hooks
+    def __init__(
+        self, optimizer: LoRAPreOptimizer, weights: Sequence[Tensor], hooks: Sequence[RemovableHandle]
+    ) -> None:
+        self._optimizer, self._weights, self._hooks = optimizer, weights, hooks
 
     def remove(self) -> None:
         """Leave the gradients to `optimizer.step()` again; what is left of the last ones is cleared."""
@@ -102,26 +104,31 @@ def gradient_release(
                     "handle first"
                 )
             if p.requires_grad:
-                updates.append((p, _Update(optimizer, number, index, position, name_of[p], max_norm)))
+                updates.append((p, _Update(weakref.ref(optimizer), number, position, name_of[p], max_norm)))
             position += 1
-    hooks = [p.register_post_accumulate_grad_hook(update) for p, update in updates]  # type: ignore[no-untyped-call]
-    return GradientRelease([p for p, _ in updates], hooks)
+    hooks = [
+        p.register_post_accumulate_grad_hook(update)  # type: ignore[no-untyped-call]
+        for p, update in updates
+    ]
+    return GradientRelease(optimizer, [p for p, _ in updates], hooks)
 
 
 @dataclass(frozen=True)
 class _Update:
     """The hook of one weight."""
 
-    optimizer: LoRAPreOptimizer
+    optimizer: Callable[[], LoRAPreOptimizer | None]  # weak: a cycle through hooks is not collected
     number: int  # of its group, which loading a checkpoint replaces
-    index: int  # in the group
     position: int  # among all parameters of the optimizer
     name: str
     max_norm: float | None
 
     def __call__(self, p: Tensor) -> None:
+        optimizer = self.optimizer()
         if p.grad is None:
             return
+        if optimizer is None:
+            raise RuntimeError("gradient_release: the optimizer is gone; keep it, or the handle")
         if p.grad.requires_grad:
             raise RuntimeError("gradient_release: backward(create_graph=True) needs the gradients later on")
         if what := sharding.processes():
@@ -130,11 +137,8 @@ class _Update:
             )
         if self.max_norm is not None:
             nn.utils.clip_grad_norm_([p], self.max_norm)
-        group = self.optimizer.param_groups[self.number]
-        part = {**group, "params": [p]}
-        if "param_names" in group:
-            part["param_names"] = [group["param_names"][self.index]]
-        self.optimizer._step([(part, [self.position])])
+        group = optimizer.param_groups[self.number]
+        optimizer._step([({**group, "params": [p], "param_names": [self.name]}, [self.position])])
         p.grad = Released(p, self.name)
 
 
