@@ -39,7 +39,6 @@ from lorapre.groups import is_low_rank
 from lorapre_recipes.optim import MuonWithAdamW
 
 logging.disable(logging.ERROR)  # transformers imports torchao, which logs what a machine without GPU lacks
-from lorapre_recipes.plan import size  # noqa: E402
 from lorapre_recipes.shapes import meta_model  # noqa: E402
 
 logging.disable(logging.NOTSET)
@@ -341,13 +340,13 @@ class Column(NamedTuple):
 
     key: str
     header: str
-    style: str = ""  # a format specification, or "bytes"
+    style: str = ""  # a format specification, or "MiB"
 
     def text(self, value: Any) -> str:
         if value is None or (isinstance(value, float) and not math.isfinite(value)):
             return ""
-        if self.style == "bytes":
-            return size(value)
+        if self.style == "MiB":
+            return f"{value / 2**20:,.{1 if value < 100 * 2**20 else 0}f}"
         return format(value, self.style) if self.style else str(value)
 
 

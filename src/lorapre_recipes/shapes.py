@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def meta_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     # It warns at every retry; the last one ends in an error of ours.
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    config = _config(name)
+    config = config_of(name)
     try:
         with torch.device("meta"):
             model = _architecture(config)
@@ -74,11 +75,12 @@ def meta_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _config(name: str) -> transformers.PreTrainedConfig:
+def config_of(name: str) -> transformers.PreTrainedConfig:
+    """The config of a model, which is the caller's to change. Raises UserError: see `meta_model`."""
     built_in = BUILT_IN.get(name.removeprefix("meta-llama/").lower())
     path = Path(name).expanduser()
     if built_in is not None and not path.exists():
-        return built_in
+        return copy.deepcopy(built_in)
     if not path.exists() and (name.startswith((".", "/", "~")) or name.endswith(".json")):
         raise UserError(f"MODEL {name}: there is no such folder or file")
     try:
