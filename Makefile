@@ -11,10 +11,10 @@ SOURCES := $(wildcard src tests benchmarks)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test test-gpu lint format clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,11 @@ quickstart: $(INSTALLED)  ## pre-train a small Llama on CPU (options: make quick
 # One torch thread per worker: two workers with two threads each would fight over two cores.
 test: $(INSTALLED)  ## run the tests (options: make test ARGS="-k groups")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-gpu: $(INSTALLED)  ## run what has kernels of its own on the GPU, if there is one
+	@$(BIN)/python -c "import torch; print('on', torch.cuda.get_device_name()) if torch.cuda.is_available() else \
+		print('torch sees no GPU: the kernels run in the interpreter of Triton, what needs a GPU is skipped')"
+	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check $(SOURCES)

@@ -200,12 +200,12 @@ def _project(
 
 # Blocks. A program of the row sweep owns BM rows and streams through the columns. It holds its rows of mB and
 # vB in shared memory and of both sums T A^T in registers, 2 BM R floats each, so that g is read once for all;
-# per element of g it reads 8 R / BM bytes of the A's, from the L2 cache. From some rank on (above 128; above 32
-# where products are split in three, which doubles the operands) this does not fit. Then the update loops over
-# the rank in chunks, one (BM, BN) tile a program, as a plain matrix product does, and T A^T is a launch of its
-# own, in chunks of up to 128, that reads g again: nothing that a program holds grows with the rank.
-# By the compiler's reports no program needs more than the 99 KB of shared memory that the smallest devices have
-# (capability 8.6, 8.9, 12.0), and none spills registers on 9.0.
+# per element of g it reads 8 R / BM bytes of the A's, from the L2 cache. From some rank on (above 128, or
+# above 32 where products are split in three, which doubles the operands) this does not fit. Then the update
+# loops over the rank in chunks, one (BM, BN) tile a program, as a plain matrix product does, and T A^T is a
+# launch of its own, in chunks of up to 128, that reads g again: nothing a program holds grows with the rank.
+# By the compiler's reports no program needs more than the 99 KB of shared memory that the smallest devices
+# have (capability 8.6, 8.9, 12.0), and none spills registers on 9.0.
 _ROW_BLOCKS = {  # whether products are exact: padded rank: BM, BN, warps, stages
     False: {16: (64, 64, 8, 3), 32: (64, 64, 8, 3), 64: (64, 64, 8, 2), 128: (64, 16, 8, 2)},
     True: {16: (64, 32, 8, 2), 32: (64, 32, 8, 2)},
@@ -344,10 +344,20 @@ def _tile(base, i, j, rows, columns, row_stride, column_stride):
 
 
 @_jit
+def _narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x rounded to nearest even, where the interpreter would truncate to bfloat16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where((bits & 0x7F800000) == 0x7F800000, x, nearest)
+    return x.to(dtype)
+
+
+@_jit
 def _add(out, x, y, D: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """out + x y, both rounded to D before; the interpreter can round to bfloat16, but not multiply."""
-    x, y = x.to(D), y.to(D)
-    if INTERPRETED:
+    """out + x y, both rounded to D before."""
+    x, y = _narrow(x, D, INTERPRETED), _narrow(y, D, INTERPRETED)
+    if INTERPRETED:  # it would multiply the bits of bfloat16 numbers
         x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, out, input_precision=PRECISION)
 
@@ -397,7 +407,7 @@ def _row_sweep(
     mA = _array(table, n, 3, 6, tl.float32, ALIGNED)
     vB = _array(table, n, 4, 6, tl.float32, ALIGNED)
     vA = _array(table, n, 5, 6, tl.float32, ALIGNED)
-    alive = True if finite is None else tl.load(finite + n) != 0
+    height = p if finite is None else p * tl.load(finite + n).to(tl.int32)
     if FUSED and FIRST:
         mB_rows = _tile(mB, i, k, p, r, r, 1)
         m_sum = tl.zeros((BM, R), tl.float32)
@@ -409,17 +419,16 @@ def _row_sweep(
         scale = tl.load(row + n * p + i, mask=i < p, other=0.0)
     for block in range(start, tl.minimum(start + span, q), BN):
         j = block + tl.arange(0, BN)
-        inside = (i < p)[:, None] & (j < q)[None, :]
-        write = inside & alive
+        inside = (i < height)[:, None] & (j < q)[None, :]
         g = tl.load(grad + i.to(tl.int64)[:, None] * g_stride + j[None, :], mask=inside, other=0.0)
-        g = tl.where(alive, g.to(tl.float32) * sign, 0.0)
+        g = g.to(tl.float32) * sign
         squares += tl.sum(g * g, 1)
 
         if not FIRST:
             at = mB + i.to(tl.int64)[:, None] * q + j[None, :]
             old = tl.load(at, mask=inside, other=0.0)
             new = old + weight_m * (g - old)
-            tl.store(at, new, mask=write)
+            tl.store(at, new, mask=inside)
             m = new / tl.load(keep_m + n)
         else:
             if FUSED:
@@ -434,7 +443,7 @@ def _row_sweep(
             at = vB + i.to(tl.int64)[:, None] * q + j[None, :]
             old = tl.load(at, mask=inside, other=0.0)
             new = old + weight_v * (g * g - old)
-            tl.store(at, new, mask=write)
+            tl.store(at, new, mask=inside)
             v = new / tl.load(keep_v + n)
         else:
             if FUSED:
@@ -453,7 +462,7 @@ def _row_sweep(
         if keys is not None:
             index = (row0 + i).to(tl.uint32)[:, None] * width + (column0 + j).to(tl.uint32)[None, :]
             new = _noisy(new, index, tl.load(keys + n).to(tl.uint32))
-        tl.store(at, new.to(W), mask=write)
+        tl.store(at, _narrow(new, W, INTERPRETED), mask=inside)
 
     if FUSED:
         group = tl.num_programs(2).to(tl.int64)
@@ -476,7 +485,7 @@ def _column_sweep(
     FIRST: tl.constexpr, SECOND: tl.constexpr, ALIGNED: tl.constexpr,
     BK: tl.constexpr, BJ: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """R rows and BJ columns of L^T T (r, free) of matrix n, over `span` of the length of T; see `_project`."""
+    """R rows and BJ columns of L^T T (r, free) of matrix n, over `span` of T's length; see `_project`."""
     n = tl.program_id(2).to(tl.int64)
     chunks = tl.cdiv(r, R)  # neighbours read the same T
     chunk = tl.program_id(0) % chunks
@@ -486,7 +495,7 @@ def _column_sweep(
     grad = _array(table, n, 0, 3, G, ALIGNED)
     first = _array(table, n, 1, 3, tl.float32, ALIGNED)
     second = _array(table, n, 2, 3, tl.float32, ALIGNED)
-    alive = True if finite is None else tl.load(finite + n) != 0
+    height = length if finite is None else length * tl.load(finite + n).to(tl.int32)
     if FIRST:
         m_sum = tl.zeros((R, BJ), tl.float32)
     if SECOND:
@@ -494,8 +503,7 @@ def _column_sweep(
     squares = tl.zeros((BJ,), tl.float32)
     for block in range(start, tl.minimum(start + span, length), BK):
         i = block + tl.arange(0, BK)
-        g = _tile(grad, i, j, length, free, g_length, g_free).to(tl.float32)
-        g = tl.where(alive, g * sign, 0.0)
+        g = _tile(grad, i, j, height, free, g_length, g_free).to(tl.float32) * sign
         squares += tl.sum(g * g, 0)
         if FIRST:
             L = _tile(first, i, k, length, r, L_length, L_rank)
