@@ -22,6 +22,7 @@ import distributed
 from cases import CASES, Case, assert_near, assert_same, everything, state, weights
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, gradient_release, param_groups
 from lorapre.release import Released
+from test_contract import Forbid
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 two_cases = pytest.mark.parametrize("name", ["adam-calibrated", "muon-calibrated"])
@@ -221,6 +222,20 @@ def test_copies_and_checkpoints_of_the_model_can_be_made_between() -> None:
     plain = model.embed.weight.detach().requires_grad_()
     plain.grad = Released(plain, "plain")
     assert copy.deepcopy(plain).grad is None
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+@two_cases
+def test_the_host_never_waits_for_the_device(name: str, nonfinite: str) -> None:
+    model = Model().bfloat16()
+    optimizer = make(CASES[name], model, nonfinite=nonfinite, stochastic_rounding=True)
+    gradient_release(model, optimizer, max_norm=0.1)
+    fit(model, optimizer, 1)  # makes the state
+    value = loss(model, 1)
+    with Forbid():
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
 
 
 # --- everything else of a training loop

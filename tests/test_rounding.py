@@ -12,6 +12,7 @@ from torch.distributed.tensor import Placement, Shard, distribute_tensor
 import distributed
 from cases import CASES, Case, assert_same, gradient, parameters, set_gradients, state, train, weights
 from lorapre import LoRAPreAdamW, LoRAPreMuon, rounding
+from test_contract import Forbid
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 LARGEST = torch.finfo(torch.bfloat16).max
@@ -153,6 +154,22 @@ def test_keys_are_those_of_the_weight_and_of_the_expert_wherever_they_are_steppe
     together = rounding.keys(3, [5, 7], steps, torch.arange(6)).view(2, 6)
     alone = rounding.keys(3, [7], steps[1:], torch.arange(2, 4))
     assert_same(alone, together[1, 2:4])
+
+
+def test_neither_keys_nor_rounding_wait_for_the_device() -> None:
+    class ForbidCopies(Forbid):
+        waits = (*Forbid.waits, "lift_fresh")  # of a tensor made of Python's numbers
+
+    x, steps, experts, rows = (
+        torch.randn(4, 3, 3),
+        [torch.ones(()), torch.ones(())],
+        torch.arange(2),
+        torch.arange(3),
+    )
+    with pytest.raises(AssertionError, match="waits"), ForbidCopies():
+        torch.tensor([1, 2])
+    with ForbidCopies():
+        rounding.round_(x, rounding.keys(1, [3, 9], steps, experts), rows, rows, 3)
 
 
 # --- training

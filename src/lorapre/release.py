@@ -9,7 +9,6 @@ import numbers
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -42,9 +41,7 @@ class GradientRelease:
     def __enter__(self) -> "GradientRelease":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
 
@@ -57,10 +54,10 @@ def gradient_release(
     and `coverage` go on as before. A backward pass takes the learning rates that the groups have then.
 
     What needs the gradients of several backward passes, or of all weights at once, is impossible and raises
-    a RuntimeError: accumulating gradients, a second pass through a retained graph, clipping by the global
-    norm or by value, GradScaler (which has let the first pass update by scaled gradients then), and a weight
-    used in more than one reentrant checkpoint. Weights that are frozen now, or not in `optimizer`, keep their
-    gradients.
+    a RuntimeError: accumulating gradients, retaining a graph, clipping by the global norm or by value,
+    GradScaler (which learns it after one update by scaled gradients), a weight in more than one reentrant
+    checkpoint. Weights that are frozen now, or not in `optimizer`, keep their gradients; those that are in it
+    are updated by `optimizer.step()`.
 
     Args:
         model: trained on this process alone: DistributedDataParallel, FSDP and tensor parallelism are
@@ -94,15 +91,11 @@ def gradient_release(
     for number, group in enumerate(optimizer.param_groups):
         for index, p in enumerate(group["params"]):
             if p not in name_of:
-                raise ValueError(
-                    f"optimizer: parameter {index} of group {number}, of shape {tuple(p.shape)}, is not one "
-                    "of model's"
-                )
+                where = f"parameter {index} of group {number}, of shape {tuple(p.shape)},"
+                raise ValueError(f"optimizer: {where} is not one of model's")
             if any(isinstance(hook, _Update) for hook in (p._post_accumulate_grad_hooks or {}).values()):
-                raise ValueError(
-                    f"optimizer: {name_of[p]!r} is updated in the backward pass already; remove() that "
-                    "handle first"
-                )
+                what = f"optimizer: {name_of[p]!r} is updated in the backward pass already"
+                raise ValueError(f"{what}; remove() that handle first")
             if p.requires_grad:
                 updates.append((p, _Update(weakref.ref(optimizer), number, position, name_of[p], max_norm)))
             position += 1
