@@ -7,11 +7,12 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BENCH_INSTALLED := $(VENV)/.installed-bench
 SOURCES := $(wildcard src tests benchmarks)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-gpu lint format clean
+.PHONY: help quickstart test test-gpu bench lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -32,6 +33,20 @@ test-gpu: $(INSTALLED)  ## run what has kernels of its own on the GPU, if there 
 	@$(BIN)/python -c "import torch; print('on', torch.cuda.get_device_name()) if torch.cuda.is_available() else \
 		print('torch sees no GPU: the kernels run in the interpreter of Triton, what needs a GPU is skipped')"
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
+
+$(BENCH_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[recipes,bench]'
+	touch $@
+
+# What needs a GPU says "not measured" without one. Leave the machine alone meanwhile: these are timings.
+bench: $(BENCH_INSTALLED)  ## measure time and memory beside other optimizers, in some minutes
+	$(BIN)/python benchmarks/step_time.py --model llama-60m --ranks 16 128
+	$(BIN)/python benchmarks/step_time.py --model llama-60m --ranks 16 --dtype bf16
+	$(BIN)/python benchmarks/step_time.py --model llama-1b --ranks 64 256 --dtype bf16 --device cuda
+	$(BIN)/python benchmarks/memory.py --model llama-60m --ranks 128
+	$(BIN)/python benchmarks/memory.py --model llama-3.1-8b --ranks 256 --dtype bf16 --device cuda
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/report.py
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check $(SOURCES)

@@ -127,10 +127,10 @@ def contenders(ranks: Sequence[int], dtype: torch.dtype) -> Iterator[Contender]:
     yield Contender("MoFaSGD", None, mofasgd)
     for rank in ranks:
         for variant in ("calibrated", "paper", "subspace"):
-            yield Contender(f"LoRA-Pre Adam, {variant}", rank, lorapre_adamw(rank, variant=variant))
+            yield Contender(f"LoRA-Pre, {variant}", rank, lorapre_adamw(rank, variant=variant))
         if dtype == torch.bfloat16:
             build = lorapre_adamw(rank, stochastic_rounding=True)
-            yield Contender("LoRA-Pre Adam, rounding", rank, build)
+            yield Contender("LoRA-Pre, rounding", rank, build)
         yield Contender("LoRA-Pre Muon", rank, lorapre_muon(rank))
 
 
@@ -389,11 +389,18 @@ class Result:
         for row in self.rows:
             if len(why := row.get("reason") or "") > len(NO_GPU):
                 rank = f", rank {row['rank']}" if row.get("rank") else ""
-                reasons[f"{row['optimizer']}{rank}: {why}."] = None
+                reasons[f"{row[self.columns[0].key]}{rank}: {why}."] = None
         return [*reasons, *self.notes]
 
     def print(self) -> None:
-        table = Table(title=self.title, title_justify="left", padding=(0, 0, 0, 1), box=box.SIMPLE_HEAD)
+        table = Table(
+            title=self.title,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 0, 0, 1),
+        )
         for index, column in enumerate(self.columns):
             table.add_column(column.header, justify="right" if index else "left", no_wrap=True)
         for cells in self.cells:
@@ -408,7 +415,8 @@ class Result:
         self.print()
         folder = out or ROOT / "benchmarks" / "results" / label(self.environment)
         folder.mkdir(parents=True, exist_ok=True)
-        name = "-".join([self.benchmark, *map(str, self.settings.get("name", ())), self.device])
+        parts = [Path(part).name for part in self.settings["name"]]  # a model may be a folder
+        name = "-".join([self.benchmark, *parts, self.device])
         file = folder / f"{name}.json"
         fields = dataclasses.asdict(self) | {"columns": [list(column) for column in self.columns]}
         file.write_text(json.dumps(finite(fields), indent=1) + "\n", encoding="utf-8")

@@ -44,7 +44,7 @@ COLUMNS = [
     Column("gradients", "grads", "MiB"),
     Column("state", "state", "MiB"),
     Column("activations", "activ.", "MiB"),
-    Column("transient", "transient", "MiB"),
+    Column("transient", "in step", "MiB"),
     Column("peak", "peak", "MiB"),
 ]
 CATEGORIES = ("weights", "state", "gradients", "activations", "transient")
@@ -95,7 +95,7 @@ def main(
         rows=rows,
         notes=[
             "Each category at its largest; they are not at the same time, so that the peak is less than the "
-            "sum. transient: of optimizer.step. activ.: whatever else a step holds.",
+            "sum. in step: what optimizer.step allocates for its own use; activ.: whatever else is held.",
             *resident(rows),
         ],
     ).save(out, draw)
@@ -106,7 +106,7 @@ def compared(ranks: list[int], dtype: torch.dtype) -> list[Contender]:
     found = [c for c in contenders(ranks, dtype) if not c.name.endswith("rounding")]
     for rank in ranks:
         found.append(Contender("GaLore 8bit", rank, galore_8bit(rank)))
-        found.append(Contender("LoRA-Pre Adam, release", rank, lorapre_adamw(rank), release=True))
+        found.append(Contender("LoRA-Pre, release", rank, lorapre_adamw(rank), release=True))
     return found
 
 
@@ -127,6 +127,8 @@ def measure(
 ) -> Row:
     """The figures of a row, in bytes."""
     gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     torch.manual_seed(0)
     model = build_model(name, layers, dtype, device)
     matrices = [p for _, p in matrices_of(model)]
@@ -176,7 +178,7 @@ def build_model(name: str, layers: int | None, dtype: torch.dtype, device: torch
     if layers:
         config.num_hidden_layers = layers
     with device:
-        return AutoModelForCausalLM.from_config(config).to(dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def training_step(

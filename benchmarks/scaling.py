@@ -3,7 +3,7 @@
     python benchmarks/scaling.py
 
 Time is fitted by a power of p q at one rank, and by a power of r at one size, least squares of logarithms,
-from where the fixed costs of a step are small. Shares are of the time of torch's operations, from its profiler.
+from where the fixed costs of a step are small. Shares are of the time of operations, by torch's profiler.
 """
 
 import math
@@ -41,7 +41,7 @@ COLUMNS = [
     Column("fit_ms", "fitted", ".2f"),
     Column("factor", "solves", ".1%"),
     Column("gram", "Grams", ".1%"),
-    Column("small", "r x r products", ".1%"),
+    Column("small", "by r x r", ".1%"),
 ]
 FACTOR = ("cholesky", "triangular", "linalg_inv", "linalg_lu", "linalg_solve", "linalg_qr", "linalg_eigh")
 PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
@@ -122,7 +122,7 @@ def main(
             f"Time grows as (p q)^{power(exponents['p q'])} from q = {fit_from[0]} and as "
             f"r^{power(exponents['r'])} from r = {fit_from[1]}.",
             "Shares of the operations' time. solves: Cholesky, triangular solves, inverses; Grams: products "
-            "whose result is r x r; r x r products: those with an r x r factor.",
+            "whose result is r x r; by r x r: those with an r x r factor.",
         ],
     ).save(out, draw)
 
@@ -197,7 +197,7 @@ def draw(figure: Any, result: Result) -> None:
         axes.legend(frameon=False, fontsize=8)
     rows = [row for row in result.rows if row["series"] == "r" and "factor" in row]
     ranks = [row["rank"] for row in rows]
-    names = {"factor": "solves", "gram": "Grams", "small": "r x r products"}
+    names = {"factor": "solves", "gram": "Grams", "small": "products by r x r"}
     stacked = [[100 * row[key] for row in rows] for key in names]
     panels[2].stackplot(range(len(ranks)), stacked, labels=names.values(), alpha=0.8)
     panels[2].set_xticks(range(len(ranks)), [str(rank) for rank in ranks])

@@ -20,8 +20,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
-from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, param_groups
+from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, gradient_release, param_groups
 from lorapre_recipes import cli
+from lorapre_recipes.allocations import peak_bytes, storage_bytes
 from lorapre_recipes.footprint import (
     DTYPES,
     ONE_GPU,
@@ -112,13 +113,59 @@ def test_state_is_what_the_optimizer_allocates(options: dict[str, Any], dtype: A
     optimizer = build(model, settings)
     fill_gradients(model)
     optimizer.step()
-    planned = memory(routed(model, settings), ONE_GPU, settings.item)
+    planned = memory(routed(model, settings), settings)
     assert planned.state == state_bytes(optimizer)
     assert planned.weights == sum(p.numel() * p.element_size() for p in model.parameters())
 
     adamw = AdamW(model.parameters())
     adamw.step()
     assert planned.adamw == state_bytes(adamw)
+
+
+def train_one_step(settings: Settings) -> tuple[int, int]:
+    """Peak of a training step, planned and counted, of a model whose activations are small."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        vocab_size=8_000,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config).to(DTYPES[settings.dtype])
+    optimizer = (
+        AdamW(model.parameters(), foreach=True) if settings.optimizer == "adamw" else build(model, settings)
+    )
+    if settings.release:
+        gradient_release(model, optimizer)
+    tokens = torch.zeros(1, 2, dtype=torch.int64)
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    counted = peak_bytes(step) + storage_bytes(*model.parameters()) + state_bytes(optimizer)
+    return memory(routed(model, settings), settings).peak, counted
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 64},
+        {"rank": 64, "release": True},
+        {"rank": 64, "optimizer": "lorapre-muon"},
+        {"rank": 64, "optimizer": "lorapre-muon", "release": True},
+        {"optimizer": "adamw"},
+    ],
+    ids=name_of,
+)
+def test_peak_is_what_a_training_step_allocates(options: dict[str, Any], dtype: Any) -> None:
+    planned, counted = train_one_step(Settings(dtype=dtype, **options))
+    assert planned == pytest.approx(counted, rel=0.05)
 
 
 def test_routes_are_those_of_coverage() -> None:
@@ -219,7 +266,7 @@ def test_state_and_traffic_of_any_mesh(options: dict[str, Any], text: str) -> No
         optimizer.step()  # the first step makes the state, and sums what it starts from
         with counter.counting():
             optimizer.step()
-        assert state_bytes(optimizer) == memory(weights, mesh, settings.item).state
+        assert state_bytes(optimizer) == memory(weights, settings, mesh).state
     assert counter.sent == pytest.approx(sum(optimizer_traffic(weights, settings, mesh).values()), rel=1e-9)
 
 
@@ -245,7 +292,7 @@ def check_on_two_processes(rank: int, store: str) -> None:
                 with counter.counting():
                     optimizer.step()
                 optimizer.zero_grad()
-            assert state_bytes(optimizer) == memory(weights, mesh, settings.item).state
+            assert state_bytes(optimizer) == memory(weights, settings, mesh).state
             expected = sum(optimizer_traffic(weights, settings, mesh).values())
             assert counter.sent == pytest.approx(expected, rel=1e-9)
     dist.destroy_process_group()
@@ -266,7 +313,7 @@ def test_uneven_shards_are_counted_where_they_are_largest() -> None:
         optimizer = build(model, settings)
         fill_gradients(model)
         optimizer.step()
-        assert state_bytes(optimizer) == memory(weights, mesh, settings.item).state
+        assert state_bytes(optimizer) == memory(weights, settings, mesh).state
 
 
 class FSDPCounter(TorchDispatchMode):
@@ -399,6 +446,8 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "8 key-value heads": ("llama-60m", "--rank", "8", "--mesh", "tp=16"),
     "dimension 0 of": ("llama-1b", "--rank", "8", "--mesh", "tp=2"),  # 5461 is odd
     "not 4": ("llama-60m", "--rank", "8", *("--mesh", "fsdp=2") * 4),
+    "--release: adamw": ("llama-60m", "--optimizer", "adamw", "--release"),
+    "leave out --mesh": ("llama-60m", "--rank", "8", "--release", "--mesh", "fsdp=2"),
     "fp16": ("llama-60m", "--rank", "8", "--dtype", "fp16"),
 }
 

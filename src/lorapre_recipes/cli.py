@@ -52,6 +52,8 @@ def pretrain(
     report_to: list[str] | None = None,
     seed: int | None = None,
     fsdp: bool | None = None,
+    dtype: Precision | None = None,
+    stochastic_rounding: bool | None = None,
 ) -> int:
     """Pre-train a Llama. With no options: a small one on real English text, in minutes on two CPU cores.
 
@@ -73,10 +75,12 @@ def pretrain(
         rank: rank of the momenta (lorapre-* only).
         variant: of the algorithm (lorapre-* only).
         compress: which moments are low rank (lorapre-adamw only).
-        precision: of matrix products; weights stay float32.
+        precision: of matrix products, whatever the weights have.
         report_to: a logger that is installed, such as tensorboard, trackio or wandb; may be repeated.
         seed: of weights, data order and factors.
         fsdp: shard weights and state over the processes (FSDP2), instead of a copy on each (DDP).
+        dtype: of weights and gradients.
+        stochastic_rounding: round updated bf16 weights up or down at random, without bias (lorapre-* only).
     """
     given: dict[str, Any] = {
         "preset": preset,
@@ -94,6 +98,8 @@ def pretrain(
         "report_to": None if report_to is None else tuple(report_to),
         "seed": seed,
         "fsdp": fsdp or None,
+        "dtype": dtype,
+        "stochastic_rounding": stochastic_rounding or None,
     }
     changes = {name: value for name, value in given.items() if value is not None}
     launched_with_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # accelerate launch says so
@@ -165,9 +171,13 @@ def plan(
     variant: Variant | None = None,
     compress: Compress | None = None,
     dtype: Precision = "fp32",
+    release: bool = False,
     mesh: list[str] | None = None,
 ) -> None:
     """Compute memory and traffic of a training step of a model, without loading its weights.
+
+    The peak is that of weights, gradients, optimizer state and what the step allocates for its own use;
+    activations, which depend on the batch and on checkpointing, come on top.
 
     Args:
         model: a Hugging Face config (a name on the hub, a folder, a config.json), or one that is built in:
@@ -177,13 +187,16 @@ def plan(
         variant: of the algorithm (lorapre-* only). Default: calibrated.
         compress: which moments are low rank (lorapre-adamw only). Default: both.
         dtype: of weights and gradients.
+        release: lorapre.gradient_release, which frees each gradient at once (lorapre-* only).
         mesh: GPUs: fsdp=8 (FSDP2), hsdp=4x8 (four replicas of eight shards), tp=8 (tensor parallel), or
             both kinds with a comma: fsdp=128,tp=8. May be given three times, to compare.
     """
     from lorapre_recipes.footprint import Mesh, Settings
     from lorapre_recipes.plan import render
 
-    settings = Settings(optimizer=optimizer, rank=rank, variant=variant, compress=compress, dtype=dtype)
+    settings = Settings(
+        optimizer=optimizer, rank=rank, variant=variant, compress=compress, dtype=dtype, release=release
+    )
     print(render(model, settings, [Mesh.parse(text) for text in mesh or ()]))
 
 

@@ -27,6 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "variant": get_args(Variant),
     "compress": get_args(Compress),
     "precision": get_args(Precision),
+    "dtype": get_args(Precision),
 }
 
 
@@ -92,6 +93,10 @@ class PretrainConfig:
     # all processes together: how many there are does not change what is computed.
     fsdp: bool = False
 
+    # Of weights and gradients, and so of what the optimizer writes back; factors are float32.
+    dtype: Precision = "fp32"
+    stochastic_rounding: bool = False
+
     def __post_init__(self) -> None:
         """Refuse what cannot run. Raises UserError naming the option."""
         for name, choices in CHOICES.items():
@@ -107,6 +112,10 @@ class PretrainConfig:
                     f"{flag(name)}: {self.optimizer} has no such option; leave it out, "
                     f"or use --optimizer {' or '.join(optimizers)}"
                 )
+        if self.stochastic_rounding and self.optimizer not in LOW_RANK:
+            raise UserError(f"--stochastic-rounding: {self.optimizer} has no such option; leave it out")
+        if self.stochastic_rounding and self.dtype != "bf16":
+            raise UserError("--stochastic-rounding: float32 weights need none; give --dtype bf16 with it")
         at_least = {
             "rank": 1,
             "steps": 1,

@@ -34,6 +34,10 @@ from lorapre_recipes.config import (
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FLOAT32, FLOAT64, BF16 = 4, 8, 2  # bytes
 
+# What a step of LoRA-Pre's Adam may allocate for its own use, by the tests of `lorapre`: so many bytes, or
+# this share of the largest weight where that is more.
+SCRATCH, SCRATCH_SHARE = 8 * 2**20, 0.02
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -44,12 +48,15 @@ class Settings:
     variant: Variant | None = None
     compress: Compress | None = None
     dtype: Precision = "fp32"
+    release: bool = False  # gradients in the backward pass
 
     def __post_init__(self) -> None:
         """Refuse what cannot be. Raises UserError naming the option."""
         for name, optimizers in ONLY_FOR.items():
             if getattr(self, name) is not None and self.optimizer not in optimizers:
                 raise UserError(f"{flag(name)}: {self.optimizer} has no such option; leave it out")
+        if self.release and self.optimizer not in LOW_RANK:
+            raise UserError(f"--release: {self.optimizer} has no such option; leave it out")
         if self.optimizer in LOW_RANK and self.rank is None:
             raise UserError(f"--rank: {self.optimizer} needs a value")
         if self.rank is not None and self.rank < 1:
@@ -73,6 +80,8 @@ class Settings:
             options += [f"rank {self.rank}", f"variant {self.variant or 'calibrated'}"]
         if self.compress in ("first", "second"):
             options.append(f"{self.compress} moment only")
+        if self.release:
+            options.append("gradients released")
         return ", ".join(options)
 
 
@@ -226,25 +235,60 @@ class Memory(NamedTuple):
     gradients: int
     matrices: int  # optimizer state of the matrices: low rank or, for muon, its momentum
     dense: int  # optimizer state of all else
-    adamw: int  # what torch.optim.AdamW would hold instead of both
+    transient: int  # what the step allocates for its own use, at most
+    adamw: int  # what torch.optim.AdamW would hold as state
 
     @property
     def state(self) -> int:
         """All optimizer state."""
         return self.matrices + self.dense
 
+    @property
+    def peak(self) -> int:
+        """Of a training step, but for activations and for what the traffic between GPUs needs."""
+        return self.weights + self.gradients + self.state + self.transient
 
-def memory(weights: Iterable[Weight], mesh: Mesh, item: int) -> Memory:
-    """What a GPU of `mesh` holds; `item` is the bytes of an element of weights and gradients."""
-    weights = list(weights)
+
+def memory(weights: Iterable[Weight], settings: Settings, mesh: Mesh = ONE_GPU) -> Memory:
+    """What a GPU of `mesh` holds in a training step."""
+    weights, item = list(weights), settings.item
     held = sum(weight.held(mesh) for weight in weights) * item
+    gradients, transient = held, step_transient(weights, settings, mesh)
+    if settings.release:  # one gradient at a time, from when it is complete until its weight is updated
+        gradients, transient = max(
+            ((weight.held(mesh) * item, step_transient([weight], settings, mesh)) for weight in weights),
+            key=sum,
+        )
     return Memory(
         weights=held,
-        gradients=held,
+        gradients=gradients,
         matrices=sum(weight.state_bytes(mesh) for weight in weights if weight.matrix),
         dense=sum(weight.state_bytes(mesh) for weight in weights if not weight.matrix),
+        transient=transient,
         adamw=sum(weight.adamw_bytes(mesh, item) for weight in weights),
     )
+
+
+def step_transient(weights: Sequence[Weight], settings: Settings, mesh: Mesh) -> int:
+    """Bytes that optimizer.step allocates beside weights, gradients and state, at most."""
+    item = settings.item
+    elementwise = [weight.held(mesh) * item for weight in weights if not weight.matrix]
+    matrices = [weight for weight in weights if weight.matrix]
+    if settings.optimizer == "adamw":  # foreach, as on a GPU: the denominators of all weights
+        return sum(weight.held(mesh) * item for weight in weights)
+    if settings.optimizer == "muon":
+        return max([sum(elementwise), *(newton_schulz_bytes(weight, item) for weight in matrices)])
+    largest = max(weight.held(mesh) * item for weight in weights)
+    scratch = max(SCRATCH, round(SCRATCH_SHARE * largest))
+    if settings.optimizer == "lorapre-muon":
+        return max([scratch, *(newton_schulz_bytes(weight, FLOAT32) for weight in matrices)])
+    return scratch
+
+
+def newton_schulz_bytes(weight: Weight, item: int) -> int:
+    """Bytes that Muon needs for a whole matrix: its momentum, two iterates in bfloat16 and their Grams."""
+    E, p, q = matrix_shape(weight.shape, weight.flatten)
+    return E * (p * q * (item + 2 * BF16) + 2 * BF16 * min(p, q) ** 2)
 
 
 def most_row_shards(weight: Weight, settings: Settings) -> int:

@@ -107,6 +107,7 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> Optimizer:
             variant=config.variant,
             compress=config.compress,
             seed=config.seed,
+            stochastic_rounding=config.stochastic_rounding,
         )
     if config.optimizer == "lorapre-muon":
         assert config.rank is not None
@@ -124,6 +125,7 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> Optimizer:
             adamw_eps=config.eps,
             adamw_weight_decay=config.weight_decay,
             seed=config.seed,
+            stochastic_rounding=config.stochastic_rounding,
         )
 
     matrices = [{"params": group["params"], "lr": matrix_lr} for group in matrices]

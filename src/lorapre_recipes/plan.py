@@ -157,6 +157,8 @@ NAME = 18  # characters of a name
 
 def render(name: str, settings: Settings, meshes: Sequence[Mesh] = ()) -> str:
     """The text that `lorapre plan` prints: memory and, where there are meshes, traffic of a step."""
+    if meshes and settings.release:
+        raise UserError("--release: gradients of sharded weights are not released; leave out --mesh")
     if len(meshes) > MOST_MESHES:
         raise UserError(f"--mesh: {MOST_MESHES} fit into a table, not {len(meshes)}; run the command again")
     model = meta_model(name, DTYPES[settings.dtype])
@@ -176,8 +178,8 @@ def render(name: str, settings: Settings, meshes: Sequence[Mesh] = ()) -> str:
 
 
 def memory_table(weights: Sequence[Weight], settings: Settings, meshes: Sequence[Mesh]) -> str:
-    """Bytes of weights, gradients and state, whole and per GPU."""
-    columns = [memory(weights, mesh, settings.item) for mesh in (ONE_GPU, *meshes)]
+    """Bytes of weights, gradients, state and what a step adds, whole and per GPU."""
+    columns = [memory(weights, settings, mesh) for mesh in (ONE_GPU, *meshes)]
     matrices = sum(weight.matrix for weight in weights)
     route = "low rank" if settings.optimizer in LOW_RANK else "Muon's"
     state: list[Row] = [("optimizer state", *(size(m.state) for m in columns))]
@@ -188,11 +190,12 @@ def memory_table(weights: Sequence[Weight], settings: Settings, meshes: Sequence
         ]
     body: list[Row] = [
         ("weights", *(size(m.weights) for m in columns)),
-        ("gradients", *(size(m.gradients) for m in columns)),
+        ("gradients, one by one" if settings.release else "gradients", *(size(m.gradients) for m in columns)),
         *state,
+        ("transient, at most", *(size(m.transient) for m in columns)),
+        ("peak, no activations", *(size(m.peak) for m in columns)),
         ("torch.optim.AdamW's state", *(size(m.adamw) for m in columns)),
         ("state / AdamW's", *(f"{m.state / m.adamw:.2f}" for m in columns)),
-        ("sum of the first three", *(size(m.weights + m.gradients + m.state) for m in columns)),
     ]
     return table("Memory of a GPU", ["one GPU", *map(str, meshes)], body)
 

@@ -53,6 +53,7 @@ from lorapre import coverage
 from lorapre_recipes import distributed
 from lorapre_recipes.config import PretrainConfig, UserError
 from lorapre_recipes.data import PackedData, for_transformers, load_data
+from lorapre_recipes.footprint import DTYPES
 from lorapre_recipes.optim import build_optimizer
 from lorapre_recipes.report import Metric, Summary, plot_curves, summary_table
 
@@ -151,8 +152,8 @@ def pretrain(
 
 
 def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalLM:
-    """A Llama with fresh weights, float32."""
-    return LlamaForCausalLM(
+    """A Llama with fresh weights, the same whatever the dtype but for rounding."""
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -167,6 +168,8 @@ def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalL
             pad_token_id=None,
         )
     )
+    model.to(DTYPES[config.dtype])  # type: ignore[arg-type]
+    return model
 
 
 def training_arguments(config: PretrainConfig, out: Path) -> TrainingArguments:

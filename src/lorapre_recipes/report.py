@@ -49,6 +49,8 @@ def describe_optimizer(config: PretrainConfig) -> str:
         parts.append(config.variant)
     if config.compress not in (None, "both"):
         parts.append(f"{config.compress} moment only")
+    if config.dtype != "fp32":
+        parts.append(f"{config.dtype} weights" + ", stochastic rounding" * config.stochastic_rounding)
     return ", ".join(parts)
 
 

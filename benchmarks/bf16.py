@@ -1,0 +1,113 @@
+"""Weights in bfloat16 with and without stochastic rounding, against float32, on the quickstart's task.
+
+    python benchmarks/bf16.py
+
+Three runs of `lorapre pretrain` that differ in nothing but the weights' type and how they are rounded.
+"""
+
+import contextlib
+import io
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Column, Result, Row, quiet, reason
+from cyclopts import App
+
+from lorapre_recipes import cli
+from lorapre_recipes.config import OptimizerName
+from lorapre_recipes.presets import get_preset
+from lorapre_recipes.pretrain import pretrain
+from lorapre_recipes.report import read_metrics
+
+COLUMNS = [
+    Column("run", "weights"),
+    Column("loss", "loss", ".4f"),
+    Column("perplexity", "perplexity", ".2f"),
+    Column("gap", "above float32", "+.2%"),
+    Column("minutes", "minutes", ".1f"),
+]
+RUNS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16, stochastic rounding": {"dtype": "bf16", "stochastic_rounding": True},
+    "bfloat16": {"dtype": "bf16"},
+}
+
+app = App(help=__doc__)
+
+
+@app.default
+def main(
+    *,
+    preset: str = "llama-tiny",
+    optimizer: OptimizerName = "lorapre-adamw",
+    steps: int | None = None,
+    data: str | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+) -> None:
+    """Train three times.
+
+    Args:
+        preset: model, data and schedule.
+        optimizer: lorapre-adamw or lorapre-muon.
+        steps: fewer than the preset has, to try it out.
+        data: another text.
+        seed: of the runs.
+        out: folder of the results. Default: benchmarks/results/DATE_HARDWARE.
+    """
+    changes = {"steps": steps, "data": data, "seed": seed}
+    config = get_preset(preset)(optimizer).replace(**{k: v for k, v in changes.items() if v is not None})
+    rows: list[Row] = []
+    curves: dict[str, list[tuple[int, float]]] = {}
+    cli.quieten()
+    for name, options in RUNS.items():
+        row: Row = {"run": name}
+        folder = Path(tempfile.mkdtemp(prefix="lorapre-bf16-"))
+        try:
+            with quiet(), contextlib.redirect_stdout(io.StringIO()):  # the bar is on stderr
+                summary = pretrain(config.replace(**options), folder / "run")
+            row |= {
+                "loss": summary.validation_loss,
+                "perplexity": summary.validation_perplexity,
+                "minutes": summary.wall_seconds / 60,
+                "gap": summary.validation_loss / rows[0]["loss"] - 1 if rows else 0.0,
+            }
+            metrics = read_metrics(folder / "run" / "metrics.jsonl")
+            curves[name] = [(m["step"], m["validation_loss"]) for m in metrics if "validation_loss" in m]
+        except Exception as error:
+            row["reason"] = reason(error)
+        finally:
+            shutil.rmtree(folder)
+        rows.append(row)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    Result(
+        benchmark="bf16",
+        title=f"{preset}, {optimizer}, {config.steps} steps: weights in bfloat16",
+        device=device,
+        settings={"name": [preset, optimizer], "steps": config.steps, "seed": seed, "curves": curves},
+        columns=COLUMNS,
+        rows=rows,
+        notes=[
+            "loss: validation, nats per token, one seed. Weights, gradients and activations are of the type; "
+            "factors are float32."
+        ],
+    ).save(out, draw)
+
+
+def draw(figure: Any, result: Result) -> None:
+    """Validation loss over steps."""
+    axes = figure.add_subplot()
+    for name, points in result.settings["curves"].items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    axes.set_xlabel("steps")
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    axes.set_title(result.title, fontsize=10)
+
+
+if __name__ == "__main__":
+    app()
