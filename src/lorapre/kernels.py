@@ -49,8 +49,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Factors(NamedTuple):
     """A factorised moment, keep (B A) + fresh g or, as the second, keep (row B A column)**2 + fresh g**2."""
 
-    B: Matrices  # (p, r), float32, contiguous
-    A: Matrices  # (r, q), float32, contiguous
+    B: Matrices  # (p, r)
+    A: Matrices  # (r, q)
     keep: Numbers
     fresh: Numbers
     row: Tensor | None = None  # (N, p), for the second moment only
@@ -127,6 +127,7 @@ def row_sweep(
         width: columns of the whole matrices, q unless given; for `keys` only.
         row_sums: whether to return the sums of g**2 over each row.
     """
+    first, second = _packed(first), _packed(second)  # named here, so that copies live until the launch
     (p, q), n, r = weights[0].shape[-2:], _count(weights), _rank(first, second)
     fused, R, BM, BN, warps, stages = _row_blocks(r, _exact(grads[0]))
     factorised = [x for x in (first, second) if isinstance(x, Factors)]
@@ -159,7 +160,7 @@ def column_sweep(
 
     Args:
         grads: (p, q) each; rows contiguous, their stride common to the group.
-        first_basis: L (p, r) each, contiguous, float32; None where the first moment is dense.
+        first_basis: L (p, r) each; None where the first moment is dense.
         second_basis: likewise.
         sign: as in `row_sweep`.
         finite: as in `row_sweep`.
@@ -175,6 +176,7 @@ def _project(
     sign: float, finite: Tensor | None, sums: bool, rows: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """L^T T over the rows of T or, with `rows` and A for L, T A^T over its columns; sums of g**2 likewise."""
+    first, second = _contiguous(first), _contiguous(second)
     bases = [x for x in (first, second) if x is not None]
     (p, q), n = grads[0].shape[-2:], _count(grads)
     r = bases[0][0].shape[-2 if rows else -1]
@@ -275,6 +277,20 @@ def _rank(*moments: Factors | Dense) -> int:
     ranks = {x.B[0].shape[-1] for x in moments if isinstance(x, Factors)}
     assert len(ranks) == 1, "the factorised moments of a weight have one rank"
     return ranks.pop()
+
+
+def _contiguous(matrices: Matrices | None) -> Matrices | None:
+    return matrices and [x.to(torch.float32).contiguous() for x in matrices]
+
+
+def _packed(moment: Factors | Dense) -> Factors | Dense:
+    """The moment with factors as the kernels read them, which solvers do not always return."""
+    if isinstance(moment, Dense):
+        assert all(x.is_contiguous() and x.dtype == torch.float32 for x in moment.ema)
+        return moment
+    row, column = (x if x is None else x.contiguous() for x in (moment.row, moment.column))
+    B, A = _contiguous(moment.B) or (), _contiguous(moment.A) or ()
+    return moment._replace(B=B, A=A, row=row, column=column)
 
 
 def _arrays(moment: Factors | Dense) -> tuple[Matrices | None, Matrices | None]:
