@@ -11,7 +11,7 @@ which is the specification. This is the only module that imports triton; import 
 T is the gradient g for the first moment (m) and |g| for the second (v). A group is N matrices (p, q). Where
 tensors are asked for as `Matrices`, each is (p, q) or, as fused experts are, (E, p, q), which counts as E
 matrices; so N matrices may also come stacked, as one tensor. Per-matrix numbers are floats or tensors that
-hold one or N elements. Every sweep is one launch for the group (two where the rank is above 128), whose
+hold one or N elements. Every sweep is one launch for the group (a row sweep of large rank two), whose
 addresses travel in a table on the device. Nothing waits for the device, everything can be captured in a CUDA
 graph, and nothing depends on the order in which programs run: sums are never formed by atomics.
 
