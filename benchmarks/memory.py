@@ -85,7 +85,7 @@ def main(
                 row |= measure(contender, model, layers, DTYPES[dtype], place, (batch, length))
         except Exception as error:  # a peer that fails is a row that says so
             row["reason"] = reason(error)
-    depth = f", {layers} layers" if layers else ""
+    depth = f", layers: {layers}" if layers else ""
     Result(
         benchmark="memory",
         title=f"Memory of a training step: {model}{depth}, {dtype}, {batch} x {length} tokens, MiB",

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from lorapre_recipes.allocations import peak_bytes, segments
+from lorapre_recipes.config import UserError
+from lorapre_recipes.presets import llama_tiny
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FACTS = {"benchmark", "title", "device", "settings", "columns", "rows", "notes", "command", "environment"}
@@ -175,6 +177,19 @@ def test_bf16(bench: Bench, tmp_path: Path) -> None:
     check(result, printed, "loss", "perplexity", "gap")
     assert len(result["rows"]) == 3
     assert not any(row.get("reason") for row in result["rows"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adamw", "stochastic_rounding": True, "dtype": "bf16"}, "adamw has no such option"),
+        ({"optimizer": "lorapre-adamw", "stochastic_rounding": True}, "give --dtype bf16"),
+        ({"optimizer": "lorapre-adamw", "dtype": "fp16"}, "--dtype: there is no 'fp16'"),
+    ],
+)
+def test_rounding_needs_what_it_rounds(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        llama_tiny(options.pop("optimizer")).replace(**options)
 
 
 # The counter

@@ -37,6 +37,7 @@ FLOAT32, FLOAT64, BF16 = 4, 8, 2  # bytes
 # What a step of LoRA-Pre's Adam may allocate for its own use, by the tests of `lorapre`: so many bytes, or
 # this share of the largest weight where that is more.
 SCRATCH, SCRATCH_SHARE = 8 * 2**20, 0.02
+DENSE_SCRATCH = 2 * 2**20  # tiles of a dense weight in float32, where it has less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +279,8 @@ def step_transient(weights: Sequence[Weight], settings: Settings, mesh: Mesh) ->
         return sum(weight.held(mesh) * item for weight in weights)
     if settings.optimizer == "muon":
         return max([sum(elementwise), *(newton_schulz_bytes(weight, item) for weight in matrices)])
+    if not matrices:
+        return 0 if item == FLOAT32 else DENSE_SCRATCH
     largest = max(weight.held(mesh) * item for weight in weights)
     scratch = max(SCRATCH, round(SCRATCH_SHARE * largest))
     if settings.optimizer == "lorapre-muon":

@@ -190,7 +190,7 @@ def memory_table(weights: Sequence[Weight], settings: Settings, meshes: Sequence
         ]
     body: list[Row] = [
         ("weights", *(size(m.weights) for m in columns)),
-        ("gradients, one by one" if settings.release else "gradients", *(size(m.gradients) for m in columns)),
+        ("largest gradient" if settings.release else "gradients", *(size(m.gradients) for m in columns)),
         *state,
         ("transient, at most", *(size(m.transient) for m in columns)),
         ("peak, no activations", *(size(m.peak) for m in columns)),
