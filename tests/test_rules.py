@@ -31,10 +31,42 @@ def test_debiased_rate_makes_an_ema_the_bias_corrected_one(beta: float) -> None:
     assert rules.debiased_rate(beta, torch.tensor(1e6)).item() == pytest.approx(beta)
 
 
-def test_adam_direction_is_m_over_root_v_plus_eps() -> None:
-    m, v = torch.randn(4, 5), torch.rand(4, 5)
-    expected = m / (v.sqrt() + 0.1)
-    torch.testing.assert_close(rules.adam_direction(m, v.clone(), 0.1), expected)
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.0, 0.0), (0.95, 0.3)])
+def test_adam_rule_is_the_formula(
+    betas: tuple[float, float], fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the second correction is no power of beta2, as in the calibrated variant."""
+    if not fused:
+        monkeypatch.setattr(rules, "FUSED", frozenset())
+    (beta1, beta2), t = betas, 3.0
+    for c2 in (None, 1 - 0.4 * beta2, 1.0):
+        w, g, m = torch.randn(3, 4, 5)
+        v = torch.rand(4, 5)
+        new_m, new_v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g.square()
+        root = (new_v / (1 - beta2**t if c2 is None else c2)).sqrt()
+        new_w = w - 0.3 * (new_m / (1 - beta1**t)) / (root + 0.1)
+        correction = None if c2 is None else torch.tensor([0.5, c2])
+        rule = rules.Adam(betas, torch.tensor([1.0, t]), 0.3, 0.1, correction)
+        assert rule.fused == fused
+        rule.step_(1, w, g, m, v)
+        for found, expected in ((w, new_w), (m, new_m), (v, new_v)):
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adam_rule_changes_nothing_where_the_gradient_was_not_finite(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fused:
+        monkeypatch.setattr(rules, "FUSED", frozenset())
+    ones = torch.ones(2)
+    rule = rules.Adam((0.9, 0.95), ones, 0.3, 0.0, finite=torch.tensor([False, True]))
+    for i in range(2):
+        w, g, m, v = torch.rand(4, 4, 5)
+        before = w.clone(), m.clone(), v.clone()
+        rule.step_(i, w, g, m, v)
+        assert [torch.equal(x, y) for x, y in zip((w, m, v), before, strict=True)] == [i == 0] * 3
 
 
 def torch_muon(gradient: Tensor, **options: Any) -> Tensor:

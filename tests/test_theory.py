@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorapre import factors
 
-TRACKERS = {"printed": factors.PRINTED, "newton": factors.NEWTON, "subspace": factors.SUBSPACE}
+TRACKERS = {"printed": factors.Printed, "newton": factors.Newton, "subspace": factors.Subspace}
 BETA = 0.9
 # 1 - gamma = sqrt(beta): the product of two factors then decays by beta.
 RATE = {"printed": 1 - BETA**0.5, "newton": 1 - BETA**0.5, "subspace": BETA}
@@ -70,7 +70,7 @@ def test_ema_is_one_gradient_step_on_the_regression_objective() -> None:
 @pytest.mark.usefixtures("undamped")
 def test_printed_step_is_a_newton_step_in_each_factor_with_the_other_at_its_old_value() -> None:
     B, A, T = (torch.randn(shape, dtype=torch.float64) for shape in ((6, 3), (3, 8), (6, 8)))
-    new_B, new_A = factors.track(factors.PRINTED, B, A, T, 0.3)
+    new_B, new_A = factors.track(factors.Printed, B, A, T, 0.3)
     assert close(new_B, newton_step(B, lambda B: regression(B, A, T), 0.3), 1e-9)
     assert close(new_A, newton_step(A, lambda A: regression(B, A, T), 0.3), 1e-9)
 
@@ -80,7 +80,7 @@ def test_newton_step_is_a_newton_step_in_each_factor_with_the_other_at_its_newes
     B, A, T = (torch.randn(shape, dtype=torch.float64) for shape in ((6, 3), (3, 8), (6, 8)))
     want_B = newton_step(B, lambda B: regression(B, A, T), 0.3)
     want_A = newton_step(A, lambda A: regression(want_B, A, T), 0.3)
-    new_B, new_A = factors.track(factors.NEWTON, B, A, T, 0.3)
+    new_B, new_A = factors.track(factors.Newton, B, A, T, 0.3)
     size = want_A.norm() / math.sqrt(3)  # what the gauge moves from A to B
     assert close(new_B, want_B * size, 1e-9)
     assert close(new_A, want_A / size, 1e-9)
@@ -104,7 +104,7 @@ def test_newton_product_is_affine_in_the_part_of_the_target_inside_the_new_left_
     B, A, T = (torch.randn(shape, dtype=torch.float64) for shape in ((6, 3), (3, 8), (6, 8)))
     left = newton_step(B, lambda B: regression(B, A, T), 0.3)
     P = left @ torch.linalg.pinv(left)
-    got = factors.product(*factors.track(factors.NEWTON, B, A, T, 0.3))
+    got = factors.product(*factors.track(factors.Newton, B, A, T, 0.3))
     assert close(got, 0.7 * left @ A + 0.3 * P @ T, 1e-9)
 
 
@@ -112,7 +112,7 @@ def test_subspace_product_is_the_ema_projected_on_what_the_old_rows_see_of_it() 
     B, A, T = (torch.randn(shape, dtype=torch.float64) for shape in ((6, 3), (3, 8), (6, 8)))
     ema = 0.9 * B @ A + 0.1 * T
     Y = ema @ A.T
-    got = factors.product(*factors.track(factors.SUBSPACE, B, A, T, 0.9))
+    got = factors.product(*factors.track(factors.Subspace, B, A, T, 0.9))
     assert close(got, Y @ torch.linalg.pinv(Y) @ ema, 1e-9)
 
 
@@ -172,7 +172,7 @@ def test_printed_tracker_loses_small_gradients() -> None:
     for size in (1.0, 1e-8):
         B, A = begin("printed", signal, 8)
         for _ in range(150):
-            B, A = factors.track(factors.PRINTED, B, A, size * signal, RATE["printed"])
+            B, A = factors.track(factors.Printed, B, A, size * signal, RATE["printed"])
         found.append(((B @ A).norm() / (size * signal).norm()).item())
     assert found[0] == pytest.approx(1, abs=1e-3)
     assert found[1] < 0.7
@@ -201,7 +201,7 @@ def test_newton_tracks_a_constant_rank_one_target_along_the_ramp(beta: float, r:
     gamma = 1 - beta**0.5
     B, A = begin("newton", T, r)
     for t in range(1, 60):
-        B, A = factors.track(factors.NEWTON, B, A, T, gamma)
+        B, A = factors.track(factors.Newton, B, A, T, gamma)
         assert close(B @ A, factors.ramp(gamma, torch.tensor(float(t))) * T, 3e-5)
 
 
@@ -222,7 +222,7 @@ def test_subspace_equals_the_dense_ema_while_the_gradients_share_r_columns(
         T = C @ torch.randn(k, 60, dtype=dtype)
         rate = beta * (1 - beta ** (t - 1)) / (1 - beta**t)
         ema = rate * ema + (1 - rate) * T
-        B, A = factors.track(factors.SUBSPACE, B, A, T, rate)
+        B, A = factors.track(factors.Subspace, B, A, T, rate)
         assert close(B @ A, ema, tolerance)
 
 
@@ -239,7 +239,7 @@ def test_subspace_is_within_twice_the_best_rank_r_approximation_of_a_turning_sig
         U, V = c * left[:, :k] + s * left[:, k:], c * right[:, :k] + s * right[:, k:]
         T = U @ strength @ V.T + noise * torch.randn(p, q) / math.sqrt(p)
         ema = BETA * ema + (1 - BETA) * T
-        B, A = factors.track(factors.SUBSPACE, B, A, T, BETA)
+        B, A = factors.track(factors.Subspace, B, A, T, BETA)
         best = torch.linalg.svdvals(ema)[r:].norm()
         assert (B @ A - ema).norm() <= 2 * best, t
 
@@ -309,7 +309,7 @@ def printed_after_zeros(dtype: torch.dtype, zeros: int) -> tuple[float, float]:
     largest = 0.0
     for t in range(30 + zeros + 100):
         T = signal + torch.randn_like(signal) if not 30 <= t < 30 + zeros else torch.zeros_like(signal)
-        B, A = factors.track(factors.PRINTED, B, A, T, RATE["printed"])
+        B, A = factors.track(factors.Printed, B, A, T, RATE["printed"])
         if t >= 30 + zeros:
             largest = max(largest, ((B @ A).norm() / T.norm()).item())
     return largest, error(B, A, signal)

@@ -3,19 +3,18 @@
 Shapes, with any leading batch dimensions: `B` (..., p, r), `A` (..., r, q), target `T` (..., p, q),
 r < min(p, q). A tracker takes two half-steps, the left factor first. It never needs T itself, only its
 projections `T A^T` (..., p, r) and then `L^T T` (..., r, q) on a left basis L (..., p, r) that the first
-half-step finds, so T can come in tiles and in shards:
+half-step finds, and of each a few rows or columns at a time, so T can come in tiles and in shards:
 
-    printed   L = unit(B), the old factor                 paper, Theorem 3.1, Eq. 11-12, both factors at once
-    newton    L = B', the new factor                      the same two steps, one after the other
-    subspace  L = orth(beta B A A^T + (1 - beta) T A^T)   one subspace iteration on the projected EMA
+    Printed   L = unit(B), the old factor                 paper, Theorem 3.1, Eq. 11-12, both factors at once
+    Newton    L = B', the new factor                      the same two steps, one after the other
+    Subspace  L = orth(beta B A A^T + (1 - beta) T A^T)   one subspace iteration on the projected EMA
 
-docs/maths.md says where each comes from and which test holds it. Everything here is a pure function; nothing
-synchronises with the host. Where the matrices are spread over processes, `shards` says how to sum over them.
+docs/maths.md says where each comes from and which test holds it. Nothing here synchronises with the host.
+Where the matrices are spread over processes, `shards` says how to sum over them.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +22,15 @@ from torch import Tensor
 # As printed; of the trace of the Gram matrix in all variants but "paper", and there too where that is more.
 DAMPING = 1e-6
 
+# Builds for x86 have MKL too; on others the float32 products of oneDNN have not been looked at.
+ONEDNN = bool(torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
+
 
 class Shards:
     """The part of its matrices that a process holds: here, all of it; `lorapre.sharding` has the others."""
 
     count = 1  # processes that hold a part of the same parameters
+    spread_rows = spread_columns = False  # whether other processes hold other rows, columns of a matrix
 
     def sum_all(self, x: Tensor) -> Tensor:
         """Sum over the processes that hold other parts of the same parameters."""
@@ -80,19 +83,39 @@ def gaussian(rows: int, columns: int, *, seed: int) -> Tensor:
 
 def product(B: Tensor, A: Tensor) -> Tensor:
     """m = B A, (..., p, q)."""
-    return B @ A
+    return matmul(B, A)
 
 
-def gram(X: Tensor) -> Tensor:
-    """X^T X, (..., r, r).
+def matmul(X: Tensor, Y: Tensor) -> Tensor:
+    """X Y, (..., a, c) of X (..., a, b) and Y (..., b, c), with the same leading dimensions.
+
+    On CPUs, large float32 products go to oneDNN, as those of bfloat16 do by themselves. MKL, which torch asks
+    for float32, uses half of the vector width of other makers' processors.
+    """
+    if X.ndim != 3 or X.shape[0] != 1 or not X.is_cpu or torch.compiler.is_compiling():
+        return X @ Y
+    x, y = X[0], Y[0]
+    if x.dtype != torch.float32 or x.shape[0] * x.shape[1] * y.shape[1] < 2**21 or not ONEDNN:
+        return torch.mm(x, y)[None]
+    # It is fast for x by rows and y by rows or columns, without gaps.
+    x, y = x.contiguous(), y if y.mT.is_contiguous() else y.contiguous()
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, y.mT, None, "none", [], "")
+    return out[None]
+
+
+def gram(X: Tensor, scale: Tensor | None = None) -> Tensor:
+    """X^T X (..., r, r), of scale * X if there is one; some thousand rows at a time, since they are copied.
 
     In float64 on CUDA: where TF32 is allowed, as many users do for speed, a float32 product is off by 5e-4,
     more than the damping, and Cholesky fails.
     """
-    if X.is_cuda:
-        wide = X.double()
-        return (wide.mT @ wide).to(X.dtype)
-    return X.mT @ X
+    total = None
+    for rows in X.split(4096, -2):
+        rows = rows if scale is None else rows * scale
+        part = (rows.double().mT @ rows.double()).to(X.dtype) if X.is_cuda else matmul(rows.mT, rows)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
 
 
 def norm(X: Tensor, total: Callable[..., tuple[Tensor, ...]] = WHOLE.sum_rows) -> Tensor:
@@ -102,13 +125,14 @@ def norm(X: Tensor, total: Callable[..., tuple[Tensor, ...]] = WHOLE.sum_rows) -
     """
     if X.numel() == 0:  # an empty shard
         size = X.new_zeros((*X.shape[:-2], 1, 1))
-    else:
+    elif X.device.type == "mps":  # has no float64
         largest = X.abs().amax((-2, -1), keepdim=True)
-        scaled = X / torch.where(largest > 0, largest, 1)
-        size = largest * torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
-    if total in (WHOLE.sum_rows, WHOLE.sum_columns):
-        return size
-    return total(size.double().square())[0].sqrt().to(X.dtype)
+        size = largest * (X / torch.where(largest > 0, largest, 1)).norm(dim=(-2, -1), keepdim=True)
+    else:
+        size = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    if total not in (WHOLE.sum_rows, WHOLE.sum_columns):
+        size = total(size.double().square())[0].sqrt()
+    return size.to(X.dtype)
 
 
 def unit(B: Tensor, shards: Shards = WHOLE) -> Tensor:
@@ -117,16 +141,22 @@ def unit(B: Tensor, shards: Shards = WHOLE) -> Tensor:
     return B / torch.where(size > 0, size, 1)
 
 
-def gauge(B: Tensor, A: Tensor, A_before: Tensor, shards: Shards = WHOLE) -> tuple[Tensor, Tensor]:
+def gauge_(B: Tensor, A: Tensor, shards: Shards = WHOLE, before: Tensor | None = None) -> None:
     """Rescale so that ||A||_F = sqrt(r) without changing the product (docs/maths.md, departure d).
 
-    Where A is zero, or has left the range of its type, the product is taken as zero and `A_before` (..., r,
-    q) stays, so that the factor never loses its directions.
+    A is expected at about that size. Where it is zero, or 1e18 times off, the product becomes zero and A what
+    it was `before`, or the first r unit vectors, so that the factor always has directions.
     """
-    size = norm(A, shards.sum_columns) / math.sqrt(A.shape[-2])
-    alive = (size >= torch.finfo(A.dtype).tiny) & size.isfinite()
-    size = torch.where(alive, size, 1)
-    return torch.where(alive, B * size, 0), torch.where(alive, A / size, A_before)
+    squares = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True).square()
+    (squares,) = shards.sum_columns(squares)
+    size = (squares / A.shape[-2]).sqrt()
+    alive = (size > 1e-18) & (size < 1e18)
+    A.mul_(torch.where(alive, 1 / size, 0))
+    if before is not None:
+        A.copy_(torch.where(alive, A, before))
+    else:
+        A.diagonal(dim1=-2, dim2=-1).add_((~alive).squeeze(-1))
+    B.mul_(torch.where(alive, size, 0))
 
 
 def start(sketch: Tensor, fallback: Tensor, shards: Shards = WHOLE) -> Tensor:
@@ -147,184 +177,258 @@ def ramp(gamma: float, t: Tensor) -> Tensor:
     return -torch.expm1(2 * t * math.log(max(1 - gamma, 1e-300)))
 
 
-Half = tuple[Tensor, Tensor]
+ALL = slice(None)
 
 
-def printed_left(B: Tensor, A: Tensor, TAt: Tensor, gamma: Tensor | float, shards: Shards = WHOLE) -> Half:
-    """A Newton step of length gamma in the left factor, the right one fixed (paper, Theorem 3.1, Eq. 11).
+class Tracker:
+    """How the factors of N momenta follow their targets; B and A are overwritten.
 
-        B' = (1 - gamma) B + gamma T A^T (A A^T + lambda I)^-1,   lambda = 1e-6 (or more, see `_damped_solve`)
+        tracker = Newton(B, A, rate)
+        tracker.left(members, rows, T[members, rows] @ tracker.probe()[members].mT)         for all rows
+        tracker.turn()
+        tracker.right(members, columns, tracker.basis(members, ALL) @ T[members, :, columns])   for all columns
+        tracker.finish()
 
-    Args:
-        B: (..., p, r).
-        A: (..., r, q).
-        TAt: (..., p, r), the target seen by A, summed over the columns held here.
-        gamma: length of the step, in (0, 1]; a number or one per matrix (..., 1, 1).
-        shards: how to sum over other processes.
-
-    Returns:
-        (L, B'): the left basis L = unit(B), since as printed the right factor sees the old left one, and the
-        new left factor, (..., p, r) each.
-    """
-    TAt, G = shards.sum_columns(TAt, gram(A.mT))
-    return unit(B, shards), torch.lerp(B, _damped_solve(G, TAt.mT, DAMPING).mT, _as_tensor(gamma, B))
-
-
-def printed_parts(B: Tensor, L: Tensor, new_B: Tensor, LtT: Tensor) -> tuple[Tensor, ...]:
-    """What `printed_right` wants of all rows: L^T T (..., r, q), L^T L (..., r, r), ||B||; L = unit(B)."""
-    return LtT, gram(L), (B * L).sum((-2, -1), keepdim=True)
-
-
-def printed_right(
-    B: Tensor,
-    A: Tensor,
-    new_B: Tensor,
-    sums: tuple[Tensor, ...],
-    gamma: Tensor | float,
-    shards: Shards = WHOLE,
-) -> Half:
-    """A Newton step of length gamma in the right factor, the left one fixed at its old value (paper, Eq. 12).
-
-        A' = (1 - gamma) A + gamma (B^T B + lambda I)^-1 B^T T,   lambda = 1e-6 (or more, see `_damped_solve`)
-
-    The system is formed from L = B / ||B||_F, in units of ||B||, so that neither a gradient of 1e-20 nor one
-    of 1e20 leaves the range of float32.
+    Sums over other processes are taken in `turn` and `finish`; `send` starts the last one.
 
     Args:
-        B: (..., p, r), the old left factor.
-        A: (..., r, q).
-        new_B: (..., p, r), the new one.
-        sums: `printed_parts`, summed over all rows.
-        gamma: as in `printed_left`.
+        B: (N, p, r).
+        A: (N, r, q).
+        rate: in [0, 1], a number or one per matrix (N, 1, 1). Of Printed and Newton the length gamma of a
+            step, of Subspace the decay beta of the EMA.
         shards: how to sum over other processes.
-
-    Returns:
-        (B', A').
+        whole: take each half-step of all members, rows and columns at once: faster if they are small.
     """
-    LtT, G, size = sums
-    inverse = _inverse(size)
-    damping = (DAMPING * inverse * inverse).clamp(max=1e30)
-    return new_B, torch.lerp(A, inverse * _damped_solve(G, LtT, damping), _as_tensor(gamma, A))
+
+    probes = True  # whether T A^T is taken with the probe of A instead of A
+
+    def __init__(
+        self, B: Tensor, A: Tensor, rate: Tensor | float, shards: Shards = WHOLE, whole: bool = False
+    ) -> None:
+        self.B, self.A, self.shards = B, A, shards
+        self.rate = torch.as_tensor(rate, dtype=B.dtype, device=B.device).expand(len(B), 1, 1)
+        self._projected = torch.empty_like(B) if shards.spread_columns or whole else None  # T A^T
+        self._answers = torch.empty_like(A) if shards.spread_rows or whole else None  # L^T T
+        self._sums: Callable[[], tuple[Tensor, ...]] | None = None
+        if self._projected is None:
+            self._start_left(gram(A.mT))
+
+    def probe(self, columns: slice = ALL) -> Tensor:
+        """A + eps W (N, r, columns), the A of T A^T; W has rows of A's length, in general position.
+
+        A target orthogonal to A in its rows and to B in its columns has no projection at all, and the factors
+        would never see it. Rounding errors, of size eps, are enough to find it, but where the new rows or
+        columns were exactly zero before there are none (docs/maths.md, departure g).
+        """
+        if not self.probes:
+            return self.A[..., columns]
+        q = self.shards.size(1, self.A.shape[-1])[1]
+        W = _waves(self.A.mT, self.shards.columns, q, columns).mT
+        return torch.add(self.A[..., columns], W, alpha=torch.finfo(W.dtype).eps)
+
+    def left(self, members: slice, rows: slice, TAt: Tensor) -> None:
+        """The left half-step of some rows, from T A^T (n, rows, r), summed over the columns held here."""
+        if self._projected is not None:
+            self._projected[members, rows] = TAt
+        else:
+            self._left(members, rows, TAt)
+
+    def turn(self) -> None:
+        """After all rows: find the left basis."""
+        if self._projected is not None:
+            TAt, G = self.shards.sum_columns(self._projected, gram(self.A.mT))
+            self._projected = None
+            self._start_left(G)
+            self._left(ALL, ALL, TAt)
+        self._turn()
+        if self._answers is None:
+            self._start_right(*self._parts())
+
+    def basis(self, members: slice, rows: slice) -> Tensor:
+        """L^T (n, r, rows) of the left basis, from `turn` on."""
+        raise NotImplementedError
+
+    def right(self, members: slice, columns: slice, LtT: Tensor) -> None:
+        """The right half-step of some columns, from L^T T (n, r, columns), summed over the rows held here."""
+        if self._answers is not None:
+            self._answers[members, :, columns] = LtT
+        else:
+            self._right(members, columns, LtT)
+
+    def send(self) -> None:
+        """After all columns: start the last sum over processes, so that arithmetic can go on until `finish`."""
+        if self._answers is not None:
+            self._sums = self.shards.send_rows(self._answers, *self._parts())
+            self._answers = None
+
+    def finish(self) -> None:
+        """The new factors are in B and A."""
+        self.send()
+        if self._sums is not None:
+            LtT, *parts = self._sums()
+            self._start_right(*parts)
+            self._right(ALL, ALL, LtT)
+        self._finish()
+
+    def _start_left(self, G: Tensor) -> None:
+        """From G = A A^T (N, r, r)."""
+        raise NotImplementedError
+
+    def _left(self, members: slice, rows: slice, TAt: Tensor) -> None:
+        raise NotImplementedError
+
+    def _turn(self) -> None:
+        raise NotImplementedError
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        """What `_start_right` takes, to be summed over all rows."""
+        raise NotImplementedError
+
+    def _start_right(self, *parts: Tensor) -> None:
+        raise NotImplementedError
+
+    def _right(self, members: slice, columns: slice, LtT: Tensor) -> None:
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        raise NotImplementedError
 
 
-def newton_left(B: Tensor, A: Tensor, TAt: Tensor, gamma: Tensor | float, shards: Shards = WHOLE) -> Half:
-    """The step of `printed_left` with lambda = 1e-6 trace; returns (unit(B'), B')."""
-    TAt, G = shards.sum_columns(TAt, gram(A.mT))
-    new_B = torch.lerp(B, _damped_solve(G, TAt.mT).mT, _as_tensor(gamma, B))
-    return unit(new_B, shards), new_B
+class Newton(Tracker):
+    """A Newton step of length gamma in the left factor, then one in the right factor.
 
-
-def newton_parts(B: Tensor, L: Tensor, new_B: Tensor, LtT: Tensor) -> tuple[Tensor, ...]:
-    """As `printed_parts`, L being the unit of the new left factor."""
-    return printed_parts(new_B, L, new_B, LtT)
-
-
-def newton_right(
-    B: Tensor,
-    A: Tensor,
-    new_B: Tensor,
-    sums: tuple[Tensor, ...],
-    gamma: Tensor | float,
-    shards: Shards = WHOLE,
-) -> Half:
-    """A Newton step of length gamma in the right factor, the left one fixed at its new value B'.
-
-        A' = (1 - gamma) A + gamma (B'^T B' + lambda I)^-1 B'^T T,   lambda = 1e-6 trace
+        B' = (1 - gamma) B + gamma T A^T (A A^T + lambda I)^-1,      lambda = 1e-6 trace, departure a
+        A' = (1 - gamma) A + gamma (B'^T B' + lambda I)^-1 B'^T T
         (B, A) = gauge(B', A')
 
     Taken from the new left factor and not, as printed, from the old one, the product is
     B' A' = (1 - gamma) B' A + gamma P T with P the projection on the columns of B': no term is quadratic in
-    T, nothing grows when T is much larger than B A (departure f). Arguments as in `printed_right`.
-    """
-    LtT, G, size = sums
-    solution = _inverse(size) * _damped_solve(G, LtT)
-    return gauge(new_B, torch.lerp(A, solution, _as_tensor(gamma, A)), A, shards)
+    T, nothing grows when T is much larger than B A (departure f).
 
-
-def subspace_left(B: Tensor, A: Tensor, TAt: Tensor, beta: Tensor | float, shards: Shards = WHOLE) -> Half:
-    """(Q, Q): one step of subspace iteration on beta B A + (1 - beta) T, from the row space of A."""
-    TAt, G = shards.sum_columns(TAt, gram(A.mT))
-    Q = orth(beta * (B @ G) + (1 - beta) * TAt, shards)
-    return Q, Q
-
-
-def subspace_parts(B: Tensor, L: Tensor, new_B: Tensor, LtT: Tensor) -> tuple[Tensor, ...]:
-    """What `subspace_right` wants summed over rows: Q^T T (..., r, q) and Q^T B (..., r, r)."""
-    return LtT, L.mT @ B
-
-
-def subspace_right(
-    B: Tensor,
-    A: Tensor,
-    new_B: Tensor,
-    sums: tuple[Tensor, ...],
-    beta: Tensor | float,
-    shards: Shards = WHOLE,
-) -> Half:
-    """The EMA beta B A + (1 - beta) T projected on the columns of Q.
-
-        A' = beta (Q^T B) A + (1 - beta) Q^T T,   (B, A) = gauge(Q, A')
-
-    Linear in T and undamped (docs/maths.md, "The subspace tracker"). `new_B` is Q; `beta` is the decay of the
-    EMA, a number or one per matrix (..., 1, 1); other arguments as in `printed_right`.
-    """
-    LtT, LtB = sums
-    return gauge(new_B, beta * (LtB @ A) + (1 - beta) * LtT, A, shards)
-
-
-def probe(A: Tensor, shards: Shards = WHOLE) -> Tensor:
-    """A + eps W (..., r, q), the A of T A^T; W has rows of A's length, in general position.
-
-    A target orthogonal to A in its rows and to B in its columns has no projection at all, and the factors
-    would never see it. Rounding errors, of size eps, are enough to find it, but where the new rows or columns
-    were exactly zero before there are none (docs/maths.md, departure g).
-    """
-    return A + torch.finfo(A.dtype).eps * _waves(A.mT, shards.columns, shards.size(1, A.shape[-1])[1]).mT
-
-
-def _as_it_is(A: Tensor, shards: Shards = WHOLE) -> Tensor:
-    return A
-
-
-class Tracker(NamedTuple):
-    """How factors follow a target T.
-
-    With TAt = T probe(A)^T the left half-step is L, B' = left(B, A, TAt, rate). What the right one wants to
-    know of other rows is summed, sums = sum of parts(B, L, B', L^T T), and then B', A' = right(B, A, B',
-    sums, rate).
+    The second system is formed from L = B' / ||B'||_F, in units of ||B'||, so that neither a gradient of
+    1e-20 nor one of 1e20 leaves the range of float32.
     """
 
-    probe: Callable[..., Tensor]
-    left: Callable[..., Half]
-    parts: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-    right: Callable[..., Half]
+    absolute = False  # whether lambda is at least 1e-6
+
+    def _start_left(self, G: Tensor) -> None:
+        self._root = _damped_root(G, DAMPING if self.absolute else 0.0)
+
+    def _left(self, members: slice, rows: slice, TAt: Tensor) -> None:
+        R = self._root[members]
+        self.B[members, rows].lerp_(matmul(matmul(TAt, R.mT), R), self.rate[members])
+
+    def _turn(self) -> None:
+        self._size = norm(self.B, self.shards.sum_rows)
+        self._unit = _inverse(self._size)
+
+    def basis(self, members: slice, rows: slice) -> Tensor:
+        """L^T (n, r, rows) with L = B' / ||B'||_F."""
+        return self.B[members, rows].mT * self._unit[members]
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return (gram(self.B, self._unit),)
+
+    def _start_right(self, *parts: Tensor) -> None:
+        least = (DAMPING * self._unit * self._unit).clamp(max=1e30) if self.absolute else 0.0
+        self._root = _damped_root(parts[0], least)
+        # Finite, since what it multiplies may be zero.
+        self._scaled = (self._root * self._unit).clamp_(-1e38, 1e38)
+
+    def _right(self, members: slice, columns: slice, LtT: Tensor) -> None:
+        solution = matmul(self._scaled[members].mT, matmul(self._root[members], LtT))
+        self.A[members, :, columns].lerp_(solution, self.rate[members])
+
+    def _finish(self) -> None:
+        gauge_(self.B, self.A, self.shards)
 
 
-PRINTED = Tracker(_as_it_is, printed_left, printed_parts, printed_right)
-NEWTON = Tracker(probe, newton_left, newton_parts, newton_right)
-SUBSPACE = Tracker(probe, subspace_left, subspace_parts, subspace_right)
+class Printed(Newton):
+    """Both Newton steps from the old factors, as printed (paper, Theorem 3.1, Eq. 11-12).
+
+    B' = (1 - gamma) B + gamma T A^T (A A^T + lambda I)^-1,      lambda = 1e-6, or 1e-6 trace if more
+    A' = (1 - gamma) A + gamma (B^T B + lambda I)^-1 B^T T
+    """
+
+    probes = False
+    absolute = True
+
+    def __init__(
+        self, B: Tensor, A: Tensor, rate: Tensor | float, shards: Shards = WHOLE, whole: bool = False
+    ) -> None:
+        super().__init__(B.clone(), A, rate, shards, whole)
+        self.old_B = B
+
+    def _turn(self) -> None:
+        self.new_B, self.B = self.B, self.old_B
+        super()._turn()
+
+    def _finish(self) -> None:
+        self.B.copy_(self.new_B)
+
+
+class Subspace(Tracker):
+    """One step of subspace iteration on the EMA beta B A + (1 - beta) T, from the row space of A.
+
+        Q = orth(beta B A A^T + (1 - beta) T A^T)
+        A' = beta (Q^T B) A + (1 - beta) Q^T T
+        (B, A) = gauge(Q, A')
+
+    Linear in T and undamped: the EMA projected on the columns of Q (docs/maths.md, "The subspace tracker").
+    """
+
+    def _start_left(self, G: Tensor) -> None:
+        self._gram = G
+        self._Y = torch.empty_like(self.B)
+
+    def _left(self, members: slice, rows: slice, TAt: Tensor) -> None:
+        beta = self.rate[members]
+        kept = matmul(self.B[members, rows], self._gram[members])
+        self._Y[members, rows] = kept.mul_(beta).add_(TAt * (1 - beta))
+
+    def _turn(self) -> None:
+        self._Q = orth(self._Y, self.shards)
+        del self._Y
+
+    def basis(self, members: slice, rows: slice) -> Tensor:
+        """Q^T (n, r, rows)."""
+        return self._Q[members, rows].mT
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return (matmul(self._Q.mT, self.B),)
+
+    def _start_right(self, *parts: Tensor) -> None:
+        self._kept = self.rate * parts[0]
+        self._new_A = torch.empty_like(self.A)
+
+    def _right(self, members: slice, columns: slice, LtT: Tensor) -> None:
+        kept = matmul(self._kept[members], self.A[members, :, columns])
+        self._new_A[members, :, columns] = kept.add_(LtT * (1 - self.rate[members]))
+
+    def _finish(self) -> None:
+        gauge_(self._Q, self._new_A, self.shards, before=self.A)
+        self.B.copy_(self._Q)
+        self.A.copy_(self._new_A)
 
 
 def track(
-    tracker: Tracker, B: Tensor, A: Tensor, T: Tensor, rate: Tensor | float, shards: Shards = WHOLE
-) -> Half:
-    """One step of `tracker` towards T (..., p, q), of which all that is held here is at hand: (B', A')."""
-    return start_tracking(tracker, B, A, T, rate, shards)()
-
-
-def start_tracking(
-    tracker: Tracker, B: Tensor, A: Tensor, T: Tensor, rate: Tensor | float, shards: Shards = WHOLE
-) -> Callable[[], Half]:
-    """`track` up to the last sum, which is on its way when this returns; what is returned takes the step."""
-    L, new_B = tracker.left(B, A, T @ tracker.probe(A, shards).mT, rate, shards)
-    sums = shards.send_rows(*tracker.parts(B, L, new_B, L.mT @ T))
-    return lambda: tracker.right(B, A, new_B, sums(), rate, shards)
+    kind: type[Tracker], B: Tensor, A: Tensor, T: Tensor, rate: Tensor | float, shards: Shards = WHOLE
+) -> tuple[Tensor, Tensor]:
+    """One step towards T (..., p, q), of which all that is held here is at hand: (B', A')."""
+    rate = torch.as_tensor(rate, dtype=B.dtype).expand(*B.shape[:-2], 1, 1).reshape(-1, 1, 1)
+    tracker = kind(B.reshape(-1, *B.shape[-2:]).clone(), A.reshape(-1, *A.shape[-2:]).clone(), rate, shards)
+    T = T.reshape(-1, *T.shape[-2:])
+    tracker.left(ALL, ALL, matmul(T, tracker.probe().mT))
+    tracker.turn()
+    tracker.right(ALL, ALL, matmul(tracker.basis(ALL, ALL), T))
+    tracker.finish()
+    return tracker.B.view_as(B), tracker.A.view_as(A)
 
 
 def match_means(
     B: Tensor, A: Tensor, row: Tensor, column: Tensor, shards: Shards = WHOLE
 ) -> tuple[Tensor, Tensor]:
-    """Rescale rows of B, then columns of A, so that the means of (B A)**2 are `row`, then `column`.
+    """Factors on rows of B, then on columns of A, that make `row`, then `column` the means of (B A)**2.
 
     The square of an estimate of E|g| falls short of E g**2; the true means of g**2 over the rows and columns
     are cheap to keep and put that right (docs/maths.md, "The second moment"). Only Grams are formed.
@@ -335,13 +439,16 @@ def match_means(
         row: (..., p), wanted means over each row.
         column: (..., q), wanted means over each column; these hold exactly, those of the rows nearly.
         shards: how to sum over other processes.
+
+    Returns:
+        Of the rows (..., p, 1), and of the columns (..., 1, q).
     """
     p, q = shards.size(B.shape[-2], A.shape[-1])
     (G,) = shards.sum_columns(gram(A.mT))
-    now = ((B @ G) * B).sum(-1) / q
-    B = B * torch.where(now > 0, (row / now).sqrt(), 0)[..., None]
-    now = ((shards.gram(B) @ A) * A).sum(-2) / p
-    return B, A * torch.where(now > 0, (column / now).sqrt(), 0)[..., None, :]
+    now = (matmul(B, G) * B).sum(-1) / q
+    rows = torch.where(now > 0, (row / now).sqrt(), 0)[..., None]
+    now = (matmul(shards.gram(B * rows), A) * A).sum(-2) / p
+    return rows, torch.where(now > 0, (column / now).sqrt(), 0)[..., None, :]
 
 
 def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
@@ -370,27 +477,24 @@ def _cholesky_qr(Y: Tensor, shift: float, shards: Shards) -> tuple[Tensor, Tenso
     squares = G.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(squares > 0, squares.rsqrt(), 0)[..., None, :]
     G = scale.mT * G * scale
-    eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    L = torch.linalg.cholesky_ex(G + shift * eye).L
-    Q = torch.linalg.solve_triangular(L.mT, scale * Y, upper=True, left=False)
-    # Q^T Q = L^-1 G L^-T = I - shift (L L^T)^-1: no need for the rows of Q, which other processes may hold.
-    lost = shift * torch.linalg.solve_triangular(L, eye, upper=False).square().sum(-1)[..., None, :]
-    return Q, lost
+    G.diagonal(dim1=-2, dim2=-1).add_(shift)
+    R = _inverse_root(G)
+    # Q^T Q = R (R^T R - shift I)^-1... = I - shift R R^T: no need for the rows of Q, which others may hold.
+    lost = shift * R.square().sum(-1)[..., None, :]
+    return matmul(Y, scale.mT * R.mT), lost
 
 
-def _waves(like: Tensor, indices: Callable[[int, torch.device], Tensor], total: int) -> Tensor:
-    """(n, r) for `like` (..., n, r): columns in general position, of unit length over all `total` rows.
+def _waves(
+    like: Tensor, indices: Callable[[int, torch.device], Tensor], total: int, part: slice = ALL
+) -> Tensor:
+    """`part` of the rows of (n, r) for `like` (..., n, r): columns in general position, of unit length.
 
-    Saw teeth of incommensurable frequencies, a function of the index of the row in the whole.
+    Saw teeth of incommensurable frequencies, a function of the index of the row in the whole, of `total`.
     """
     n, r = like.shape[-2:]
-    i = (indices(n, like.device) + 1).to(like.dtype)
+    i = (indices(n, like.device)[part] + 1).to(like.dtype)
     frequency = torch.frac(math.sqrt(2) * torch.arange(1, r + 1, dtype=like.dtype, device=like.device))
-    return (torch.frac(i[:, None] * frequency) - 0.5) * math.sqrt(12 / total)
-
-
-def _as_tensor(rate: Tensor | float, like: Tensor) -> Tensor:
-    return torch.as_tensor(rate, dtype=like.dtype, device=like.device)
+    return torch.outer(frequency, i).mT.frac_().sub_(0.5).mul_(math.sqrt(12 / total))
 
 
 def _inverse(size: Tensor) -> Tensor:
@@ -398,13 +502,36 @@ def _inverse(size: Tensor) -> Tensor:
     return torch.where(size >= torch.finfo(size.dtype).tiny, 1 / size, 0)
 
 
-def _damped_solve(G: Tensor, R: Tensor, least: Tensor | float = 0.0) -> Tensor:
-    """(G + lambda I)^-1 R, G (..., r, r) a Gram matrix, R (..., r, n); lambda = 1e-6 trace, at least `least`.
+def _damped_root(G: Tensor, least: Tensor | float) -> Tensor:
+    """R (..., r, r) with R^T R = (G + lambda I)^-1, G a Gram matrix; lambda = 1e-6 trace, at least `least`.
 
     Less would be below the resolution of float32: the Gram of a target of rank below r has eigenvalues that
     rounding makes negative. The last term lets the all-zero Gram of the first step solve to zero.
     """
-    trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    lam = torch.maximum(DAMPING * trace, _as_tensor(least, G)) + torch.finfo(G.dtype).tiny
-    eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    return torch.cholesky_solve(R, torch.linalg.cholesky_ex(G + lam * eye).L)
+    trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None]
+    least = torch.as_tensor(least, dtype=G.dtype, device=G.device)
+    lam = torch.maximum(DAMPING * trace, least.squeeze(-1) if least.ndim else least)
+    G.diagonal(dim1=-2, dim2=-1).add_(lam + torch.finfo(G.dtype).tiny)
+    return _inverse_root(G)
+
+
+def _inverse_root(G: Tensor) -> Tensor:
+    """R = C^-1 (..., r, r), lower triangular, of the Cholesky factor C of G = C C^T: R^T R = G^-1.
+
+    Applied as R^T (R X) it is as stable as substitution, since the errors of both products lie where G is
+    nearly singular; R^T R formed explicitly is not. Of large G by halves, so that most of it is products of
+    matrices: libraries solve triangular systems at a fraction of their speed.
+    """
+    r = G.shape[-1]
+    if r <= 128:
+        C = torch.linalg.cholesky_ex(G).L
+        eye = torch.eye(r, dtype=G.dtype, device=G.device).expand_as(G)
+        return torch.linalg.solve_triangular(C, eye, upper=False)
+    h = r // 2
+    first = _inverse_root(G[..., :h, :h])
+    corner = matmul(G[..., h:, :h], first.mT)
+    second = _inverse_root(G[..., h:, h:] - matmul(corner, corner.mT))
+    R = torch.zeros_like(G)
+    R[..., :h, :h], R[..., h:, h:] = first, second
+    R[..., h:, :h] = -matmul(matmul(second, corner), first)
+    return R

@@ -1,8 +1,9 @@
-"""The step of a batch of same-shaped weights: its moments, dense or factorised, and the Adam update.
+"""The step of a batch of same-shaped weights: its moments, dense or factorised, and the update.
 
-Weights of one shape are stepped together as N matrices, in sweeps over row tiles: nothing of size p x q is
-formed beyond a tile. The first sweep updates the weights from the old factors and gathers T A^T, the second
-gathers L^T T for the trackers in `lorapre.factors`.
+A factorised weight is stepped in two sweeps over tiles of the gradient, and nothing of size p x q is formed
+beyond a tile. The first sweep, over rows, forms the moments of a tile from the old factors, updates the
+weight and takes T A^T; the second, over columns, takes L^T T for the trackers in `lorapre.factors`, which
+move the factors in place.
 """
 
 import math
@@ -12,37 +13,49 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lorapre import factors, rules, sharding
-from lorapre.factors import Tracker
+from lorapre import factors, rounding, rules, sharding
+from lorapre.factors import Tracker, matmul
 from lorapre.groups import is_low_rank, matrix_shape, state_shapes
 
 
 class Variant(NamedTuple):
     """What tells the variants apart; they share every other line (docs/maths.md)."""
 
-    tracker: Tracker
+    tracker: type[Tracker]
     start: Literal["printed", "sketch", "random"]  # of A; B starts at zero
     second: Literal["printed", "ramp", "means"]  # what corrects the second moment
 
 
 VARIANTS = {
-    "paper": Variant(factors.PRINTED, start="printed", second="printed"),
-    "calibrated": Variant(factors.NEWTON, start="sketch", second="ramp"),
-    "subspace": Variant(factors.SUBSPACE, start="random", second="means"),
+    "paper": Variant(factors.Printed, start="printed", second="printed"),
+    "calibrated": Variant(factors.Newton, start="sketch", second="ramp"),
+    "subspace": Variant(factors.Subspace, start="random", second="means"),
 }
 
-# Elements of a tile and of a batch: a tile and its temporaries stay in a core's cache, a batch is large
-# enough to hide the cost of a call and small enough that its stacked factors do not count.
-TILE = 2**17
-BATCH = 2**20
+# Elements of the tiles that a step holds at a time (of float32 weights, which need two tiles; of others, which
+# need four, 1.5 times as many); and of what a batch stacks. Large enough for products of matrices at full speed, small enough
+# for the caches.
+TILE = 2**20
+BATCH = 2**18
+SMALL = 2**16  # elements of matrices that are not worth a call each
+
+ALL = slice(None)
+CPU_HAS_BF16 = bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())  # type: ignore[no-untyped-call]
 
 
 class Batch:
     """Same-shaped parameters, stepped together as N = n E matrices (p, q).
 
-    `read` and `write` take a state tensor of all of them as one (N, ...); `gradient` and `descend` work on
-    a slice of rows, since a whole (N, p, q) is what the step must not form. Of sharded parameters it holds,
-    and (E, p, q) is, what is local; `shards` sums over the rest.
+    Of sharded parameters it holds, and (E, p, q) is, what is local; `shards` sums over the rest.
+
+    Attributes:
+        weights: N views (p, q); (p, ...) of a convolution whose memory has another order.
+        grads: likewise.
+        state: of each state tensor the n of the parameters.
+        low_rank: whether they have factors.
+        dtype: of the update.
+        t: step count (N,), this step included; after `begin`.
+        finite: (N,) whether the gradient is, or None if it may be anything; after `begin`.
     """
 
     def __init__(
@@ -51,24 +64,31 @@ class Batch:
         weights: list[Tensor],
         grads: list[Tensor],
         state: dict[str, list[Tensor]],
+        positions: list[int] | None = None,
     ) -> None:
-        shape = weights[0].shape
-        self.fused = len(shape) == 3 and not group["flatten"]
-        self.low_rank = is_low_rank(shape, group["rank"], group["flatten"])
-        self.shards = sharding.shards(weights[0], group["flatten"])
+        shape, self.flatten = weights[0].shape, group["flatten"]
+        self.fused = len(shape) == 3 and not self.flatten
+        self.rank: int = group["rank"] if is_low_rank(shape, group["rank"], self.flatten) else 0
+        self.shards = sharding.shards(weights[0], self.flatten)
+        self.experts = sharding.experts(weights[0], self.flatten)
         weights, grads = [sharding.local(x) for x in weights], [sharding.local(x) for x in grads]
-        self.E, self.p, self.q = matrix_shape(weights[0].shape, group["flatten"])
+        self.E, self.p, self.q = matrix_shape(weights[0].shape, self.flatten)
         self.device = weights[0].device
-        self.dtype = torch.float32 if self.low_rank else wide(weights[0].dtype)
+        self.dtype = wide(weights[0].dtype)
         self.sign = -1 if group["maximize"] else 1
         self.weights, self.grads = self.matrices(weights), self.matrices(grads)
+        self.N = len(self.weights)
         self.state = {name: [sharding.local(x) for x in tensors] for name, tensors in state.items()}
-        height = max(1, TILE // max(1, len(weights) * self.E * self.q))
-        self.tiles = [slice(i, i + height) for i in range(0, self.p, height)]
         self.finite: Tensor | None = None
+        self.seed, self.positions = group["seed"], positions
+        rounds = group["stochastic_rounding"] and self.weights[0].dtype == torch.bfloat16
+        self.rounds_stochastically = rounds and positions is not None
+        self.narrow = all(x.ndim == 2 for x in (*self.weights, *self.grads))
+        as_they_are = self.narrow and all(x.dtype == self.dtype for x in (self.weights[0], self.grads[0]))
+        self.tile = max(1, TILE // 2 if as_they_are else TILE * 3 // 8)
 
     def begin(self, nonfinite: str) -> None:
-        """Count the step: `t` and, if asked for, `finite` (N, 1, 1), whether the weight takes part in it."""
+        """Count the step: sets `t` and, if asked for, `finite`, whether a weight takes part in it."""
         steps = torch.stack(self.state["step"])
         self.t = self._per_matrix(steps + 1).to(self.dtype)
         if nonfinite == "skip":
@@ -76,50 +96,96 @@ class Batch:
                 torch.linalg.vector_norm(g, ord=math.inf) if g.numel() else g.new_zeros(()) for g in
                 self.grads
             ])  # fmt: skip
-            finite = self.shards.sum_all((~largest.isfinite()).to(steps.dtype)) == 0
+            bad = (~largest.isfinite()).to(steps.dtype).view(-1, self.E).amax(1)
+            finite = self.shards.sum_all(bad) == 0
             self.finite = self._per_matrix(finite)
             torch._foreach_add_(self.state["step"], list(finite.to(steps.dtype)))
             torch._foreach_add_(self.state["skipped"], list((~finite).to(steps.dtype)))
         else:
             torch._foreach_add_(self.state["step"], 1)
+        if self.rounds_stochastically:
+            assert self.positions is not None
+            self.keys = rounding.keys(self.seed, self.positions, self.state["step"], self.experts)
+            self.row_indices = self.shards.rows(self.p, self.device)
+            self.column_indices = self.shards.columns(self.q, self.device)
 
     def matrices(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Views (E, p, ...); load flattens what follows the rows, which need not be contiguous."""
+        """Views (p, q), one for each matrix; (p, ...) where the memory of a convolution has another order."""
         if self.fused:
-            return tensors
-        return [x[None] if x.ndim > 1 else x.view(1, 1, -1) for x in tensors]
+            return [matrix for x in tensors for matrix in x.unbind()]
+        if tensors[0].ndim < 2:
+            return [x.view(1, -1) for x in tensors]
+        return [x.view(self.p, self.q) if x.is_contiguous() else x for x in tensors]
 
     def _per_matrix(self, x: Tensor) -> Tensor:
-        return x[:, None].expand(-1, self.E).reshape(-1, 1, 1)
+        return x[:, None].expand(-1, self.E).reshape(-1)
 
-    def load(self, matrices: list[Tensor], rows: slice, dtype: torch.dtype | None = None) -> Tensor:
-        """(N, rows, q) in `dtype`, else the batch's; may share memory with the originals."""
-        tiles = [x[:, rows].flatten(2) for x in matrices]
-        return (tiles[0] if len(tiles) == 1 else torch.cat(tiles)).to(dtype or self.dtype)
+    def per_matrix(self, value: Any, skipped: float) -> list[Any]:
+        """`value`, and `skipped` of the matrices whose gradient is not finite, N times."""
+        if self.finite is None:
+            return [value] * self.N
+        return list(torch.where(self.finite, value, skipped).unbind())
 
-    def store(self, matrices: list[Tensor], rows: slice, new: Tensor, old: Tensor) -> None:
-        """Write (N, rows, q) back; `old` stays where the gradient was not finite."""
+    def row_tiles(self) -> Iterator[tuple[slice, slice, list[slice]]]:
+        """Tiles (members, rows, columns) by rows of columns; of one matrix, or of all of small ones."""
+        count = SMALL // max(1, self.p * self.q)
+        if count:
+            for members in _cut(self.N, count):
+                yield members, slice(0, self.p), [slice(0, self.q)]
+            return
+        columns = _cut(self.q, self._side() if self.narrow else self.q)
+        height = max(1, self.tile // (columns[0].stop - columns[0].start))
+        for i in range(self.N):
+            for rows in _cut(self.p, height):
+                yield slice(i, i + 1), rows, columns
+
+    def column_tiles(self) -> Iterator[tuple[slice, slice, list[slice]]]:
+        """Tiles (members, columns, rows) by columns of rows."""
+        count = SMALL // max(1, self.p * self.q)
+        if count:
+            for members in _cut(self.N, count):
+                yield members, slice(0, self.q), [slice(0, self.p)]
+            return
+        rows = _cut(self.p, self._side())
+        width = max(1, TILE // (rows[0].stop - rows[0].start)) if self.narrow else self.q
+        for i in range(self.N):
+            for columns in _cut(self.q, width):
+                yield slice(i, i + 1), columns, rows
+
+    def _side(self) -> int:
+        """How long a tile may be, so that a factor cut to it is no larger than a tile."""
+        return min(4096, max(512, 2**18 // max(1, self.rank)))
+
+    def gradient(self, members: slice, rows: slice, columns: slice) -> Tensor:
+        """A tile of the gradient (n, rows, columns), to be minimised along, zero where it was not finite.
+
+        It may share memory with the gradient.
+        """
+        tiles = [_tile(g, rows, columns) for g in self.grads[members]]
+        g = tiles[0][None] if len(tiles) == 1 else torch.stack(tiles)
         if self.finite is not None:
-            new = torch.where(self.finite, new, old)
-        tiles = [x[:, rows] for x in matrices]
-        torch._foreach_copy_(
-            tiles, [y.view(x.shape) for x, y in zip(tiles, torch.split(new, self.E), strict=True)]
-        )
-
-    def gradient(self, rows: slice) -> Tensor:
-        """Rows of the gradient (N, rows, q), to be minimised along, zero where it was not finite."""
-        g = self.load(self.grads, rows)
-        if self.finite is not None:
-            g = torch.where(self.finite, g, 0)
+            g = torch.where(self.finite[members, None, None], g, 0)
         return -g if self.sign < 0 else g
 
-    def descend(self, rows: slice, update: Tensor, lr: float | Tensor, keep: float | Tensor) -> None:
-        """Rows of the weights <- keep * weights - lr * update; `update` (N, rows, q) is overwritten."""
-        old = self.load(self.weights, rows, wide(self.weights[0].dtype))
-        self.store(self.weights, rows, torch.sub(old * keep, update.mul_(lr)), old)
+    def work(self, x: Tensor, rows: slice, columns: slice) -> Tensor:
+        """A tile of a matrix, contiguous and in the dtype of the update; a view if that is what it is."""
+        return _tile(x, rows, columns).to(self.dtype).contiguous()
+
+    def store(self, x: Tensor, rows: slice, columns: slice, tile: Tensor) -> None:
+        """Write back what `work` gave, unless it was a view."""
+        old = x[rows, columns] if x.ndim == 2 else x[rows]
+        if x.ndim > 2 or x.dtype != self.dtype or not old.is_contiguous():
+            old.copy_(tile.view(old.shape))
+
+    def store_weight(self, i: int, rows: slice, columns: slice, tile: Tensor) -> None:
+        """`store` of weight i, rounded as asked for."""
+        if self.rounds_stochastically:
+            key, width = self.keys[i : i + 1], self.shards.size(self.p, self.q)[1]
+            rounding.round_(tile[None], key, self.row_indices[rows], self.column_indices[columns], width)
+        self.store(self.weights[i], rows, columns, tile)
 
     def read(self, name: str) -> Tensor:
-        """A state tensor of the whole batch, (N, ...)."""
+        """A state tensor of the whole batch, (N, ...); shares memory with that of a single parameter."""
         tensors = self.state[name]
         if self.fused:
             return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
@@ -127,129 +193,148 @@ class Batch:
 
     def write(self, name: str, new: Tensor) -> None:
         """Write a state tensor (N, ...) back; the old one stays where the gradient was not finite."""
+        tensors = self.state[name]
         if self.finite is not None:
             new = torch.where(self.finite.view(-1, *[1] * (new.ndim - 1)), new, self.read(name))
-        tensors = self.state[name]
         torch._foreach_copy_(
             tensors, [y.view(x.shape) for x, y in zip(tensors, torch.split(new, self.E), strict=True)]
         )
 
 
-class Dense:
-    """A moment of a batch kept in full: the EMA of g or, as `exp_avg_sq`, of g**2."""
-
-    def __init__(self, batch: Batch, name: str, beta: float) -> None:
-        self.batch, self.beta, self.square = batch, beta, name == "exp_avg_sq"
-        self.stored = batch.matrices(batch.state[name])
-        self.correction = rules.debias(beta, batch.t)
-
-    def sweep(self, rows: slice, g: Tensor) -> Tensor:
-        """Update the rows of the moment; return them corrected, (N, rows, q)."""
-        old = self.batch.load(self.stored, rows)
-        new = old.lerp(g.square() if self.square else g, 1 - self.beta)
-        self.batch.store(self.stored, rows, new, old)
-        return new / self.correction
-
-
 class Tracking:
-    """The factorised moments of a batch, stacked: k moments of N matrices, B (kN, p, r), A (kN, r, q).
+    """Factorised moments of a batch, one after the other: B (k N, p, r), A (k N, r, q) of k moments.
 
-    The first moment (m) follows g, the second (v) |g|. Two sweeps over the rows of the gradient gather what
-    the tracker wants to know of them.
+    The first moment (m) follows g, the second (v) |g|. What is tracked of a single parameter is tracked in
+    place; of several, or of shards, whose sums then share collectives, in stacked copies.
     """
 
-    def __init__(self, batch: Batch, tracker: Tracker, decays: dict[str, float]) -> None:
-        self.batch, self.tracker, self.names = batch, tracker, tuple(decays)
-        self.B = torch.cat([batch.read(f"{name}_B") for name in decays])
-        self.A = torch.cat([batch.read(f"{name}_A") for name in decays])
-        # Where a product decays by beta, each of its two factors decays by the root.
-        debiased = tracker is factors.SUBSPACE
-        self.rate = torch.cat([
-            rules.debiased_rate(beta, batch.t) if debiased else torch.full_like(batch.t, 1 - math.sqrt(beta))
-            for beta in decays.values()
+    def __init__(
+        self, batch: Batch, kind: type[Tracker], rates: dict[str, Tensor], gain: float = 1.0
+    ) -> None:
+        """`rates` (N,) of each moment, as the tracker takes them; `gain` is a factor on the targets."""
+        self.batch, self.names, self.gain = batch, tuple(rates), gain
+        self.in_place = len(batch.state["step"]) == len(rates) == 1 and batch.finite is None
+        pairs = [(batch.read(f"{name}_B"), batch.read(f"{name}_A")) for name in rates]
+        if len(pairs) > 1:
+            B, A = (torch.cat(pair) for pair in zip(*pairs, strict=True))
+        else:
+            ((B, A),) = pairs
+            if batch.finite is not None:
+                B, A = B.clone(), A.clone()
+        rate = torch.cat(list(rates.values()))[:, None, None].to(B.dtype)
+        self.tracker = kind(B, A, rate, batch.shards, whole=len(rates) > 1)
+        self.dtype = _dtype_of_products(batch.grads[0])
+        self.sums: list[tuple[slice, Tensor]] = []
+        self.probe: Tensor | None = None
+
+    def of(self, name: str, members: slice = ALL) -> slice:
+        """Where members of a moment are among the k N."""
+        start = self.names.index(name) * self.batch.N
+        return slice(
+            start + (members.start or 0), start + (self.batch.N if members.stop is None else members.stop)
+        )
+
+    def targets(self, members: slice, g: Tensor) -> list[tuple[slice, Tensor]]:
+        """Of k moments the place and the target (n, rows, columns)."""
+        g = g.to(self.dtype)
+        return [(self.of(name, members), g.abs() if name == "v" else g) for name in self.names]
+
+    def see(self, members: slice, columns: slice, g: Tensor) -> None:
+        """Add up T A^T over the tiles of some rows."""
+        probe = self.probe
+        if probe is None:
+            probe = self.tracker.probe(columns).to(self.dtype)
+            if columns == slice(0, self.batch.q):
+                self.probe = probe
+        self._add([(at, matmul(T, probe[at].mT)) for at, T in self.targets(members, g)])
+
+    def left(self, members: slice, rows: slice) -> None:
+        """The left half-step of the rows whose tiles have been seen."""
+        for at, TAt in self._take():
+            self.tracker.left(at, rows, TAt)
+
+    def turn(self) -> None:
+        """Between the sweeps."""
+        self.probe = None
+        self.tracker.turn()
+
+    def answer(self, members: slice, rows: slice, g: Tensor) -> None:
+        """Add up L^T T over the tiles of some columns."""
+        # One basis at a time: each is a copy.
+        self._add([
+            (at, matmul(self.tracker.basis(at, rows).to(self.dtype), T))
+            for at, T in self.targets(members, g)
         ])  # fmt: skip
-        self.probe = tracker.probe(self.A, batch.shards)
-        self.TAt = torch.empty_like(self.B)
 
-    def part(self, name: str, x: Tensor) -> Tensor:
-        """Of a stack (kN, ...) what belongs to one moment, (N, ...)."""
-        count = x.shape[0] // len(self.names)
-        return x[self.names.index(name) * count :][:count]
+    def right(self, members: slice, columns: slice) -> None:
+        """The right half-step of the columns whose tiles have been answered."""
+        for at, LtT in self._take():
+            self.tracker.right(at, columns, LtT)
 
-    def targets(self, g: Tensor) -> Tensor:
-        """(kN, rows, q)."""
-        return torch.cat([g.abs() if name == "v" else g for name in self.names])
+    def finish(self) -> None:
+        """Store the new factors."""
+        self.tracker.finish()
+        for name in self.names if not self.in_place else ():
+            self.batch.write(f"{name}_B", self.tracker.B[self.of(name)])
+            self.batch.write(f"{name}_A", self.tracker.A[self.of(name)])
 
-    def first_sweep(self, rows: slice, g: Tensor) -> None:
-        """Gather T A^T."""
-        torch.bmm(self.targets(g), self.probe.mT, out=self.TAt[:, rows])
+    def _add(self, products: list[tuple[slice, Tensor]]) -> None:
+        new = [(at, product.to(self.tracker.A.dtype)) for at, product in products]
+        if self.sums:
+            new = [(at, x.add_(y)) for (at, x), (_, y) in zip(self.sums, new, strict=True)]
+        self.sums = new
 
-    def left(self) -> None:
-        """The left half-step, between the sweeps."""
-        self.L, self.new_B = self.tracker.left(self.B, self.A, self.TAt, self.rate, self.batch.shards)
-        del self.probe, self.TAt
-        self.LtT = torch.zeros_like(self.A)
-
-    def second_sweep(self, rows: slice, g: Tensor) -> None:
-        """Gather L^T T."""
-        self.LtT.baddbmm_(self.L[:, rows].mT, self.targets(g))
-
-    def send(self) -> None:
-        """After the sweeps: start the last sum over processes."""
-        parts = self.tracker.parts(self.B, self.L, self.new_B, self.LtT)
-        del self.L, self.LtT
-        self.sums = self.batch.shards.send_rows(*parts)
-
-    def right(self) -> None:
-        """The right half-step; stores the new factors."""
-        B, A = self.tracker.right(self.B, self.A, self.new_B, self.sums(), self.rate, self.batch.shards)
-        for name in self.names:
-            self.batch.write(f"{name}_B", self.part(name, B))
-            self.batch.write(f"{name}_A", self.part(name, A))
+    def _take(self) -> list[tuple[slice, Tensor]]:
+        sums, self.sums = self.sums, []
+        return [(at, x.mul_(self.gain)) for at, x in sums] if self.gain != 1 else sums
 
 
-class FirstMoment:
-    """m = beta1 (mB mA) + (1 - beta1) g from the old factors, corrected."""
-
-    def __init__(self, batch: Batch, tracking: Tracking, beta1: float) -> None:
-        correction = rules.debias(beta1, batch.t)
-        # The subspace tracker follows the debiased EMA.
-        debiased = tracking.tracker is factors.SUBSPACE
-        keep = tracking.part("m", tracking.rate) if debiased else beta1 / correction
-        self.left = tracking.part("m", tracking.B) * keep
-        self.right = tracking.part("m", tracking.A)
-        self.fresh = (1 - beta1) / correction
-
-    def sweep(self, rows: slice, g: Tensor) -> Tensor:
-        """Rows of the corrected m (N, rows, q)."""
-        return torch.bmm(self.left[:, rows], self.right).addcmul_(g, self.fresh)
+def trackings(
+    batch: Batch, kind: type[Tracker], rates: dict[str, Tensor], gain: float = 1.0
+) -> list[Tracking]:
+    """Of a single parameter one for each moment, which work in place; else one for all."""
+    if len(batch.state["step"]) == 1 and batch.shards.count == 1:
+        return [Tracking(batch, kind, {name: rate}, gain) for name, rate in rates.items()]
+    return [Tracking(batch, kind, rates, gain)] if rates else []
 
 
-class SecondMoment:
-    """v = beta2 (vB vA)**2 + (1 - beta2) g**2 from the old factors, corrected."""
+class Dense:
+    """A moment of a batch kept in full."""
 
-    def __init__(self, batch: Batch, tracking: Tracking, beta2: float, correct: str) -> None:
-        left, self.right = tracking.part("v", tracking.B), tracking.part("v", tracking.A)
-        correction = rules.debias(beta2, batch.t)
-        self.means: Means | None = None
-        if correct == "ramp":
-            # The product ramps up to the root of v: its square is behind the EMA of g**2.
-            ramp = factors.ramp(1 - beta2**0.25, batch.t - 1)
-            correction = beta2 * ramp.square() + (1 - beta2)
-        elif correct == "means":
-            self.means = Means(batch, beta2)
-            left, self.right = factors.match_means(
-                left, self.right, self.means.row, self.means.column, batch.shards
-            )
-        self.left = left * (beta2 / correction).sqrt()
-        self.fresh = (1 - beta2) / correction
+    def __init__(self, batch: Batch, name: str) -> None:
+        self.batch, self.stored = batch, batch.matrices(batch.state[name])
 
-    def sweep(self, rows: slice, g: Tensor) -> Tensor:
-        """Rows of the corrected v (N, rows, q)."""
-        square = g.square()
-        if self.means is not None:
-            self.means.gather(rows, square)
-        return torch.bmm(self.left[:, rows], self.right).square_().addcmul_(square, self.fresh)
+    def tiles(self, members: slice, rows: slice, columns: slice) -> list[Tensor]:
+        """Before the step, (rows, columns) of each member."""
+        return [self.batch.work(x, rows, columns) for x in self.stored[members]]
+
+    def store(self, members: slice, rows: slice, columns: slice, tiles: list[Tensor]) -> None:
+        """After the step."""
+        for x, tile in zip(self.stored[members], tiles, strict=True):
+            self.batch.store(x, rows, columns, tile)
+
+
+class Product:
+    """A moment of a batch as the product of its factors: B A or, of the second, (B A)**2."""
+
+    def __init__(self, tracking: Tracking, name: str) -> None:
+        at = tracking.of(name)
+        self.B, self.A, self.square = tracking.tracker.B[at], tracking.tracker.A[at], name == "v"
+        self.rows: Tensor | None = None  # (N, p, 1) or (N, 1, 1), a factor on the rows
+        self.columns: Tensor | None = None  # (N, 1, q)
+
+    def tiles(self, members: slice, rows: slice, columns: slice) -> list[Tensor]:
+        """Before the step, (rows, columns) of each member."""
+        B, A = self.B[members, rows], self.A[members, :, columns]
+        if self.rows is not None:
+            B = B * (self.rows[members, rows] if self.rows.shape[1] > 1 else self.rows[members])
+        if self.columns is not None:
+            A = A * self.columns[members, :, columns]
+        product = matmul(B, A)
+        return list((product.square_() if self.square else product).unbind())
+
+    def store(self, members: slice, rows: slice, columns: slice, tiles: list[Tensor]) -> None:
+        """The factors follow by themselves."""
 
 
 class Means:
@@ -260,10 +345,11 @@ class Means:
         self.row, self.column = batch.read("v_row"), batch.read("v_col")
         self.row_sums, self.column_sums = torch.zeros_like(self.row), torch.zeros_like(self.column)
 
-    def gather(self, rows: slice, square: Tensor) -> None:
-        """Add up g**2 (N, rows, q)."""
-        self.row_sums[:, rows] = square.sum(-1)
-        self.column_sums += square.sum(-2)
+    def gather(self, members: slice, rows: slice, columns: slice, g: Tensor) -> None:
+        """Add up g**2 (n, rows, columns)."""
+        square = g.square()
+        self.row_sums[members, rows] += square.sum(-1)
+        self.column_sums[members, columns] += square.sum(-2)
 
     def finish(self) -> None:
         """Store the new means."""
@@ -283,42 +369,137 @@ def adam(
     Returns with the last sum over processes on its way; what is returned stores the new factors.
     """
     beta1, beta2 = betas
-    decays = {"m": beta1, "v": math.sqrt(beta2)}
-    decays = {name: beta for name, beta in decays.items() if f"{name}_B" in batch.state}
-    tracking = Tracking(batch, variant.tracker, decays) if decays else None
-    first: Dense | FirstMoment = (
-        FirstMoment(batch, tracking, beta1) if tracking and "m" in decays else Dense(batch, "exp_avg", beta1)
-    )
-    second: Dense | SecondMoment = (
-        SecondMoment(batch, tracking, beta2, variant.second)
-        if tracking and "v" in decays
-        else Dense(batch, "exp_avg_sq", beta2)
-    )
-    for rows in batch.tiles:
-        g = batch.gradient(rows)
-        update = rules.adam_direction(first.sweep(rows, g), second.sweep(rows, g), eps)
-        batch.descend(rows, update, lr * scale, 1 - lr * weight_decay)
-        if tracking:
-            tracking.first_sweep(rows, g)
-    if not tracking:
-        return lambda: None
-    tracking.left()
-    for rows in batch.tiles:
-        tracking.second_sweep(rows, batch.gradient(rows))
-    tracking.send()
+    debiased = variant.tracker is factors.Subspace
+    rates = {
+        # Where a product decays by beta, each of its two factors decays by the root.
+        name: rules.debiased_rate(beta, batch.t) if debiased else torch.full_like(batch.t, 1 - math.sqrt(beta))
+        for name, beta in (("m", beta1), ("v", math.sqrt(beta2)))
+        if f"{name}_B" in batch.state
+    }
+    followed = trackings(batch, variant.tracker, rates)
+    of = {name: tracking for tracking in followed for name in tracking.names}
+    first = Product(of["m"], "m") if "m" in of else Dense(batch, "exp_avg")
+    second = Product(of["v"], "v") if "v" in of else Dense(batch, "exp_avg_sq")
+    if isinstance(first, Product) and debiased:
+        # It follows the debiased EMA, where the rule starts from the EMA.
+        first.rows = rules.debias(beta1, batch.t - 1)[:, None, None].to(first.B.dtype)
+    correction: Tensor | None = None
+    means: Means | None = None
+    if isinstance(second, Product) and variant.second == "ramp":
+        # The product ramps up to the root of v: its square is behind the EMA of g**2.
+        ramp = factors.ramp(1 - beta2**0.25, batch.t - 1)
+        correction = beta2 * ramp.square() + (1 - beta2)
+    elif isinstance(second, Product) and variant.second == "means":
+        means = Means(batch, beta2)
+        second.rows, second.columns = factors.match_means(
+            second.B, second.A, means.row, means.column, batch.shards
+        )
+    rule = rules.Adam(betas, batch.t, lr * scale, eps, correction, batch.finite)
+    keep = batch.per_matrix(1 - lr * weight_decay, 1.0) if weight_decay else None
+
+    def update(members: slice, rows: slice, columns: slice, g: Tensor) -> None:
+        g = g.to(batch.dtype)
+        m, v = first.tiles(members, rows, columns), second.tiles(members, rows, columns)
+        for k, i in enumerate(range(members.start, members.stop)):
+            w = batch.work(batch.weights[i], rows, columns)
+            if keep is not None:
+                w.mul_(keep[i])
+            rule.step_(i, w, g[k].contiguous(), m[k].to(w.dtype), v[k].to(w.dtype))
+            batch.store_weight(i, rows, columns, w)
+        first.store(members, rows, columns, m)
+        second.store(members, rows, columns, v)
+        if means is not None:
+            means.gather(members, rows, columns, g)
+
+    finish = sweep(batch, followed, update)
+    if means is None:
+        return finish
+
+    def finish_means() -> None:
+        finish()
+        means.finish()
+
+    return finish_means
+
+
+def muon(
+    batch: Batch, variant: Variant, *, momentum: float, nesterov: bool,
+    newton_schulz: Callable[[Tensor], Tensor], lr: float | Tensor, scale: float, weight_decay: float,
+) -> Callable[[], None]:  # fmt: skip
+    """Algorithm 2 of the paper on a batch; returns as `adam` does.
+
+    Args:
+        newton_schulz: orthogonalises whole matrices (N, p, q).
+    """
+    # The sum m is the EMA of g / (1 - mu), which the factors follow; the sum is never debiased.
+    rate = momentum if variant.tracker is factors.Subspace else 1 - math.sqrt(momentum)
+    followed = trackings(batch, variant.tracker, {"m": torch.full_like(batch.t, rate)}, 1 / (1 - momentum))
+    (tracking,) = followed
+    everything = slice(0, batch.N), slice(0, batch.p), slice(0, batch.q)
+    g = batch.gradient(*everything).to(batch.dtype)
+    m = matmul(tracking.tracker.B, tracking.tracker.A).mul_(momentum).add_(g)
+    if nesterov:
+        m.mul_(momentum).add_(g)
+    del g
+    update = batch.shards.whole(newton_schulz, m)
+    del m
+    lrs, keep = batch.per_matrix(lr * scale, 0.0), batch.per_matrix(1 - lr * weight_decay, 1.0)
+    for i in range(batch.N):
+        w = batch.work(batch.weights[i], *everything[1:]).mul_(keep[i])
+        batch.store_weight(i, *everything[1:], w.sub_(update[i] * lrs[i]))
+    del update
+    return sweep(batch, followed)
+
+
+def sweep(
+    batch: Batch,
+    followed: list[Tracking],
+    update: Callable[[slice, slice, slice, Tensor], None] | None = None,
+) -> Callable[[], None]:
+    """Take the factors through a step; `update` sees each tile of the gradient before the factors move.
+
+    Returns with the last sum over processes on its way; what is returned stores the new factors.
+    """
+    for members, rows, tiles in batch.row_tiles():
+        for columns in tiles:
+            g = batch.gradient(members, rows, columns)
+            if update is not None:
+                update(members, rows, columns, g)
+            for tracking in followed:
+                tracking.see(members, columns, g)
+        for tracking in followed:
+            tracking.left(members, rows)
+    for tracking in followed:
+        tracking.turn()
+    if followed:
+        for members, columns, tiles in batch.column_tiles():
+            for rows in tiles:
+                g = batch.gradient(members, rows, columns)
+                for tracking in followed:
+                    tracking.answer(members, rows, g)
+            for tracking in followed:
+                tracking.right(members, columns)
+    for tracking in followed:
+        tracking.tracker.send()
 
     def finish() -> None:
-        tracking.right()
-        if isinstance(second, SecondMoment) and second.means is not None:
-            second.means.finish()
+        for tracking in followed:
+            tracking.finish()
 
     return finish
 
 
 def batches(
-    group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], state: list[Tensor]
+    group: dict[str, Any],
+    weights: list[Tensor],
+    grads: list[Tensor],
+    state: list[Tensor],
+    positions: list[int],
 ) -> Iterator[Batch]:
-    """Sort parameters by shape, dtype and device into batches of at most BATCH elements, or one parameter."""
+    """Sort parameters by shape, dtype and device into batches of what BATCH elements hold, or one parameter.
+
+    `positions` are those of the parameters among all of the optimizer.
+    """
     kinds: dict[Any, list[int]] = {}
     starts, offset = [], 0
     for i, (p, g) in enumerate(zip(weights, grads, strict=True)):
@@ -328,19 +509,42 @@ def batches(
     for (shape, *_), members in kinds.items():
         if 0 in shape:
             continue  # no elements, nothing to step
-        names = list(state_shapes(group, shape))
+        shapes = state_shapes(group, shape)
+        # Adam stacks the factors, Muon the matrices.
+        stacked = sum(math.prod(s) for name, s in shapes.items() if name.endswith(("_B", "_A")))
+        if "momentum" in group:
+            stacked = max(stacked, math.prod(shape))
         # Of a sharded weight a part counts, and Muon wants a matrix for every process.
         count = sharding.shards(weights[members[0]], group["flatten"]).count
-        size = max(count, BATCH * count // math.prod(shape))
+        size = max(count, BATCH * count // max(1, stacked))
         for chunk in (members[i : i + size] for i in range(0, len(members), size)):
             yield Batch(
                 group,
                 [weights[i] for i in chunk],
                 [grads[i] for i in chunk],
-                {name: [state[starts[i] + k] for i in chunk] for k, name in enumerate(names)},
+                {name: [state[starts[i] + k] for i in chunk] for k, name in enumerate(shapes)},
+                [positions[i] for i in chunk],
             )
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype dense arithmetic and dense moments have: float32, or float64 for float64 weights."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _dtype_of_products(g: Tensor) -> torch.dtype:
+    """Of products with the gradient: its own where bfloat16 has hardware, else float32."""
+    if g.dtype == torch.bfloat16 and (g.is_cuda or CPU_HAS_BF16):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _tile(x: Tensor, rows: slice, columns: slice) -> Tensor:
+    """(rows, columns) of a matrix; of a convolution in another order, (p, ...), a copy, and all its columns."""
+    return x[rows, columns] if x.ndim == 2 else x[rows].flatten(1)
+
+
+def _cut(total: int, size: int) -> list[slice]:
+    """Slices of equal length, at most `size` and the last one shorter, that cover `total`."""
+    size = -(-total // -(-total // size))
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lorapre import factors, rules, sharding
 from lorapre.groups import is_low_rank, state_shapes
-from lorapre.moments import VARIANTS, Batch, adam, batches, wide
+from lorapre.moments import VARIANTS, Batch, adam, batches, muon, wide
 
 __all__ = ["LoRAPreAdamW", "LoRAPreMuon"]
 
@@ -75,7 +75,7 @@ class LoRAPreOptimizer(Optimizer):
             state: list[Tensor] = []
             self._init_group(group, weights, grads, state)
             held = [i for i, p in zip(positions, group["params"], strict=True) if _waits(p)]
-            for batch in batches({**group, "positions": held}, weights, grads, state):
+            for batch in batches(group, weights, grads, state, held):
                 batch.begin(group["nonfinite"])
                 with torch.autocast(batch.device.type, enabled=False):
                     started.append((batch, self._update(batch, group)))
@@ -287,7 +287,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
     def _update(self, batch: Batch, group: dict[str, Any]) -> Callable[[], None]:
         return adam(
             batch, VARIANTS[group["variant"]], betas=group["betas"], lr=_lr(group),
-            scale=group["scale"] if batch.low_rank else 1.0, eps=group["eps"],
+            scale=group["scale"] if batch.rank else 1.0, eps=group["eps"],
             weight_decay=group["weight_decay"],
         )  # fmt: skip
 
@@ -390,7 +390,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> Callable[[], None]:
         lr, variant = _lr(group), VARIANTS[group["variant"]]
-        if not batch.low_rank:
+        if not batch.rank:
             weight_decay = group["weight_decay"]
             if group["rank"] is not None and group["adamw_weight_decay"] is not None:
                 weight_decay = group["adamw_weight_decay"]
@@ -398,28 +398,14 @@ class LoRAPreMuon(LoRAPreOptimizer):
                 batch, variant, betas=group["adamw_betas"], lr=lr * group["dense_ratio"], scale=1.0,
                 eps=group["adamw_eps"], weight_decay=weight_decay,
             )  # fmt: skip
-        mu, tracker = group["momentum"], variant.tracker
-        B, A = batch.read("m_B"), batch.read("m_A")
-        everything = slice(None)
-        g = batch.gradient(everything)
-        m = torch.baddbmm(g, B, A, alpha=mu)
-        if group["nesterov"]:
-            m.mul_(mu).add_(g)
-        update = batch.shards.whole(
-            lambda M: rules.newton_schulz(M, group["ns_coefficients"], group["ns_steps"], group["eps"]), m
-        )
         scale = rules.adjusted_scale(group["adjust_lr_fn"], *batch.shards.size(batch.p, batch.q))
-        batch.descend(everything, update.float(), lr * scale, 1 - lr * group["weight_decay"])
-        # The sum m is the EMA of g / (1 - mu), which the factors follow; the sum is never debiased.
-        rate = mu if tracker is factors.SUBSPACE else 1 - math.sqrt(mu)
-        tracked = factors.start_tracking(tracker, B, A, g / (1 - mu), rate, batch.shards)
-
-        def finish() -> None:
-            new_B, new_A = tracked()
-            batch.write("m_B", new_B)
-            batch.write("m_A", new_A)
-
-        return finish
+        return muon(
+            batch, variant, momentum=group["momentum"], nesterov=group["nesterov"],
+            newton_schulz=lambda M: rules.newton_schulz(
+                M, group["ns_coefficients"], group["ns_steps"], group["eps"]
+            ),
+            lr=lr, scale=scale, weight_decay=group["weight_decay"],
+        )  # fmt: skip
 
 
 def _finish(started: list[tuple[Batch, Callable[[], None]]], *, keep: int) -> None:
@@ -453,9 +439,11 @@ def _start(p: Tensor, group: dict[str, Any], shapes: dict[str, tuple[int, ...]])
             batch = Batch(group, [p], [sharding.gradient(p)], {})
             omega = factors.gaussian(*shards.size(batch.p, r)[:1], r, seed=4 * group["seed"] + 2 + stream)
             omega = omega.to(device)[shards.rows(batch.p, device)]
-            for rows in batch.tiles:
-                T = batch.gradient(rows)
-                sketch += (omega[rows].mT @ (T.abs() if absolute else T)).view(sketch.shape)
+            for members, rows, tiles in batch.row_tiles():
+                for columns in tiles:
+                    T = batch.gradient(members, rows, columns).to(A.dtype)
+                    part = factors.matmul(omega[rows].mT, T.abs() if absolute else T)
+                    sketch.view(batch.N, r, -1)[members, :, columns] += part
             (sketch,) = shards.sum_rows(sketch)
         A.copy_(factors.start(sketch, random, shards))
     return state

@@ -7,6 +7,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+FUSED = frozenset(_get_fused_kernels_supported_devices())  # types of devices with a fused AdamW
 
 
 def debias(beta: float, t: Tensor) -> Tensor:
@@ -22,9 +25,61 @@ def debiased_rate(beta: float, t: Tensor) -> Tensor:
     return beta * debias(beta, t - 1) / debias(beta, t)
 
 
-def adam_direction(m: Tensor, v: Tensor, eps: float) -> Tensor:
-    """m / (sqrt(v) + eps), with both moments corrected (paper, Algorithm 1). Overwrites v."""
-    return m / v.sqrt_().add_(eps)
+class Adam:
+    """The Adam rule for N matrices: w <- w - lr m' / (sqrt(v') + eps) (paper, Algorithm 1).
+
+    m' and v' are the moments after the step, each corrected for its start at zero:
+
+        m' = (beta1 m + (1 - beta1) g) / (1 - beta1**t),   v' = (beta2 v + (1 - beta2) g**2) / c
+
+    Args:
+        betas: (beta1, beta2), in [0, 1).
+        t: (N,), number of the step.
+        lr: learning rate, scale included.
+        eps: added to the root.
+        correction: c (N,); None is 1 - beta2**t.
+        finite: (N,), false where nothing may change; None is true everywhere.
+    """
+
+    def __init__(
+        self,
+        betas: tuple[float, float],
+        t: Tensor,
+        lr: float | Tensor,
+        eps: float,
+        correction: Tensor | None = None,
+        finite: Tensor | None = None,
+    ) -> None:
+        self.beta1, self.beta2 = betas
+        self.eps = max(eps, 1e-38)  # no gradient is no step, also where eps is zero
+        self.fused = t.device.type in FUSED and not torch.compiler.is_compiling()
+        c1 = debias(self.beta1, t)
+        if self.fused and correction is not None:
+            # torch's fused kernel divides by 1 - beta**t in both places. It is told the time at which that is
+            # right in the second, and lr mends the first.
+            t = torch.log1p(-correction) / math.log(max(self.beta2, 1e-300))
+            lr = lr * debias(self.beta1, t) / c1
+        self.times = t.unbind()
+        self.lrs = (torch.zeros_like(t) + lr).unbind()
+        self.c1 = c1.unbind()
+        self.c2 = (debias(self.beta2, t) if correction is None else correction).unbind()
+        self.finite = None if finite is None else finite.unbind()
+        self.skipped = None if finite is None else (~finite).float().unbind()
+
+    def step_(self, i: int, w: Tensor, g: Tensor, m: Tensor, v: Tensor) -> None:
+        """Step a tile of matrix i, w and its moments m and v in place; one shape and dtype, contiguous."""
+        if self.fused:
+            torch._fused_adamw_(
+                [w], [g], [m], [v], [], [self.times[i]], lr=self.lrs[i], beta1=self.beta1, beta2=self.beta2,
+                weight_decay=0.0, eps=self.eps, amsgrad=False, maximize=False,
+                found_inf=None if self.skipped is None else self.skipped[i],
+            )  # fmt: skip
+            return
+        new_m = m.lerp(g, 1 - self.beta1)
+        new_v = torch.addcmul(v * self.beta2, g, g, value=1 - self.beta2)
+        new_w = w - self.lrs[i] * (new_m / self.c1[i]) / ((new_v / self.c2[i]).sqrt() + self.eps)
+        for old, new in ((w, new_w), (m, new_m), (v, new_v)):
+            old.copy_(new if self.finite is None else torch.where(self.finite[i], new, old))
 
 
 def newton_schulz(
