@@ -6,7 +6,6 @@ A table: the rows are `cases.CASES`, the columns are the tests below.
 import copy
 import math
 import pickle
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import (
-    ADAM,
     CASES,
     FACTORISED,
     LOW_RANK,
@@ -551,82 +549,6 @@ def test_a_step_never_waits_for_the_device(case: Case, nonfinite: str) -> None:
         set_gradients(params, step)
         with Forbid():
             optimizer.step()
-
-
-class Allocations(TorchDispatchMode):
-    """Elements of the largest new tensor, and the most bytes that new tensors have held at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest, self.now, self.peak = 0, 0, 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = torch.utils._pytree.tree_leaves((args, kwargs))
-        given = {x.untyped_storage()._cdata for x in inputs if isinstance(x, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given | self.known:
-                self._add(x)
-        return result
-
-    def _add(self, x: Tensor) -> None:
-        storage = x.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        self.known.add(key)
-        self.largest = max(self.largest, size // x.element_size())
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
-@pytest.mark.parametrize("name", ADAM)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
-def test_an_adam_step_forms_nothing_of_the_size_of_the_weight(
-    name: str, dtype: torch.dtype, nonfinite: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    p = q = 256
-    monkeypatch.setattr(moments, "TILE", 2**10)
-    params = parameters([(p, q)], dtype)
-    optimizer = CASES[name].make(params, nonfinite=nonfinite)
-    for step in range(2):
-        set_gradients(params, step)
-        if step == 0:  # the state of a dense moment is as large as the weight
-            train(optimizer, params, 1)
-            continue
-        with Allocations() as allocations:
-            optimizer.step()
-        assert 2**10 <= allocations.largest <= 2**11
-        assert allocations.peak < 4 * p * q / 3
-
-
-@pytest.mark.parametrize("variant", ["paper", "calibrated", "subspace"])
-def test_the_first_adam_step_forms_nothing_of_the_size_of_the_weight(
-    variant: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(moments, "TILE", 2**10)
-    params = parameters([(256, 256)])
-    set_gradients(params, 0)
-    optimizer = CASES[f"adam-{variant}"].make(params)
-    with Allocations() as allocations:
-        optimizer.step()
-    assert 2**10 <= allocations.largest <= 2**11
-
-
-def test_the_allocation_counter_sees_a_tensor_the_size_of_the_weight() -> None:
-    with Allocations() as allocations:
-        x = torch.zeros(64, 64)
-        y = x.view(-1)[:10] + 1
-        del x, y
-        torch.zeros(8)
-    assert allocations.largest == 64 * 64
-    assert allocations.peak == 4 * (64 * 64 + 10)
-    assert allocations.now == 0
 
 
 # --- non-finite gradients

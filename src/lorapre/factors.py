@@ -104,18 +104,23 @@ def matmul(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def gram(X: Tensor, scale: Tensor | None = None) -> Tensor:
-    """X^T X (..., r, r), of scale * X if there is one; some thousand rows at a time, since they are copied.
+    """X^T X (..., r, r), of scale * X if there is one; a part of the rows at a time, since they are copied.
 
     In float64 on CUDA: where TF32 is allowed, as many users do for speed, a float32 product is off by 5e-4,
     more than the damping, and Cholesky fails.
     """
     total = None
-    for rows in X.split(4096, -2):
+    for rows in _parts(X):
         rows = rows if scale is None else rows * scale
         part = (rows.double().mT @ rows.double()).to(X.dtype) if X.is_cuda else matmul(rows.mT, rows)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
+
+
+def _parts(X: Tensor) -> tuple[Tensor, ...]:
+    """Some rows of X (..., n, r) at a time, few enough for a copy."""
+    return X.split(max(64, 2**18 // max(1, X.shape[-1])), -2)
 
 
 def norm(X: Tensor, total: Callable[..., tuple[Tensor, ...]] = WHOLE.sum_rows) -> Tensor:
@@ -129,7 +134,11 @@ def norm(X: Tensor, total: Callable[..., tuple[Tensor, ...]] = WHOLE.sum_rows) -
         largest = X.abs().amax((-2, -1), keepdim=True)
         size = largest * (X / torch.where(largest > 0, largest, 1)).norm(dim=(-2, -1), keepdim=True)
     else:
-        size = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+        sizes = [
+            torch.linalg.vector_norm(part, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+            for part in _parts(X)
+        ]
+        size = sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0)
     if total not in (WHOLE.sum_rows, WHOLE.sum_columns):
         size = total(size.double().square())[0].sqrt()
     return size.to(X.dtype)
@@ -249,7 +258,7 @@ class Tracker:
         raise NotImplementedError
 
     def right(self, members: slice, columns: slice, LtT: Tensor) -> None:
-        """The right half-step of some columns, from L^T T (n, r, columns), summed over the rows held here."""
+        """The right half-step of some columns, from L^T T (n, r, columns) of the rows held here; overwritten."""
         if self._answers is not None:
             self._answers[members, :, columns] = LtT
         else:
@@ -332,11 +341,10 @@ class Newton(Tracker):
     def _start_right(self, *parts: Tensor) -> None:
         least = (DAMPING * self._unit * self._unit).clamp(max=1e30) if self.absolute else 0.0
         self._root = _damped_root(parts[0], least)
-        # Finite, since what it multiplies may be zero.
-        self._scaled = (self._root * self._unit).clamp_(-1e38, 1e38)
 
     def _right(self, members: slice, columns: slice, LtT: Tensor) -> None:
-        solution = matmul(self._scaled[members].mT, matmul(self._root[members], LtT))
+        R = self._root[members]
+        solution = matmul(R.mT, matmul(R, LtT.mul_(self._unit[members])))
         self.A[members, :, columns].lerp_(solution, self.rate[members])
 
     def _finish(self) -> None:

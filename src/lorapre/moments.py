@@ -32,15 +32,14 @@ VARIANTS = {
     "subspace": Variant(factors.Subspace, start="random", second="means"),
 }
 
-# Elements of the tiles that a step holds at a time (of float32 weights, which need two tiles; of others, which
-# need four, 1.5 times as many); and of what a batch stacks. Large enough for products of matrices at full speed, small enough
-# for the caches.
+# Elements of what a step holds at a time: tiles of the gradient and the weight, what several weights stack, and
+# parts of factors. Large enough for products of matrices at full speed, small enough for the caches.
 TILE = 2**20
 BATCH = 2**18
+PART = 2**18
 SMALL = 2**16  # elements of matrices that are not worth a call each
 
 ALL = slice(None)
-CPU_HAS_BF16 = bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())  # type: ignore[no-untyped-call]
 
 
 class Batch:
@@ -52,8 +51,9 @@ class Batch:
         weights: N views (p, q); (p, ...) of a convolution whose memory has another order.
         grads: likewise.
         state: of each state tensor the n of the parameters.
-        low_rank: whether they have factors.
+        rank: of the factors; zero if there are none.
         dtype: of the update.
+        products: dtype of the factors of products with the gradients.
         t: step count (N,), this step included; after `begin`.
         finite: (N,) whether the gradient is, or None if it may be anything; after `begin`.
     """
@@ -75,17 +75,23 @@ class Batch:
         self.E, self.p, self.q = matrix_shape(weights[0].shape, self.flatten)
         self.device = weights[0].device
         self.dtype = wide(weights[0].dtype)
+        # The matrix units take bfloat16 as it is; float16 has too little range for the factors.
+        self.products = torch.bfloat16 if grads[0].dtype == torch.bfloat16 else torch.float32
         self.sign = -1 if group["maximize"] else 1
         self.weights, self.grads = self.matrices(weights), self.matrices(grads)
         self.N = len(self.weights)
         self.state = {name: [sharding.local(x) for x in tensors] for name, tensors in state.items()}
         self.finite: Tensor | None = None
         self.seed, self.positions = group["seed"], positions
-        rounds = group["stochastic_rounding"] and self.weights[0].dtype == torch.bfloat16
+        rounds = group["stochastic_rounding"] and weights[0].dtype == torch.bfloat16
         self.rounds_stochastically = rounds and positions is not None
         self.narrow = all(x.ndim == 2 for x in (*self.weights, *self.grads))
-        as_they_are = self.narrow and all(x.dtype == self.dtype for x in (self.weights[0], self.grads[0]))
-        self.tile = max(1, TILE // 2 if as_they_are else TILE * 3 // 8)
+        # What weight and gradient are worked on as they are, or in two tiles more; r x r matrices want room too.
+        room = TILE // 4 if self.rank > 256 else TILE
+        as_they_are = self.narrow and weights[0].dtype == grads[0].dtype == self.dtype
+        whole_rows = self.rank == 0 or self.q <= self._side()
+        self.row_tile = max(1, room // 2 if as_they_are and whole_rows else room * 11 // 32)
+        self.column_tile = max(1, room if as_they_are else room // 2)
 
     def begin(self, nonfinite: str) -> None:
         """Count the step: sets `t` and, if asked for, `finite`, whether a weight takes part in it."""
@@ -134,7 +140,7 @@ class Batch:
                 yield members, slice(0, self.p), [slice(0, self.q)]
             return
         columns = _cut(self.q, self._side() if self.narrow else self.q)
-        height = max(1, self.tile // (columns[0].stop - columns[0].start))
+        height = max(1, min(self.row_tile // (columns[0].stop - columns[0].start), self._side(64)))
         for i in range(self.N):
             for rows in _cut(self.p, height):
                 yield slice(i, i + 1), rows, columns
@@ -147,14 +153,16 @@ class Batch:
                 yield members, slice(0, self.q), [slice(0, self.p)]
             return
         rows = _cut(self.p, self._side())
-        width = max(1, TILE // (rows[0].stop - rows[0].start)) if self.narrow else self.q
+        width = self.q
+        if self.narrow:
+            width = max(1, min(self.column_tile // (rows[0].stop - rows[0].start), self._side(64)))
         for i in range(self.N):
             for columns in _cut(self.q, width):
                 yield slice(i, i + 1), columns, rows
 
-    def _side(self) -> int:
-        """How long a tile may be, so that a factor cut to it is no larger than a tile."""
-        return min(4096, max(512, 2**18 // max(1, self.rank)))
+    def _side(self, least: int = 512) -> int:
+        """How long a tile may be, so that what is cut of a factor stays small, but long enough for speed."""
+        return min(4096, max(least, PART // max(1, self.rank)))
 
     def gradient(self, members: slice, rows: slice, columns: slice) -> Tensor:
         """A tile of the gradient (n, rows, columns), to be minimised along, zero where it was not finite.
@@ -162,7 +170,10 @@ class Batch:
         It may share memory with the gradient.
         """
         tiles = [_tile(g, rows, columns) for g in self.grads[members]]
-        g = tiles[0][None] if len(tiles) == 1 else torch.stack(tiles)
+        if not tiles:  # a process that holds no expert
+            g = torch.empty(0, self.p, self.q, device=self.device)
+        else:
+            g = tiles[0][None] if len(tiles) == 1 else torch.stack(tiles)
         if self.finite is not None:
             g = torch.where(self.finite[members, None, None], g, 0)
         return -g if self.sign < 0 else g
@@ -181,7 +192,11 @@ class Batch:
         """`store` of weight i, rounded as asked for."""
         if self.rounds_stochastically:
             key, width = self.keys[i : i + 1], self.shards.size(self.p, self.q)[1]
-            rounding.round_(tile[None], key, self.row_indices[rows], self.column_indices[columns], width)
+            held = self.row_indices[rows], self.column_indices[columns]
+            # In parts, since the noise takes several times its room.
+            size = max(1, SMALL // max(1, tile.shape[1]))
+            for part, indices in zip(tile.split(size), held[0].split(size), strict=True):
+                rounding.round_(part[None], key, indices, held[1], width)
         self.store(self.weights[i], rows, columns, tile)
 
     def read(self, name: str) -> Tensor:
@@ -223,7 +238,6 @@ class Tracking:
                 B, A = B.clone(), A.clone()
         rate = torch.cat(list(rates.values()))[:, None, None].to(B.dtype)
         self.tracker = kind(B, A, rate, batch.shards, whole=len(rates) > 1)
-        self.dtype = _dtype_of_products(batch.grads[0])
         self.sums: list[tuple[slice, Tensor]] = []
         self.probe: Tensor | None = None
 
@@ -234,19 +248,20 @@ class Tracking:
             start + (members.start or 0), start + (self.batch.N if members.stop is None else members.stop)
         )
 
-    def targets(self, members: slice, g: Tensor) -> list[tuple[slice, Tensor]]:
-        """Of k moments the place and the target (n, rows, columns)."""
-        g = g.to(self.dtype)
-        return [(self.of(name, members), g.abs() if name == "v" else g) for name in self.names]
+    def targets(self, members: slice, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Of k moments the place and the target (n, rows, columns), one at a time."""
+        g = g.to(self.batch.products)
+        for name in self.names:
+            yield self.of(name, members), g.abs() if name == "v" else g
 
     def see(self, members: slice, columns: slice, g: Tensor) -> None:
         """Add up T A^T over the tiles of some rows."""
         probe = self.probe
         if probe is None:
-            probe = self.tracker.probe(columns).to(self.dtype)
+            probe = self.tracker.probe(columns).to(self.batch.products)
             if columns == slice(0, self.batch.q):
                 self.probe = probe
-        self._add([(at, matmul(T, probe[at].mT)) for at, T in self.targets(members, g)])
+        self._add([(at, _times(T, probe[at].mT)) for at, T in self.targets(members, g)])
 
     def left(self, members: slice, rows: slice) -> None:
         """The left half-step of the rows whose tiles have been seen."""
@@ -262,7 +277,7 @@ class Tracking:
         """Add up L^T T over the tiles of some columns."""
         # One basis at a time: each is a copy.
         self._add([
-            (at, matmul(self.tracker.basis(at, rows).to(self.dtype), T))
+            (at, _times(self.tracker.basis(at, rows).to(self.batch.products), T))
             for at, T in self.targets(members, g)
         ])  # fmt: skip
 
@@ -279,10 +294,9 @@ class Tracking:
             self.batch.write(f"{name}_A", self.tracker.A[self.of(name)])
 
     def _add(self, products: list[tuple[slice, Tensor]]) -> None:
-        new = [(at, product.to(self.tracker.A.dtype)) for at, product in products]
         if self.sums:
-            new = [(at, x.add_(y)) for (at, x), (_, y) in zip(self.sums, new, strict=True)]
-        self.sums = new
+            products = [(at, x.add_(y)) for (at, x), (_, y) in zip(self.sums, products, strict=True)]
+        self.sums = products
 
     def _take(self) -> list[tuple[slice, Tensor]]:
         sums, self.sums = self.sums, []
@@ -372,7 +386,9 @@ def adam(
     debiased = variant.tracker is factors.Subspace
     rates = {
         # Where a product decays by beta, each of its two factors decays by the root.
-        name: rules.debiased_rate(beta, batch.t) if debiased else torch.full_like(batch.t, 1 - math.sqrt(beta))
+        name: rules.debiased_rate(beta, batch.t)
+        if debiased
+        else torch.full_like(batch.t, 1 - math.sqrt(beta))
         for name, beta in (("m", beta1), ("v", math.sqrt(beta2)))
         if f"{name}_B" in batch.state
     }
@@ -473,11 +489,9 @@ def sweep(
         tracking.turn()
     if followed:
         for members, columns, tiles in batch.column_tiles():
-            for rows in tiles:
-                g = batch.gradient(members, rows, columns)
-                for tracking in followed:
-                    tracking.answer(members, rows, g)
             for tracking in followed:
+                for rows in tiles:
+                    tracking.answer(members, rows, batch.gradient(members, rows, columns))
                 tracking.right(members, columns)
     for tracking in followed:
         tracking.tracker.send()
@@ -532,11 +546,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _dtype_of_products(g: Tensor) -> torch.dtype:
-    """Of products with the gradient: its own where bfloat16 has hardware, else float32."""
-    if g.dtype == torch.bfloat16 and (g.is_cuda or CPU_HAS_BF16):
-        return torch.bfloat16
-    return torch.float32
+def _times(X: Tensor, Y: Tensor) -> Tensor:
+    """X Y in float32 of two in the dtype of products: float32, or bfloat16 accumulated in float32."""
+    if X.is_cuda and X.dtype == torch.bfloat16:
+        return torch.bmm(X, Y, out_dtype=torch.float32)
+    return matmul(X.float(), Y.float())
 
 
 def _tile(x: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -546,5 +560,7 @@ def _tile(x: Tensor, rows: slice, columns: slice) -> Tensor:
 
 def _cut(total: int, size: int) -> list[slice]:
     """Slices of equal length, at most `size` and the last one shorter, that cover `total`."""
+    if total == 0:
+        return []
     size = -(-total // -(-total // size))
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
