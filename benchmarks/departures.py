@@ -12,22 +12,29 @@ import torch
 from torch import Tensor
 
 from lorapre import LoRAPreAdamW, factors
-from lorapre.factors import DAMPING, NEWTON, PRINTED, SUBSPACE, Shards, Tracker, track
+from lorapre.factors import DAMPING, Newton, Printed, Subspace, Tracker, track
 
 BETA = 0.9
 GAMMA = 1 - math.sqrt(BETA)
 
 
-def both_left(B: Tensor, A: Tensor, TAt: Tensor, gamma: float, shards: Shards) -> tuple[Tensor, Tensor]:
-    """The printed order, the right factor seeing the old left one, with relative damping and gauge (a, d)."""
-    return factors.unit(B), factors.newton_left(B, A, TAt, gamma, shards)[1]
+class BothAtOnce(Printed):
+    """Both steps from the old factors, as printed, but with relative damping, probe and gauge (a, d, g)."""
+
+    probes = True
+    absolute = False
+
+    def _finish(self) -> None:
+        super()._finish()
+        factors.gauge_(self.B, self.A, self.shards)
 
 
-BOTH = Tracker(NEWTON.probe, both_left, PRINTED.parts, NEWTON.right)
-TRACKERS = {"printed": PRINTED, "both at once": BOTH, "newton": NEWTON, "subspace": SUBSPACE}
+TRACKERS = {"printed": Printed, "both at once": BothAtOnce, "newton": Newton, "subspace": Subspace}
 
 
-def follow(tracker: Tracker, targets: Iterator[Tensor], rank: int, beta: float = BETA) -> Iterator[Tensor]:
+def follow(
+    tracker: type[Tracker], targets: Iterator[Tensor], rank: int, beta: float = BETA
+) -> Iterator[Tensor]:
     """The product B A after each target."""
     generator = torch.Generator().manual_seed(1)
     B = A = None
@@ -36,12 +43,12 @@ def follow(tracker: Tracker, targets: Iterator[Tensor], rank: int, beta: float =
             p, q = T.shape
             B = torch.zeros(p, rank)
             fallback = torch.randn(rank, q, generator=generator)
-            if tracker is PRINTED:
+            if tracker is Printed:
                 A = 0.02 * fallback
             else:
                 A = factors.start(torch.randn(p, rank, generator=generator).mT @ T, fallback)
         debiased = beta * (1 - beta ** (t - 1)) / (1 - beta**t)
-        B, A = track(tracker, B, A, T, debiased if tracker is SUBSPACE else 1 - math.sqrt(beta))
+        B, A = track(tracker, B, A, T, debiased if tracker is Subspace else 1 - math.sqrt(beta))
         yield B @ A
 
 
