@@ -120,7 +120,7 @@ def gram(X: Tensor, scale: Tensor | None = None) -> Tensor:
 
 def _parts(X: Tensor) -> tuple[Tensor, ...]:
     """Some rows of X (..., n, r) at a time, few enough for a copy."""
-    return X.split(max(64, 2**18 // max(1, X.shape[-1])), -2)
+    return torch.split(X, max(64, 2**18 // max(1, X.shape[-1])), -2)
 
 
 def norm(X: Tensor, total: Callable[..., tuple[Tensor, ...]] = WHOLE.sum_rows) -> Tensor:
@@ -193,9 +193,9 @@ class Tracker:
     """How the factors of N momenta follow their targets; B and A are overwritten.
 
         tracker = Newton(B, A, rate)
-        tracker.left(members, rows, T[members, rows] @ tracker.probe()[members].mT)         for all rows
+        tracker.left(members, rows, T[members, rows] @ tracker.probe()[members].mT)        for all rows
         tracker.turn()
-        tracker.right(members, columns, tracker.basis(members, ALL) @ T[members, :, columns])   for all columns
+        tracker.right(members, columns, tracker.basis(members, ALL) @ T[members, :, columns])      for all
         tracker.finish()
 
     Sums over other processes are taken in `turn` and `finish`; `send` starts the last one.
@@ -258,14 +258,17 @@ class Tracker:
         raise NotImplementedError
 
     def right(self, members: slice, columns: slice, LtT: Tensor) -> None:
-        """The right half-step of some columns, from L^T T (n, r, columns) of the rows held here; overwritten."""
+        """The right half-step of some columns, from L^T T (n, r, columns) of the rows held here.
+
+        LtT is overwritten.
+        """
         if self._answers is not None:
             self._answers[members, :, columns] = LtT
         else:
             self._right(members, columns, LtT)
 
     def send(self) -> None:
-        """After all columns: start the last sum over processes, so that arithmetic can go on until `finish`."""
+        """After all columns: start the last sum over processes; arithmetic can go on until `finish`."""
         if self._answers is not None:
             self._sums = self.shards.send_rows(self._answers, *self._parts())
             self._answers = None
@@ -534,7 +537,8 @@ def _inverse_root(G: Tensor) -> Tensor:
     if r <= 128:
         C = torch.linalg.cholesky_ex(G).L
         eye = torch.eye(r, dtype=G.dtype, device=G.device).expand_as(G)
-        return torch.linalg.solve_triangular(C, eye, upper=False)
+        root: Tensor = torch.linalg.solve_triangular(C, eye, upper=False)
+        return root
     h = r // 2
     first = _inverse_root(G[..., :h, :h])
     corner = matmul(G[..., h:, :h], first.mT)

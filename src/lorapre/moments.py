@@ -32,8 +32,8 @@ VARIANTS = {
     "subspace": Variant(factors.Subspace, start="random", second="means"),
 }
 
-# Elements of what a step holds at a time: tiles of the gradient and the weight, what several weights stack, and
-# parts of factors. Large enough for products of matrices at full speed, small enough for the caches.
+# Elements of what a step holds at a time: tiles of gradient and weight, what several weights stack, and parts
+# of factors. Large enough for products of matrices at full speed, small enough for the caches.
 TILE = 2**20
 BATCH = 2**18
 PART = 2**18
@@ -86,7 +86,7 @@ class Batch:
         rounds = group["stochastic_rounding"] and weights[0].dtype == torch.bfloat16
         self.rounds_stochastically = rounds and positions is not None
         self.narrow = all(x.ndim == 2 for x in (*self.weights, *self.grads))
-        # What weight and gradient are worked on as they are, or in two tiles more; r x r matrices want room too.
+        # Weight and gradient are worked on as they are, or in two tiles more; r x r matrices want room too.
         room = TILE // 4 if self.rank > 256 else TILE
         as_they_are = self.narrow and weights[0].dtype == grads[0].dtype == self.dtype
         whole_rows = self.rank == 0 or self.q <= self._side()
@@ -195,7 +195,7 @@ class Batch:
             held = self.row_indices[rows], self.column_indices[columns]
             # In parts, since the noise takes several times its room.
             size = max(1, SMALL // max(1, tile.shape[1]))
-            for part, indices in zip(tile.split(size), held[0].split(size), strict=True):
+            for part, indices in zip(torch.split(tile, size), torch.split(held[0], size), strict=True):
                 rounding.round_(part[None], key, indices, held[1], width)
         self.store(self.weights[i], rows, columns, tile)
 
@@ -444,8 +444,7 @@ def muon(
 ) -> Callable[[], None]:  # fmt: skip
     """Algorithm 2 of the paper on a batch; returns as `adam` does.
 
-    Args:
-        newton_schulz: orthogonalises whole matrices (N, p, q).
+    `newton_schulz` orthogonalises whole matrices (N, p, q).
     """
     # The sum m is the EMA of g / (1 - mu), which the factors follow; the sum is never debiased.
     rate = momentum if variant.tracker is factors.Subspace else 1 - math.sqrt(momentum)
@@ -554,7 +553,7 @@ def _times(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def _tile(x: Tensor, rows: slice, columns: slice) -> Tensor:
-    """(rows, columns) of a matrix; of a convolution in another order, (p, ...), a copy, and all its columns."""
+    """(rows, columns) of a matrix; of (p, ...), a convolution in another order, a copy of all columns."""
     return x[rows, columns] if x.ndim == 2 else x[rows].flatten(1)
 
 

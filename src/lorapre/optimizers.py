@@ -1,7 +1,6 @@
 """LoRAPreAdamW and LoRAPreMuon: options, state, loading and the order of a step."""
 
 import functools
-import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any

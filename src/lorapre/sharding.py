@@ -195,7 +195,9 @@ class MeshShards(Shards):
         self.count = 1
         for i, _ in self.splits:
             self.count *= self.mesh.size(i)
-        self.spread_rows, self.spread_columns = (role in dict(self.splits).values() for role in (ROWS, COLUMNS))
+        self.spread_rows, self.spread_columns = (
+            role in dict(self.splits).values() for role in (ROWS, COLUMNS)
+        )
 
     def sum_rows(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Sum over the processes that hold other rows, in one collective for each mesh dimension of them."""
