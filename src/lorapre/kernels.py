@@ -43,6 +43,7 @@ Matrices: TypeAlias = Sequence[Tensor]  # of one shape each, (p, q) or (E, p, q)
 Numbers: TypeAlias = float | Tensor  # one for all matrices, or one per matrix
 
 MAX_RANK = 512
+MAX_COUNT, MAX_COLUMNS = 2**16 - 1, 2**21  # what the second and third dimension of a CUDA grid hold
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -92,6 +93,8 @@ def why_not(weights: Matrices, grads: Matrices, rank: int) -> str | None:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if rank > MAX_RANK:
         return f"rank {rank} is above {MAX_RANK}"
+    if _count(weights) > MAX_COUNT or weights[0].shape[-1] > MAX_COLUMNS:
+        return f"there are more than {MAX_COUNT} matrices, or {MAX_COLUMNS} columns"
     for name, tensors in (("weight", weights), ("gradient", grads)):
         first = tensors[0]
         if first.dtype not in DTYPES:
@@ -107,7 +110,7 @@ def row_sweep(
     weights: Matrices, grads: Matrices, first: Factors | Dense, second: Factors | Dense, *,
     decay: Numbers, lr: Numbers, eps: float, sign: float = 1.0, finite: Tensor | None = None,
     keys: Tensor | None = None, origin: tuple[int, int] = (0, 0), width: int | None = None,
-    row_sums: bool = False,
+    probe: float = 0.0, row_sums: bool = False,
 ) -> RowSweep:  # fmt: skip
     """The weights <- decay W - lr m / (sqrt(v) + eps), in place, with T A^T gathered on the way.
 
@@ -123,8 +126,11 @@ def row_sweep(
         finite: (N,), bool. Where False, g is taken as zero and neither W nor a dense moment changes.
         keys: (N,), int64 in [0, 2**32): bfloat16 weights are rounded stochastically, with the bits of
             `lorapre.rounding`. None rounds to nearest.
-        origin: row and column at which these weights, a shard, lie in their whole matrices; for `keys` only.
+        origin: row and column at which these weights, a shard, lie in their whole matrices; for `keys` and
+            `probe` only.
         width: columns of the whole matrices, q unless given; for `keys` only.
+        probe: T A^T is taken with A + probe W, where W (r, q) has saw teeth of unit height in its rows, in
+            general position (`lorapre.factors.Tracker.probe` says why); the product B A never is.
         row_sums: whether to return the sums of g**2 over each row.
     """
     first, second = _packed(first), _packed(second)  # named here, so that copies live until the launch
@@ -142,14 +148,16 @@ def row_sweep(
             table, *_numbers(first, n, device), *_numbers(second, n, device), _vector(decay, n, device),
             _vector(lr, n, device), finite, *scales, keys, TAt, sums,
             p, q, r, _stride(weights[0]), _stride(grads[0]), span, *origin, width or q, float(sign), eps,
-            W=_tl(weights[0].dtype), **kinds, FIRST=isinstance(first, Factors),
+            probe or None, W=_tl(weights[0].dtype), **kinds, FIRST=isinstance(first, Factors),
             SECOND=isinstance(second, Factors), FUSED=fused, ALIGNED=aligned, BM=BM, BN=BN, R=R,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if fused:
         return RowSweep(_sum(TAt), None if sums is None else _sum(sums))
     A = [x.A if isinstance(x, Factors) else None for x in (first, second)]
-    return RowSweep(*_project(grads, *A, sign=sign, finite=finite, sums=row_sums, rows=True))
+    return RowSweep(*_project(
+        grads, *A, sign=sign, finite=finite, sums=row_sums, rows=True, probe=probe, origin=origin[1]
+    ))  # fmt: skip
 
 
 def column_sweep(
@@ -173,7 +181,7 @@ def column_sweep(
 
 def _project(
     grads: Matrices, first: Matrices | None, second: Matrices | None, *,
-    sign: float, finite: Tensor | None, sums: bool, rows: bool,
+    sign: float, finite: Tensor | None, sums: bool, rows: bool, probe: float = 0.0, origin: int = 0,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """L^T T over the rows of T or, with `rows` and A for L, T A^T over its columns; sums of g**2 likewise."""
     first, second = _contiguous(first), _contiguous(second)
@@ -194,8 +202,8 @@ def _project(
             table, finite, out, total, length, free, r,
             # Strides of T (length, free), L (length, r) and L^T T (r, free): with `rows`, of the transposes.
             *((1, g_row, 1, q, 1, r) if rows else (g_row, 1, r, 1, q, 1)), span, float(sign),
-            **_kinds(grads[0]), FIRST=first is not None, SECOND=second is not None, ALIGNED=aligned,
-            BK=BK, BJ=BJ, R=R, num_warps=warps, num_stages=stages,
+            origin, probe or None, **_kinds(grads[0]), FIRST=first is not None, SECOND=second is not None,
+            ALIGNED=aligned, BK=BK, BJ=BJ, R=R, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return _sum(out), None if total is None else _sum(total)
 
@@ -394,6 +402,14 @@ def _noisy(x, index, key):
 
 
 @_jit
+def _waves(k, j):
+    """Rows k and columns j of W, see `row_sweep`: a load would need as much shared memory as A does."""
+    x = 1.4142135623730951 * (k + 1).to(tl.float32)
+    x = (x - tl.floor(x)) * (j + 1).to(tl.float32)
+    return x - tl.floor(x) - 0.5
+
+
+@_jit
 def _product(B, A, i, j, p, q, r, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
     """Rows i and columns j of B A, in chunks of the rank."""
@@ -407,7 +423,7 @@ def _product(B, A, i, j, p, q, r, BM: tl.constexpr, BN: tl.constexpr, R: tl.cons
 @_jit
 def _row_sweep(
     table, keep_m, fresh_m, weight_m, keep_v, fresh_v, weight_v, decay, lr, finite, row, column, keys,
-    TAt, sums, p, q, r, w_stride, g_stride, span, row0, column0, width, sign, eps,
+    TAt, sums, p, q, r, w_stride, g_stride, span, row0, column0, width, sign, eps, probe,
     W: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, FUSED: tl.constexpr, ALIGNED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
@@ -450,6 +466,8 @@ def _row_sweep(
             if FUSED:
                 A = _tile(mA, k, j, r, q, q, 1)
                 m = tl.dot(mB_rows, A, input_precision=PRECISION)
+                if probe is not None:
+                    A += probe * _waves(k[:, None], column0 + j[None, :])
                 m_sum = _add(m_sum, g, tl.trans(A), D, PRECISION, INTERPRETED)
             else:
                 m = _product(mB, mA, i, j, p, q, r, BM, BN, R, PRECISION)
@@ -465,6 +483,8 @@ def _row_sweep(
             if FUSED:
                 A = _tile(vA, k, j, r, q, q, 1)
                 v = tl.dot(vB_rows, A, input_precision=PRECISION)
+                if probe is not None:
+                    A += probe * _waves(k[:, None], column0 + j[None, :])
                 v_sum = _add(v_sum, tl.abs(g), tl.trans(A), D, PRECISION, INTERPRETED)
             else:
                 v = _product(vB, vA, i, j, p, q, r, BM, BN, R, PRECISION)
@@ -496,7 +516,7 @@ def _row_sweep(
 @_jit
 def _column_sweep(
     table, finite, out, sums, length, free, r, g_length, g_free, L_length, L_rank, out_rank, out_free,
-    span, sign,
+    span, sign, origin, probe,
     G: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, ALIGNED: tl.constexpr,
     BK: tl.constexpr, BJ: tl.constexpr, R: tl.constexpr,
@@ -523,9 +543,13 @@ def _column_sweep(
         squares += tl.sum(g * g, 0)
         if FIRST:
             L = _tile(first, i, k, length, r, L_length, L_rank)
+            if probe is not None:
+                L += probe * _waves(k[None, :], origin + i[:, None])
             m_sum = _add(m_sum, tl.trans(L), g, D, PRECISION, INTERPRETED)
         if SECOND:
             L = _tile(second, i, k, length, r, L_length, L_rank)
+            if probe is not None:
+                L += probe * _waves(k[None, :], origin + i[:, None])
             v_sum = _add(v_sum, tl.trans(L), tl.abs(g), D, PRECISION, INTERPRETED)
     group = tl.num_programs(2).to(tl.int64)
     at = (tl.program_id(1) * (FIRST + SECOND) * group + n) * r * free
