@@ -92,6 +92,8 @@ class Batch:
         whole_rows = self.rank == 0 or self.q <= self._side()
         self.row_tile = max(1, room // 2 if as_they_are and whole_rows else room * 11 // 32)
         self.column_tile = max(1, room if as_they_are else room // 2)
+        if not self.rank:  # four tiles in float32 of an embedding are 2 % of it and fewer calls
+            self.row_tile = max(self.row_tile, self.p * self.q * weights[0].element_size() // 1024)
 
     def begin(self, nonfinite: str) -> None:
         """Count the step: sets `t` and, if asked for, `finite`, whether a weight takes part in it."""
