@@ -1,0 +1,117 @@
+"""What rounding the factors to bfloat16, for products with bfloat16 gradients, does to the tracking.
+
+    python tests/test_precision.py
+
+prints what docs/maths.md quotes, "Precision".
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorapre import LoRAPreAdamW, moments
+
+P, Q, RANK, BETA = 256, 384, 32, 0.9
+VARIANTS = ["paper", "calibrated", "subspace"]
+
+
+def gradients(noise: float, steps: int) -> list[Tensor]:
+    """A signal of rank 8 in noise of `noise` times its size, float32."""
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.randn(P, 8, generator=generator) @ torch.randn(8, Q, generator=generator) / math.sqrt(8)
+    return [signal + noise * torch.randn(P, Q, generator=generator) for _ in range(steps)]
+
+
+class Exact(LoRAPreAdamW):
+    """Takes the products with bfloat16 gradients in float32."""
+
+    def _update(self, batch: moments.Batch, group: dict[str, Any]) -> Callable[[], None]:
+        batch.products = torch.float32
+        return super()._update(batch, group)
+
+
+def products(grads: list[Tensor], cls: type[LoRAPreAdamW], variant: str) -> Iterator[dict[str, Tensor]]:
+    """B A of both moments after each step."""
+    weight = nn.Parameter(torch.zeros_like(grads[0]))
+    optimizer = cls([weight], lr=0.0, betas=(BETA, 0.95), rank=RANK, variant=variant)
+    for g in grads:
+        weight.grad = g
+        optimizer.step()
+        state = optimizer.state[weight]
+        yield {name: state[f"{name}_B"].double() @ state[f"{name}_A"].double() for name in "mv"}
+
+
+def relative(x: Tensor, y: Tensor) -> float:
+    return ((x - y).norm() / y.norm()).item()
+
+
+def compare(variant: str, noise: float, steps: int = 100) -> dict[str, list[float]]:
+    """What rounding changes, by step.
+
+    Of "m" and "v" the change of B A, relative to B A; as a yardstick "gradient", what the gradients' own
+    rounding has changed in that of m; and the distance of that of m from the EMA, relative to the EMA, with
+    rounded factors ("rounded") and without ("exact").
+    """
+    full = gradients(noise, steps)
+    grads = [g.bfloat16() for g in full]
+    found: dict[str, list[float]] = {name: [] for name in ("m", "v", "gradient", "rounded", "exact")}
+    ema = torch.zeros(P, Q, dtype=torch.float64)
+    runs = [products(g, cls, variant) for g, cls in ((grads, LoRAPreAdamW), (grads, Exact), (full, Exact))]
+    for t, (g, rounded, exact, better) in enumerate(zip(grads, *runs, strict=True), start=1):
+        ema.lerp_(g.double(), 1 - BETA)
+        target = ema / (1 - BETA**t) if variant == "subspace" else ema
+        for name in "mv":
+            found[name].append(relative(rounded[name], exact[name]))
+        found["gradient"].append(relative(exact["m"], better["m"]))
+        found["rounded"].append(relative(rounded["m"], target))
+        found["exact"].append(relative(exact["m"], target))
+    return found
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rounding_the_factors_changes_the_products_by_less_than_one_percent_in_100_steps(
+    variant: str,
+) -> None:
+    found = compare(variant, 1.0)
+    assert 0 < max(found["m"]) < 1e-2
+    assert 0 < max(found["v"]) < 3e-3
+
+
+@pytest.mark.parametrize("noise", [1.0, 10.0])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_with_rounded_factors_the_distance_to_the_ema_of_noisy_gradients_is_the_same(
+    variant: str, noise: float
+) -> None:
+    """Nothing accumulates in it. What differs are directions in the noise, which are no better or worse."""
+    found = compare(variant, noise, 300)
+    for rounded, exact in zip(found["rounded"], found["exact"], strict=True):
+        assert rounded == pytest.approx(exact, rel=5e-3)
+
+
+@pytest.mark.parametrize(("variant", "largest"), [("paper", 0.3), ("calibrated", 0.04), ("subspace", 2e-3)])
+def test_where_the_gradients_lack_rank_the_change_is_larger_and_fades(variant: str, largest: float) -> None:
+    """Rank 8 at r = 32: the Newton steps divide the rounding error by singular values near zero."""
+    found = compare(variant, 0.0)
+    assert max(found["m"]) < largest
+    assert found["m"][-1] < 1e-2
+    assert max(found["v"]) < 4e-3
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    steps = [1, 2, 10, 30, 100, 300]
+    print(f"{'by step':<24}", *(f"{t:>8}" for t in steps), f"{'largest':>8}")
+    for noise in (0.0, 1.0, 3.0, 10.0):
+        for variant in VARIANTS:
+            print(f"noise {noise:g}, {variant}")
+            for name, errors in compare(variant, noise, steps[-1]).items():
+                cells = [errors[t - 1] for t in steps]
+                print(f"    {name:<20}", *(f"{error:8.1e}" for error in (*cells, max(errors))))
+
+
+if __name__ == "__main__":
+    main()
