@@ -454,7 +454,7 @@ def muon(
     (tracking,) = followed
     everything = slice(0, batch.N), slice(0, batch.p), slice(0, batch.q)
     g = batch.gradient(*everything).to(batch.dtype)
-    m = matmul(tracking.tracker.B, tracking.tracker.A).mul_(momentum).add_(g)
+    m = matmul(tracking.tracker.B * momentum, tracking.tracker.A).add_(g)
     if nesterov:
         m.mul_(momentum).add_(g)
     del g
@@ -462,8 +462,14 @@ def muon(
     del m
     lrs, keep = batch.per_matrix(lr * scale, 0.0), batch.per_matrix(1 - lr * weight_decay, 1.0)
     for i in range(batch.N):
-        w = batch.work(batch.weights[i], *everything[1:]).mul_(keep[i])
-        batch.store_weight(i, *everything[1:], w.sub_(update[i] * lrs[i]))
+        w = batch.work(batch.weights[i], *everything[1:])
+        if weight_decay:
+            w.mul_(keep[i])
+        if isinstance(lrs[i], Tensor):
+            w.sub_(update[i].to(w.dtype).mul_(lrs[i]))
+        else:
+            w.sub_(update[i], alpha=lrs[i])
+        batch.store_weight(i, *everything[1:], w)
     del update
     return sweep(batch, followed)
 
