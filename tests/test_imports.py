@@ -21,8 +21,8 @@ LAYERS: dict[str, set[str]] = {
     "rounding": set(),
     "sharding": {"factors"},
     "kernels": set(),
-    "moments": {"factors", "rules", "groups", "rounding", "sharding"},
-    "optimizers": {"factors", "rules", "groups", "moments", "rounding", "sharding", "kernels"},
+    "moments": {"factors", "rules", "groups", "rounding", "sharding", "kernels"},
+    "optimizers": {"factors", "rules", "groups", "moments", "rounding", "sharding"},
     "release": {"optimizers", "sharding"},
     "__init__": {"optimizers", "groups", "report", "release"},
 }

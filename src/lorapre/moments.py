@@ -3,10 +3,12 @@
 A factorised weight is stepped in two sweeps over tiles of the gradient, and nothing of size p x q is formed
 beyond a tile. The first sweep, over rows, forms the moments of a tile from the old factors, updates the
 weight and takes T A^T; the second, over columns, takes L^T T for the trackers in `lorapre.factors`, which
-move the factors in place.
+move the factors in place. On GPUs Adam takes both sweeps in Triton kernels, `lorapre.kernels`, where they can
+take the batch.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +40,9 @@ TILE = 2**20
 BATCH = 2**18
 PART = 2**18
 SMALL = 2**16  # elements of matrices that are not worth a call each
+# On GPUs calls cost more than memory: Adam stacks up to 64 MiB of factors there, so that all weights of a
+# shape share the launches of a step, those that factorise small matrices above all.
+GPU_BATCH = 2**24
 
 ALL = slice(None)
 
@@ -306,10 +311,11 @@ class Tracking:
 
 
 def trackings(
-    batch: Batch, kind: type[Tracker], rates: dict[str, Tensor], gain: float = 1.0
+    batch: Batch, kind: type[Tracker], rates: dict[str, Tensor], gain: float = 1.0, stack: int = 0
 ) -> list[Tracking]:
-    """Of a single parameter one for each moment, which work in place; else one for all."""
-    if len(batch.state["step"]) == 1 and batch.shards.count == 1:
+    """Of a single parameter of more than `stack` elements one per moment, in place; else one for all."""
+    size = batch.N * len(rates) * batch.rank * (batch.p + batch.q)
+    if len(batch.state["step"]) == 1 and batch.shards.count == 1 and size > stack:
         return [Tracking(batch, kind, {name: rate}, gain) for name, rate in rates.items()]
     return [Tracking(batch, kind, rates, gain)] if rates else []
 
@@ -394,7 +400,8 @@ def adam(
         for name, beta in (("m", beta1), ("v", math.sqrt(beta2)))
         if f"{name}_B" in batch.state
     }
-    followed = trackings(batch, variant.tracker, rates)
+    launches = _kernels_take(batch)
+    followed = trackings(batch, variant.tracker, rates, stack=GPU_BATCH if launches else 0)
     of = {name: tracking for tracking in followed for name in tracking.names}
     first = Product(of["m"], "m") if "m" in of else Dense(batch, "exp_avg")
     second = Product(of["v"], "v") if "v" in of else Dense(batch, "exp_avg_sq")
@@ -412,6 +419,12 @@ def adam(
         second.rows, second.columns = factors.match_means(
             second.B, second.A, means.row, means.column, batch.shards
         )
+    if launches:
+        _kernel_sweeps(
+            batch, followed, first, second, means, betas=betas, correction=correction, lr=lr * scale,
+            eps=eps, decay=1 - lr * weight_decay,
+        )  # fmt: skip
+        return _sent(followed, means)
     rule = rules.Adam(betas, batch.t, lr * scale, eps, correction, batch.finite)
     keep = batch.per_matrix(1 - lr * weight_decay, 1.0) if weight_decay else None
 
@@ -429,15 +442,22 @@ def adam(
         if means is not None:
             means.gather(members, rows, columns, g)
 
-    finish = sweep(batch, followed, update)
-    if means is None:
-        return finish
+    sweep(batch, followed, update)
+    return _sent(followed, means)
 
-    def finish_means() -> None:
-        finish()
-        means.finish()
 
-    return finish_means
+def _sent(followed: list[Tracking], means: Means | None = None) -> Callable[[], None]:
+    """Start the last sum over processes; what is returned stores the new factors, and means."""
+    for tracking in followed:
+        tracking.tracker.send()
+
+    def finish() -> None:
+        for tracking in followed:
+            tracking.finish()
+        if means is not None:
+            means.finish()
+
+    return finish
 
 
 def muon(
@@ -460,29 +480,25 @@ def muon(
     del g
     update = batch.shards.whole(newton_schulz, m)
     del m
-    lrs, keep = batch.per_matrix(lr * scale, 0.0), batch.per_matrix(1 - lr * weight_decay, 1.0)
+    lrs = batch.per_matrix(batch.t.new_zeros(()) + lr * scale, 0.0)
+    keep = batch.per_matrix(1 - lr * weight_decay, 1.0)
     for i in range(batch.N):
         w = batch.work(batch.weights[i], *everything[1:])
         if weight_decay:
             w.mul_(keep[i])
-        if isinstance(lrs[i], Tensor):
-            w.sub_(update[i].to(w.dtype).mul_(lrs[i]))
-        else:
-            w.sub_(update[i], alpha=lrs[i])
+        w.addcmul_(update[i].to(w.dtype), lrs[i], value=-1)
         batch.store_weight(i, *everything[1:], w)
     del update
-    return sweep(batch, followed)
+    sweep(batch, followed)
+    return _sent(followed)
 
 
 def sweep(
     batch: Batch,
     followed: list[Tracking],
     update: Callable[[slice, slice, slice, Tensor], None] | None = None,
-) -> Callable[[], None]:
-    """Take the factors through a step; `update` sees each tile of the gradient before the factors move.
-
-    Returns with the last sum over processes on its way; what is returned stores the new factors.
-    """
+) -> None:
+    """Take the factors through a step; `update` sees each tile of the gradient before the factors move."""
     for members, rows, tiles in batch.row_tiles():
         for columns in tiles:
             g = batch.gradient(members, rows, columns)
@@ -500,14 +516,103 @@ def sweep(
                 for rows in tiles:
                     tracking.answer(members, rows, batch.gradient(members, rows, columns))
                 tracking.right(members, columns)
-    for tracking in followed:
-        tracking.tracker.send()
 
-    def finish() -> None:
-        for tracking in followed:
-            tracking.finish()
 
-    return finish
+def _kernel_sweeps(
+    batch: Batch, followed: list[Tracking], first: Product | Dense, second: Product | Dense,
+    means: Means | None, *, betas: tuple[float, float], correction: Tensor | None, lr: float | Tensor,
+    eps: float, decay: float | Tensor,
+) -> None:  # fmt: skip
+    """`sweep` with the update of `rules.Adam`, in a launch or two for each sweep of the whole batch."""
+    from lorapre import kernels  # loads Triton, which takes seconds
+
+    (beta1, beta2), c1 = betas, rules.debias(betas[0], batch.t)
+    c2 = rules.debias(beta2, batch.t) if correction is None else correction
+    m: kernels.Factors | kernels.Dense
+    v: kernels.Factors | kernels.Dense
+    if isinstance(first, Product):
+        kept = beta1 / c1 if first.rows is None else first.rows.view(-1) * beta1 / c1
+        m = kernels.Factors([first.B], [first.A], kept, (1 - beta1) / c1)
+    else:
+        m = kernels.Dense(first.stored, beta1, c1)
+    if isinstance(second, Product):
+        row, column = (x if x is None else x.flatten(1) for x in (second.rows, second.columns))
+        v = kernels.Factors([second.B], [second.A], beta2 / c2, (1 - beta2) / c2, row, column)
+    else:
+        v = kernels.Dense(second.stored, beta2, c2)
+    width = batch.shards.size(batch.p, batch.q)[1]
+    probes = followed[0].tracker.probes
+    same: dict[str, Any] = dict(sign=float(batch.sign), finite=batch.finite)
+    rows = kernels.row_sweep(
+        batch.weights, batch.grads, m, v, decay=decay, lr=lr, eps=max(eps, torch.finfo(torch.float32).tiny),
+        keys=batch.keys if batch.rounds_stochastically else None, origin=_origin(batch) or (0, 0),
+        width=width, probe=torch.finfo(torch.float32).eps * math.sqrt(12 / width) if probes else 0.0,
+        row_sums=means is not None, **same,
+    )  # fmt: skip
+    counts = [len(tracking.tracker.B) for tracking in followed]
+    for tracking, TAt in zip(followed, torch.split(rows.TAt.flatten(0, 1), counts), strict=True):
+        tracking.tracker.left(ALL, ALL, TAt)
+        tracking.turn()
+    bases = {x: [y.tracker.basis(y.of(x), ALL).mT] for y in followed for x in y.names}
+    columns = kernels.column_sweep(
+        batch.grads, bases.get("m"), bases.get("v"), column_sums=means is not None, **same
+    )
+    for tracking, LtT in zip(followed, torch.split(columns.LtT.flatten(0, 1), counts), strict=True):
+        tracking.tracker.right(ALL, ALL, LtT)
+    if means is not None:
+        assert rows.row_sums is not None
+        assert columns.column_sums is not None
+        means.row_sums, means.column_sums = rows.row_sums, columns.column_sums
+
+
+_said: set[str] = set()  # why the kernels could not take a batch
+
+
+def _kernels_take(batch: Batch) -> bool:
+    """Whether to step a batch with kernels; where it should be but cannot, a warning says so, once a reason.
+
+    Not within torch.compile, which makes kernels of its own of the tiles.
+    """
+    if not batch.rank or not batch.N or torch.compiler.is_compiling() or not _wants_kernels(batch):
+        return False
+    reason = _why_not(batch)
+    if reason is not None and reason not in _said:
+        _said.add(reason)
+        warnings.warn(
+            f"a step of weights ({batch.p}, {batch.q}) does without Triton kernels, slower: {reason}",
+            stacklevel=2,
+        )
+    return reason is None
+
+
+def _wants_kernels(batch: Batch) -> bool:
+    """Tests replace this, to run kernels in Triton's interpreter on the CPU."""
+    return batch.device.type == "cuda"
+
+
+def _why_not(batch: Batch) -> str | None:
+    """Why the kernels cannot take a batch, or None where they can."""
+    from lorapre import kernels
+
+    if not batch.narrow:
+        return "the memory of a convolution is not in the order of its dimensions"
+    if not all(x.is_contiguous() for name in ("exp_avg", "exp_avg_sq") for x in batch.state.get(name, ())):
+        return "a dense moment is not contiguous"
+    if _origin(batch) is None:
+        return "the shards of a weight are not blocks of its rows and columns"
+    return kernels.why_not(batch.weights, batch.grads, batch.rank)
+
+
+def _origin(batch: Batch) -> tuple[int, int] | None:
+    """Row and column of the whole at which the block held here begins; None if it is no block."""
+    if batch.shards.count == 1:
+        return 0, 0
+    cpu = torch.device("cpu")  # nothing waits for the GPU
+    held = batch.shards.rows(batch.p, cpu).tolist(), batch.shards.columns(batch.q, cpu).tolist()
+    if any(x and x[-1] - x[0] != len(x) - 1 for x in held):
+        return None
+    row, column = (x[0] if x else 0 for x in held)
+    return row, column
 
 
 def batches(
@@ -533,11 +638,12 @@ def batches(
         shapes = state_shapes(group, shape)
         # Adam stacks the factors, Muon the matrices.
         stacked = sum(math.prod(s) for name, s in shapes.items() if name.endswith(("_B", "_A")))
+        limit = GPU_BATCH if weights[members[0]].device.type == "cuda" else BATCH
         if "momentum" in group:
-            stacked = max(stacked, math.prod(shape))
+            stacked, limit = max(stacked, math.prod(shape)), BATCH
         # Of a sharded weight a part counts, and Muon wants a matrix for every process.
         count = sharding.shards(weights[members[0]], group["flatten"]).count
-        size = max(count, BATCH * count // max(1, stacked))
+        size = max(count, limit * count // max(1, stacked))
         for chunk in (members[i : i + size] for i in range(0, len(members), size)):
             yield Batch(
                 group,
