@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorapre import LoRAPreAdamW, moments
+from lorapre import LoRAPreAdamW, factors, moments
 
 P, Q, RANK, BETA = 256, 384, 32, 0.9
 VARIANTS = ["paper", "calibrated", "subspace"]
@@ -99,6 +99,19 @@ def test_where_the_gradients_lack_rank_the_change_is_larger_and_fades(variant: s
     assert max(found["m"]) < largest
     assert found["m"][-1] < 1e-2
     assert max(found["v"]) < 4e-3
+
+
+@pytest.mark.parametrize(("r", "k"), [(32, 8), (256, 16), (256, 64)])
+def test_two_products_with_the_root_are_as_accurate_as_a_solve_and_an_inverse_is_not(r: int, k: int) -> None:
+    """T A^T (A A^T + lambda I)^-1 A where A has rank k < r; above r = 128 the root is found by halves."""
+    A = torch.randn(r, k) @ torch.randn(k, 300)
+    T = torch.randn(200, k) @ torch.randn(k, 300)
+    lam = factors.DAMPING * A.square().sum().double()
+    inverse = torch.linalg.inv(A.double() @ A.double().mT + lam * torch.eye(r))
+    expected = T.double() @ A.double().mT @ inverse @ A.double()
+    R = factors._damped_root((A @ A.mT)[None], 0.0)[0]
+    assert relative((T @ A.mT @ R.mT @ R @ A).double(), expected) < 1e-5
+    assert relative((T @ A.mT @ (R.mT @ R) @ A).double(), expected) > 1e-4
 
 
 def main() -> None:
