@@ -472,23 +472,26 @@ def muon(
     rate = momentum if variant.tracker is factors.Subspace else 1 - math.sqrt(momentum)
     followed = trackings(batch, variant.tracker, {"m": torch.full_like(batch.t, rate)}, 1 / (1 - momentum))
     (tracking,) = followed
-    everything = slice(0, batch.N), slice(0, batch.p), slice(0, batch.q)
-    g = batch.gradient(*everything).to(batch.dtype)
-    m = matmul(tracking.tracker.B * momentum, tracking.tracker.A).add_(g)
-    if nesterov:
-        m.mul_(momentum).add_(g)
-    del g
-    update = batch.shards.whole(newton_schulz, m)
-    del m
+    everything = slice(0, batch.p), slice(0, batch.q)
     lrs = batch.per_matrix(batch.t.new_zeros(()) + lr * scale, 0.0)
     keep = batch.per_matrix(1 - lr * weight_decay, 1.0)
-    for i in range(batch.N):
-        w = batch.work(batch.weights[i], *everything[1:])
-        if weight_decay:
-            w.mul_(keep[i])
-        w.addcmul_(update[i].to(w.dtype), lrs[i], value=-1)
-        batch.store_weight(i, *everything[1:], w)
-    del update
+    # One dense matrix at a time, or some small ones; of sharded ones every process takes its share.
+    count = SMALL // max(1, batch.p * batch.q) if batch.shards.count == 1 else batch.N
+    for members in _cut(batch.N, max(1, count)) or [slice(0, 0)]:
+        g = batch.gradient(members, *everything).to(batch.dtype)
+        m = matmul(tracking.tracker.B[members] * momentum, tracking.tracker.A[members]).add_(g)
+        if nesterov:
+            m.mul_(momentum).add_(g)
+        del g
+        update = batch.shards.whole(newton_schulz, m)
+        del m
+        for k, i in enumerate(range(batch.N)[members]):
+            w = batch.work(batch.weights[i], *everything)
+            if weight_decay:
+                w.mul_(keep[i])
+            w.addcmul_(update[k].to(w.dtype), lrs[i], value=-1)
+            batch.store_weight(i, *everything, w)
+        del update
     sweep(batch, followed)
     return _sent(followed)
 
@@ -636,13 +639,13 @@ def batches(
         if 0 in shape:
             continue  # no elements, nothing to step
         shapes = state_shapes(group, shape)
-        # Adam stacks the factors, Muon the matrices.
+        # Factors are stacked; of sharded weights, of which a part counts, Muon stacks the matrices: it wants
+        # one for every process.
         stacked = sum(math.prod(s) for name, s in shapes.items() if name.endswith(("_B", "_A")))
         limit = GPU_BATCH if weights[members[0]].device.type == "cuda" else BATCH
-        if "momentum" in group:
-            stacked, limit = max(stacked, math.prod(shape)), BATCH
-        # Of a sharded weight a part counts, and Muon wants a matrix for every process.
         count = sharding.shards(weights[members[0]], group["flatten"]).count
+        if "momentum" in group and count > 1:
+            stacked, limit = max(stacked, math.prod(shape)), BATCH
         size = max(count, limit * count // max(1, stacked))
         for chunk in (members[i : i + size] for i in range(0, len(members), size)):
             yield Batch(

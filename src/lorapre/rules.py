@@ -101,18 +101,18 @@ def newton_schulz(
         eps: the least norm M is divided by.
         dtype: the type the iteration runs in, and of the result; torch.optim.Muon uses bfloat16.
     """
-    if M.ndim == 3 and len(M) == 1:  # products of two matrices are faster than those of batches of one
-        return newton_schulz(M[0], coefficients, steps, eps, dtype)[None]
-    add_product = torch.addmm if M.ndim == 2 else torch.baddbmm
     a, b, c = coefficients
-    X = M.to(dtype)
+    single = M.ndim == 3 and len(M) == 1  # products of two matrices are faster than those of batches of one
+    X = (M[0] if single else M).to(dtype)
+    add_product = torch.addmm if X.ndim == 2 else torch.baddbmm
     tall = M.shape[-2] > M.shape[-1]
     X = X.mT if tall else X
     X = X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         G = X @ X.mT
         X = add_product(X, add_product(G, G, G, beta=b, alpha=c), X, beta=a)
-    return X.mT if tall else X
+    X = X.mT if tall else X
+    return X[None] if single else X
 
 
 def adjusted_scale(adjust_lr_fn: str | None, p: int, q: int) -> float:
