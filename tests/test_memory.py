@@ -95,7 +95,7 @@ def test_the_first_step_takes_what_the_start_of_A_needs_too() -> None:
 
 
 def test_muon_takes_one_dense_matrix_at_a_time() -> None:
-    """That one of 3 MiB, its bfloat16 image and what Newton-Schulz makes of it; of several the factors too."""
+    """That of 3 MiB, its bfloat16 image and what Newton-Schulz makes of it; of several the factors too."""
     one, four = (transient(weights((1024, 768), n, torch.float32), LoRAPreMuon, rank=32) for n in (1, 4))
     assert four <= one + MIB
     assert one <= 1024 * 768 * (4 + 3 * 2) + 2 * 2 * 768 * 768
