@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cases import assert_same
 from lorapre import kernels, rounding
 from lorapre.kernels import Dense, Factors
 
@@ -210,6 +211,18 @@ def test_fused_experts_are_matrices() -> None:
     assert torch.equal(torch.cat(problem.weights), torch.stack(apart.weights))
     assert torch.equal(rows.TAt, expected.TAt)
     assert torch.equal(problem.column_sweep().LtT, apart.column_sweep().LtT)
+
+
+def test_vectors_in_any_layout() -> None:
+    def run(*vectors: Tensor) -> list[Tensor]:
+        torch.manual_seed(0)
+        problem = Problem(10, 14, 4, (BF16, BF16))
+        problem.finite, keys = vectors
+        rows = problem.row_sweep(keys=keys)
+        return [rows.TAt, problem.column_sweep().LtT, torch.stack(problem.weights)]
+
+    one = torch.tensor([True], device=DEVICE), torch.tensor([77], device=DEVICE)
+    assert_same(run(*(x.expand(3) for x in one)), run(*(x.repeat(3) for x in one)))
 
 
 def test_factors_in_any_layout() -> None:

@@ -134,6 +134,7 @@ def row_sweep(
         row_sums: whether to return the sums of g**2 over each row.
     """
     first, second = _packed(first), _packed(second)  # named here, so that copies live until the launch
+    finite, keys = (x if x is None else x.contiguous() for x in (finite, keys))
     (p, q), n, r = weights[0].shape[-2:], _count(weights), _rank(first, second)
     fused, R, BM, BN, warps, stages = _row_blocks(r, _exact(grads[0]))
     factorised = [x for x in (first, second) if isinstance(x, Factors)]
@@ -185,6 +186,7 @@ def _project(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """L^T T over the rows of T or, with `rows` and A for L, T A^T over its columns; sums of g**2 likewise."""
     first, second = _contiguous(first), _contiguous(second)
+    finite = finite if finite is None else finite.contiguous()
     bases = [x for x in (first, second) if x is not None]
     (p, q), n = grads[0].shape[-2:], _count(grads)
     r = bases[0][0].shape[-2 if rows else -1]
