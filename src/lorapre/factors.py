@@ -82,7 +82,7 @@ def gaussian(rows: int, columns: int, *, seed: int) -> Tensor:
 
 
 def product(B: Tensor, A: Tensor) -> Tensor:
-    """m = B A, (..., p, q)."""
+    """m = B A (..., p, q) of B (..., p, r) and A (..., r, q)."""
     return matmul(B, A)
 
 
@@ -104,7 +104,7 @@ def matmul(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def gram(X: Tensor, scale: Tensor | None = None) -> Tensor:
-    """X^T X (..., r, r), of scale * X if there is one; a part of the rows at a time, since they are copied.
+    """X^T X (..., r, r) of X (..., n, r), or of scale * X; a part of the rows at a time, as each is copied.
 
     In float64 on CUDA: where TF32 is allowed, as many users do for speed, a float32 product is off by 5e-4,
     more than the damping, and Cholesky fails.
@@ -124,7 +124,7 @@ def _parts(X: Tensor) -> tuple[Tensor, ...]:
 
 
 def norm(X: Tensor, total: Callable[..., tuple[Tensor, ...]] = WHOLE.sum_rows) -> Tensor:
-    """Frobenius norm of each matrix, (..., 1, 1); exact where the squares would leave float32's range.
+    """Frobenius norm (..., 1, 1) of X (..., n, r); exact where the squares would leave float32's range.
 
     `total` sums over the processes that hold the rest of X.
     """
@@ -151,7 +151,7 @@ def unit(B: Tensor, shards: Shards = WHOLE) -> Tensor:
 
 
 def gauge_(B: Tensor, A: Tensor, shards: Shards = WHOLE, before: Tensor | None = None) -> None:
-    """Rescale so that ||A||_F = sqrt(r) without changing the product (docs/maths.md, departure d).
+    """Rescale B (..., p, r) and A (..., r, q) in place: ||A||_F = sqrt(r), B A as it was (departure d).
 
     A is expected at about that size. Where it is zero, or 1e18 times off, the product becomes zero and A what
     it was `before`, or the first r unit vectors, so that the factor always has directions.
@@ -169,7 +169,7 @@ def gauge_(B: Tensor, A: Tensor, shards: Shards = WHOLE, before: Tensor | None =
 
 
 def start(sketch: Tensor, fallback: Tensor, shards: Shards = WHOLE) -> Tensor:
-    """The first A (..., r, q) from `sketch` = Omega^T T, at the scale of `gauge` (departure b).
+    """The first A (..., r, q) from `sketch` = Omega^T T (..., r, q), at the scale of `gauge_` (departure b).
 
     Where the sketch is zero or not finite, `fallback` (r, q) takes its place, at the same scale.
     """
@@ -274,7 +274,7 @@ class Tracker:
             self._answers = None
 
     def finish(self) -> None:
-        """The new factors are in B and A."""
+        """Wait for the sums; from then on the new factors are in B and A."""
         self.send()
         if self._sums is not None:
             LtT, *parts = self._sums()
@@ -311,7 +311,7 @@ class Newton(Tracker):
 
         B' = (1 - gamma) B + gamma T A^T (A A^T + lambda I)^-1,      lambda = 1e-6 trace, departure a
         A' = (1 - gamma) A + gamma (B'^T B' + lambda I)^-1 B'^T T
-        (B, A) = gauge(B', A')
+        (B, A) = (B', A') in the gauge of `gauge_`
 
     Taken from the new left factor and not, as printed, from the old one, the product is
     B' A' = (1 - gamma) B' A + gamma P T with P the projection on the columns of B': no term is quadratic in
@@ -357,8 +357,10 @@ class Newton(Tracker):
 class Printed(Newton):
     """Both Newton steps from the old factors, as printed (paper, Theorem 3.1, Eq. 11-12).
 
-    B' = (1 - gamma) B + gamma T A^T (A A^T + lambda I)^-1,      lambda = 1e-6, or 1e-6 trace if more
-    A' = (1 - gamma) A + gamma (B^T B + lambda I)^-1 B^T T
+        B' = (1 - gamma) B + gamma T A^T (A A^T + lambda I)^-1,      lambda = 1e-6, or 1e-6 trace if more
+        A' = (1 - gamma) A + gamma (B^T B + lambda I)^-1 B^T T
+
+    Without probe and gauge. The new left factor is kept apart until the right one has seen the old.
     """
 
     probes = False
@@ -383,7 +385,7 @@ class Subspace(Tracker):
 
         Q = orth(beta B A A^T + (1 - beta) T A^T)
         A' = beta (Q^T B) A + (1 - beta) Q^T T
-        (B, A) = gauge(Q, A')
+        (B, A) = (Q, A') in the gauge of `gauge_`
 
     Linear in T and undamped: the EMA projected on the columns of Q (docs/maths.md, "The subspace tracker").
     """
@@ -425,7 +427,7 @@ class Subspace(Tracker):
 def track(
     kind: type[Tracker], B: Tensor, A: Tensor, T: Tensor, rate: Tensor | float, shards: Shards = WHOLE
 ) -> tuple[Tensor, Tensor]:
-    """One step towards T (..., p, q), of which all that is held here is at hand: (B', A')."""
+    """One step of B (..., p, r) and A (..., r, q), left as they are, towards T (..., p, q): (B', A')."""
     rate = torch.as_tensor(rate, dtype=B.dtype).expand(*B.shape[:-2], 1, 1).reshape(-1, 1, 1)
     tracker = kind(B.reshape(-1, *B.shape[-2:]).clone(), A.reshape(-1, *A.shape[-2:]).clone(), rate, shards)
     T = T.reshape(-1, *T.shape[-2:])
@@ -479,7 +481,7 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
 
 
 def _cholesky_qr(Y: Tensor, shift: float, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Q = Y R^-1 with R^T R = Y^T Y + shift I, the columns of Y brought to equal length before.
+    """Q = Y R^T with R^T R = (Y^T Y + shift I)^-1, the columns of Y brought to unit length before.
 
     Also what the squared lengths (..., 1, r) of the columns of Q lack to one: nothing where a column has
     survived, all where Y has lost it.
@@ -490,7 +492,7 @@ def _cholesky_qr(Y: Tensor, shift: float, shards: Shards) -> tuple[Tensor, Tenso
     G = scale.mT * G * scale
     G.diagonal(dim1=-2, dim2=-1).add_(shift)
     R = _inverse_root(G)
-    # Q^T Q = R (R^T R - shift I)^-1... = I - shift R R^T: no need for the rows of Q, which others may hold.
+    # Q^T Q = R (R^-1 R^-T - shift I) R^T = I - shift R R^T: no need for the rows of Q, which others may hold.
     lost = shift * R.square().sum(-1)[..., None, :]
     return matmul(Y, scale.mT * R.mT), lost
 
@@ -514,10 +516,11 @@ def _inverse(size: Tensor) -> Tensor:
 
 
 def _damped_root(G: Tensor, least: Tensor | float) -> Tensor:
-    """R (..., r, r) with R^T R = (G + lambda I)^-1, G a Gram matrix; lambda = 1e-6 trace, at least `least`.
+    """R (..., r, r) with R^T R = (G + lambda I)^-1; lambda = 1e-6 trace, at least `least`, (..., 1, 1).
 
-    Less would be below the resolution of float32: the Gram of a target of rank below r has eigenvalues that
-    rounding makes negative. The last term lets the all-zero Gram of the first step solve to zero.
+    G (..., r, r), a Gram matrix, is overwritten. Less would be below the resolution of float32: the Gram of a
+    target of rank below r has eigenvalues that rounding makes negative. The smallest normal number on top
+    lets the all-zero Gram of the first step solve to zero.
     """
     trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None]
     least = torch.as_tensor(least, dtype=G.dtype, device=G.device)
