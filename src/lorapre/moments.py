@@ -58,7 +58,8 @@ class Batch:
         state: of each state tensor the n of the parameters.
         rank: of the factors; zero if there are none.
         dtype: of the update.
-        products: dtype of the factors of products with the gradients.
+        products: dtype in which gradients and factors are multiplied; sums are float32 (docs/maths.md,
+            "Precision").
         t: step count (N,), this step included; after `begin`.
         finite: (N,) whether the gradient is, or None if it may be anything; after `begin`.
     """
@@ -262,7 +263,7 @@ class Tracking:
             yield self.of(name, members), g.abs() if name == "v" else g
 
     def see(self, members: slice, columns: slice, g: Tensor) -> None:
-        """Add up T A^T over the tiles of some rows."""
+        """Add up T A^T (n, rows, r) over the tiles g (n, rows, columns) of some rows."""
         probe = self.probe
         if probe is None:
             probe = self.tracker.probe(columns).to(self.batch.products)
@@ -281,7 +282,7 @@ class Tracking:
         self.tracker.turn()
 
     def answer(self, members: slice, rows: slice, g: Tensor) -> None:
-        """Add up L^T T over the tiles of some columns."""
+        """Add up L^T T (n, r, columns) over the tiles g (n, rows, columns) of some columns."""
         # One basis at a time: each is a copy.
         self._add([
             (at, _times(self.tracker.basis(at, rows).to(self.batch.products), T))
