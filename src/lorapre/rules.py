@@ -67,7 +67,7 @@ class Adam:
         self.skipped = None if finite is None else (~finite).float().unbind()
 
     def step_(self, i: int, w: Tensor, g: Tensor, m: Tensor, v: Tensor) -> None:
-        """Step a tile of matrix i in place: w, and its moments m and v; all and g contiguous, of one dtype."""
+        """Step a tile of matrix i in place: w, its moments m and v; g too contiguous and of their dtype."""
         if self.fused:
             torch._fused_adamw_(
                 [w], [g], [m], [v], [], [self.times[i]], lr=self.lrs[i], beta1=self.beta1, beta2=self.beta2,
