@@ -98,15 +98,21 @@ def main(
 
 
 def draw(figure: Any, result: Result) -> None:
-    """Validation loss over steps."""
-    axes = figure.add_subplot()
-    for name, points in result.settings["curves"].items():
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-    axes.set_xlabel("steps")
-    axes.set_ylabel("validation loss (nats per token)")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    axes.set_title(result.title, fontsize=10)
+    """Validation loss over steps, and what it is above that of float32."""
+    loss, gap = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    curves = result.settings["curves"]
+    for name, points in curves.items():
+        steps, losses = zip(*points, strict=True)
+        above = [100 * (y / y0 - 1) for y, (_, y0) in zip(losses, curves["float32"], strict=False)]
+        loss.plot(steps, losses, marker="o", markersize=3, label=name)
+        gap.plot(steps[: len(above)], above, marker="o", markersize=3)
+    loss.set_ylabel("validation loss (nats per token)")
+    gap.set_ylabel("% above float32")
+    gap.set_xlabel("steps")
+    for axes in (loss, gap):
+        axes.grid(alpha=0.25)
+    loss.legend(frameon=False)
+    loss.set_title(result.title, fontsize=10)
 
 
 if __name__ == "__main__":
