@@ -50,17 +50,21 @@ class Run:
         self.optimizer = CASES[name].make(self.params, **options)
         self.launches = 0
 
-    def step(self, number: int, *, poison: int | None = None, zero: int | None = None) -> None:
-        """A step; the gradient of weight `poison` holds a NaN, column `zero` of all gradients is zero."""
+    def step(self, number: int, *, poison: int | None = None, zero: Any = None) -> None:
+        """A step; the gradient of weight `poison` holds a NaN, all gradients are zero at `zero`."""
         for i, p in enumerate(self.params):
             g = gradient(p.shape, number, i)
             if zero is not None:
-                g[..., zero] = 0
+                g[zero] = 0
             if i == poison:
                 g.view(-1)[-1] = torch.nan
             if self.grad_dtype != p.dtype:
                 p.grad_dtype = self.grad_dtype
             p.grad = self.place(g.to(self.grad_dtype))
+        self.launch()
+
+    def launch(self) -> None:
+        """A step along the gradients that are set."""
 
         def count(*args: Any, **options: Any) -> Any:
             self.launches += 1
@@ -135,15 +139,14 @@ def test_the_rate_may_be_on_the_device() -> None:
 
 
 @pytest.mark.parametrize("name", ADAM)
-@pytest.mark.parametrize("poison", [1, 3])
-def test_a_gradient_that_is_not_finite_is_skipped(name: str, poison: int) -> None:
-    ours, expected = pair(name, shapes=SHAPES[:4], nonfinite="skip")
-    ours.step(0)
-    expected.step(0)
-    before = ours.weights()[poison], ours.state()
-    check(ours, expected, 1, poison=poison)
-    assert_same(ours.weights()[poison], before[0])
-    check(ours, expected, 2)
+def test_a_gradient_that_is_not_finite_is_skipped(name: str) -> None:
+    ours, expected = pair(name, shapes=[SHAPES[0], *SHAPES[:4:3]], nonfinite="skip")
+    check(ours, expected, 1)
+    for poison in (1, 2):  # one of two of a shape, experts
+        before = ours.weights()[poison]
+        check(ours, expected, 1, poison=poison)
+        assert_same(ours.weights()[poison], before)
+    check(ours, expected, 1)
 
 
 @pytest.mark.parametrize("name", ["adam-calibrated", "adam-subspace"])
@@ -174,14 +177,30 @@ def test_stochastic_rounding_draws_the_same_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("name", ADAM)
+@pytest.mark.parametrize("name", ["adam-calibrated", "adam-calibrated-first", "adam-calibrated-second"])
 def test_a_column_without_gradient_stays_where_it_is(name: str, dtype: torch.dtype) -> None:
     ours, expected = pair(name, (dtype, dtype), shapes=SHAPES[2:4], weight_decay=0.0, eps=1e-30)
     before = ours.weights()
-    check(ours, expected, zero=5)
-    if "paper" not in name and "subspace" not in name:  # these start from random factors
-        for w, x in zip(ours.weights(), before, strict=True):
-            assert torch.equal(w[..., 5], x[..., 5])
+    check(ours, expected, zero=(..., 5))
+    for w, x in zip(ours.weights(), before, strict=True):
+        assert torch.equal(w[..., 5], x[..., 5])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_factors_find_rows_and_columns_that_were_zero(dtype: torch.dtype) -> None:
+    ours, expected = pair("adam-calibrated", (F32, dtype), shapes=[(12, 20)])
+    for step in range(7):  # in the upper left corner, then in the lower right
+        for x in (ours, expected):
+            for p in x.params:
+                g = torch.zeros(12, 20)
+                corner = (slice(6), slice(10)) if step < 2 else (slice(6, None), slice(10, None))
+                g[corner] = gradient(p.shape, step, 0)[corner]
+                p.grad_dtype = dtype
+                p.grad = x.place(g.to(dtype))
+            x.launch()
+    found = [[x[6:, 10:] for x in each.state()[:2]] for each in (ours, expected)]
+    assert all(x.any() for x in found[1])  # little, by way of the probe; without it nothing for ever
+    near(*found, 1e-4)
 
 
 def test_what_the_kernels_cannot_take_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,8 +290,8 @@ def check_shards(name: str, placement: Placement) -> None:
         Run(name, False, (BF16, BF16), **options),
     )
     for step in range(3):
-        ours.step(step, zero=17)
-        expected.step(step, zero=17)
+        ours.step(step, zero=(..., 17))
+        expected.step(step, zero=(..., 17))
     assert ours.launches == 3
     near(ours.state(), expected.state(), 2e-3)
     near(ours.weights(), expected.weights(), 3e-5)
