@@ -152,7 +152,7 @@ def test_one_sided_trackers_do_not_commute_with_transposition(name: str) -> None
     assert not close(across, straight, 1e-2)
 
 
-@pytest.mark.parametrize("size", [1e-12, 1e-7, 1e-3, 1e4])
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-12, 1e-7, 1e-3, 1e4, 1e17, 1e20, 1e25])
 @pytest.mark.parametrize("name", ["newton", "subspace"])
 def test_product_scales_with_the_gradients(name: str, size: float) -> None:
     """25 steps in float32. A power of two would be exact; these sizes leave the rounding errors."""

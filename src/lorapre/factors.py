@@ -153,13 +153,11 @@ def unit(B: Tensor, shards: Shards = WHOLE) -> Tensor:
 def gauge_(B: Tensor, A: Tensor, shards: Shards = WHOLE, before: Tensor | None = None) -> None:
     """Rescale B (..., p, r) and A (..., r, q) in place: ||A||_F = sqrt(r), B A as it was (departure d).
 
-    A is expected at about that size. Where it is zero, or 1e18 times off, the product becomes zero and A what
-    it was `before`, or the first r unit vectors, so that the factor always has directions.
+    Where A is zero, or has left the range of its type, the product becomes zero and A what it was `before`, or
+    the first r unit vectors, so that the factor always has directions.
     """
-    squares = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True).square()
-    (squares,) = shards.sum_columns(squares)
-    size = (squares / A.shape[-2]).sqrt()
-    alive = (size > 1e-18) & (size < 1e18)
+    size = norm(A, shards.sum_columns) / math.sqrt(A.shape[-2])
+    alive = (size >= torch.finfo(A.dtype).tiny) & size.isfinite()
     A.mul_(torch.where(alive, 1 / size, 0))
     if before is not None:
         A.copy_(torch.where(alive, A, before))
@@ -219,11 +217,12 @@ class Tracker:
         self._projected = torch.empty_like(B) if shards.spread_columns or whole else None  # T A^T
         self._answers = torch.empty_like(A) if shards.spread_rows or whole else None  # L^T T
         self._sums: Callable[[], tuple[Tensor, ...]] | None = None
-        if self._projected is None:
-            self._start_left(gram(A.mT))
+        self._start_left(*shards.sum_columns(gram(A.mT)))
 
     def probe(self, columns: slice = ALL) -> Tensor:
-        """A + eps W (N, r, columns), the A of T A^T; W has rows of A's length, in general position.
+        """A + eps W (N, r, columns), the A of T A^T, or rather R (A + eps W) where the tracker says so.
+
+        W has rows of A's length, in general position.
 
         A target orthogonal to A in its rows and to B in its columns has no projection at all, and the factors
         would never see it. Rounding errors, of size eps, are enough to find it, but where the new rows or
@@ -245,16 +244,13 @@ class Tracker:
     def turn(self) -> None:
         """After all rows: find the left basis."""
         if self._projected is not None:
-            TAt, G = self.shards.sum_columns(self._projected, gram(self.A.mT))
+            self._left(ALL, ALL, *self.shards.sum_columns(self._projected))
             self._projected = None
-            self._start_left(G)
-            self._left(ALL, ALL, TAt)
         self._turn()
-        if self._answers is None:
-            self._start_right(*self._parts())
+        self._start_right(*self.shards.sum_rows(*self._parts()))
 
     def basis(self, members: slice, rows: slice) -> Tensor:
-        """L^T (n, r, rows) of the left basis, from `turn` on."""
+        """L^T (n, r, rows) of the left basis, from `turn` on; or rather R L^T."""
         raise NotImplementedError
 
     def right(self, members: slice, columns: slice, LtT: Tensor) -> None:
@@ -270,16 +266,14 @@ class Tracker:
     def send(self) -> None:
         """After all columns: start the last sum over processes; arithmetic can go on until `finish`."""
         if self._answers is not None:
-            self._sums = self.shards.send_rows(self._answers, *self._parts())
+            self._sums = self.shards.send_rows(self._answers)
             self._answers = None
 
     def finish(self) -> None:
         """Wait for the sums; from then on the new factors are in B and A."""
         self.send()
         if self._sums is not None:
-            LtT, *parts = self._sums()
-            self._start_right(*parts)
-            self._right(ALL, ALL, LtT)
+            self._right(ALL, ALL, *self._sums())
         self._finish()
 
     def _start_left(self, G: Tensor) -> None:
@@ -326,17 +320,20 @@ class Newton(Tracker):
     def _start_left(self, G: Tensor) -> None:
         self._root = _damped_root(G, DAMPING if self.absolute else 0.0)
 
+    def probe(self, columns: slice = ALL) -> Tensor:
+        """R (A + eps W), R^T R the damped inverse: whitened before somebody rounds it (docs/maths.md)."""
+        return matmul(self._root, super().probe(columns))
+
     def _left(self, members: slice, rows: slice, TAt: Tensor) -> None:
-        R = self._root[members]
-        self.B[members, rows].lerp_(matmul(matmul(TAt, R.mT), R), self.rate[members])
+        self.B[members, rows].lerp_(matmul(TAt, self._root[members]), self.rate[members])
 
     def _turn(self) -> None:
         self._size = norm(self.B, self.shards.sum_rows)
         self._unit = _inverse(self._size)
 
     def basis(self, members: slice, rows: slice) -> Tensor:
-        """L^T (n, r, rows) with L = B' / ||B'||_F."""
-        return self.B[members, rows].mT * self._unit[members]
+        """R L^T (n, r, rows) with L = B' / ||B'||_F, whitened as the probe is."""
+        return matmul(self._root[members], self.B[members, rows].mT * self._unit[members])
 
     def _parts(self) -> tuple[Tensor, ...]:
         return (gram(self.B, self._unit),)
@@ -346,8 +343,7 @@ class Newton(Tracker):
         self._root = _damped_root(parts[0], least)
 
     def _right(self, members: slice, columns: slice, LtT: Tensor) -> None:
-        R = self._root[members]
-        solution = matmul(R.mT, matmul(R, LtT.mul_(self._unit[members])))
+        solution = matmul(self._root[members].mT, LtT.mul_(self._unit[members]))
         self.A[members, :, columns].lerp_(solution, self.rate[members])
 
     def _finish(self) -> None:
