@@ -72,13 +72,15 @@ def compare(variant: str, noise: float, steps: int = 100) -> dict[str, list[floa
     return found
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_rounding_the_factors_changes_the_products_by_less_than_one_percent_in_100_steps(
-    variant: str,
+@pytest.mark.parametrize(("variant", "largest"), [("paper", 1e-2), ("calibrated", 1e-3), ("subspace", 2e-3)])
+def test_rounding_the_factors_changes_the_products_little_where_gradients_lack_rank(
+    variant: str, largest: float
 ) -> None:
-    found = compare(variant, 1.0)
-    assert 0 < max(found["m"]) < 1e-2
-    assert 0 < max(found["v"]) < 3e-3
+    """Rank 8 at r = 32: the Newton steps divide by singular values near zero, before they round."""
+    found = compare(variant, 0.0)
+    assert 0 < max(found["m"]) < largest
+    assert max(found["m"][50:]) < 1e-3
+    assert 0 < max(found["v"]) < 2e-3
 
 
 @pytest.mark.parametrize("noise", [1.0, 10.0])
@@ -86,19 +88,12 @@ def test_rounding_the_factors_changes_the_products_by_less_than_one_percent_in_1
 def test_with_rounded_factors_the_distance_to_the_ema_of_noisy_gradients_is_the_same(
     variant: str, noise: float
 ) -> None:
-    """Nothing accumulates in it. What differs are directions in the noise, which are no better or worse."""
+    """Nothing accumulates. What differs is no more than what the gradients' own rounding has changed."""
     found = compare(variant, noise, 300)
     for rounded, exact in zip(found["rounded"], found["exact"], strict=True):
         assert rounded == pytest.approx(exact, rel=5e-3)
-
-
-@pytest.mark.parametrize(("variant", "largest"), [("paper", 0.3), ("calibrated", 0.04), ("subspace", 2e-3)])
-def test_where_the_gradients_lack_rank_the_change_is_larger_and_fades(variant: str, largest: float) -> None:
-    """Rank 8 at r = 32: the Newton steps divide the rounding error by singular values near zero."""
-    found = compare(variant, 0.0)
-    assert max(found["m"]) < largest
-    assert found["m"][-1] < 1e-2
-    assert max(found["v"]) < 4e-3
+    assert max(found["m"]) < 1.5 * max(found["gradient"])
+    assert max(found["v"]) < 2e-3
 
 
 @pytest.mark.parametrize(("r", "k"), [(32, 8), (256, 16), (256, 64)])
