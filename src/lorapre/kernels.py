@@ -56,6 +56,7 @@ class Factors(NamedTuple):
     fresh: Numbers
     row: Tensor | None = None  # (N, p), for the second moment only
     column: Tensor | None = None  # (N, q)
+    probe: Matrices | None = None  # (r, q), stands for A in T A^T, if given
 
 
 class Dense(NamedTuple):
@@ -110,7 +111,7 @@ def row_sweep(
     weights: Matrices, grads: Matrices, first: Factors | Dense, second: Factors | Dense, *,
     decay: Numbers, lr: Numbers, eps: float, sign: float = 1.0, finite: Tensor | None = None,
     keys: Tensor | None = None, origin: tuple[int, int] = (0, 0), width: int | None = None,
-    probe: float = 0.0, row_sums: bool = False,
+    row_sums: bool = False,
 ) -> RowSweep:  # fmt: skip
     """The weights <- decay W - lr m / (sqrt(v) + eps), in place, with T A^T gathered on the way.
 
@@ -126,39 +127,37 @@ def row_sweep(
         finite: (N,), bool. Where False, g is taken as zero and neither W nor a dense moment changes.
         keys: (N,), int64 in [0, 2**32): bfloat16 weights are rounded stochastically, with the bits of
             `lorapre.rounding`. None rounds to nearest.
-        origin: row and column at which these weights, a shard, lie in their whole matrices; for `keys` and
-            `probe` only.
+        origin: row and column at which these weights, a shard, lie in their whole matrices; for `keys` only.
         width: columns of the whole matrices, q unless given; for `keys` only.
-        probe: T A^T is taken with A + probe W, where W (r, q) has saw teeth of unit height in its rows, in
-            general position (`lorapre.factors.Tracker.probe` says why); the product B A never is.
         row_sums: whether to return the sums of g**2 over each row.
     """
     first, second = _packed(first), _packed(second)  # named here, so that copies live until the launch
     finite, keys = (x if x is None else x.contiguous() for x in (finite, keys))
     (p, q), n, r = weights[0].shape[-2:], _count(weights), _rank(first, second)
-    fused, R, BM, BN, warps, stages = _row_blocks(r, _exact(grads[0]))
+    fused, R, BM, BN, warps, stages = _row_blocks(r, grads[0])
     factorised = [x for x in (first, second) if isinstance(x, Factors)]
     device, kinds = weights[0].device, _kinds(grads[0])
     splits, span = _split(q, BN, -(-p // BM) * n) if fused else (max(1, -(-q // BN)), BN)
     TAt = torch.empty((splits, len(factorised), n, p, r) if fused else (0,), device=device)
     sums = torch.empty((splits, n, p), device=device) if row_sums and fused else None
-    table, aligned = _table(weights, grads, *_arrays(first), *_arrays(second))
+    probes = [(x.probe or x.A) if isinstance(x, Factors) else None for x in (first, second)]
+    probed = any(x.probe is not None for x in factorised)
+    if fused and probed:
+        probes = [_contiguous(x, _narrow_type(grads[0])) for x in probes]
+    table, aligned = _table(weights, grads, *_arrays(first), *_arrays(second), *probes)
     scales = (second.row, second.column) if isinstance(second, Factors) else (None, None)
     with torch.cuda.device_of(table):
         _row_sweep[(-(-p // BM), splits, n)](
             table, *_numbers(first, n, device), *_numbers(second, n, device), _vector(decay, n, device),
             _vector(lr, n, device), finite, *scales, keys, TAt, sums,
             p, q, r, _stride(weights[0]), _stride(grads[0]), span, *origin, width or q, float(sign), eps,
-            probe or None, W=_tl(weights[0].dtype), **kinds, FIRST=isinstance(first, Factors),
-            SECOND=isinstance(second, Factors), FUSED=fused, ALIGNED=aligned, BM=BM, BN=BN, R=R,
-            num_warps=warps, num_stages=stages,
+            W=_tl(weights[0].dtype), **kinds, FIRST=isinstance(first, Factors),
+            SECOND=isinstance(second, Factors), FUSED=fused, PROBED=probed, ALIGNED=aligned,
+            BM=BM, BN=BN, R=R, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if fused:
         return RowSweep(_sum(TAt), None if sums is None else _sum(sums))
-    A = [x.A if isinstance(x, Factors) else None for x in (first, second)]
-    return RowSweep(*_project(
-        grads, *A, sign=sign, finite=finite, sums=row_sums, rows=True, probe=probe, origin=origin[1]
-    ))  # fmt: skip
+    return RowSweep(*_project(grads, *probes, sign=sign, finite=finite, sums=row_sums, rows=True))
 
 
 def column_sweep(
@@ -182,7 +181,7 @@ def column_sweep(
 
 def _project(
     grads: Matrices, first: Matrices | None, second: Matrices | None, *,
-    sign: float, finite: Tensor | None, sums: bool, rows: bool, probe: float = 0.0, origin: int = 0,
+    sign: float, finite: Tensor | None, sums: bool, rows: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """L^T T over the rows of T or, with `rows` and A for L, T A^T over its columns; sums of g**2 likewise."""
     first, second = _contiguous(first), _contiguous(second)
@@ -204,8 +203,8 @@ def _project(
             table, finite, out, total, length, free, r,
             # Strides of T (length, free), L (length, r) and L^T T (r, free): with `rows`, of the transposes.
             *((1, g_row, 1, q, 1, r) if rows else (g_row, 1, r, 1, q, 1)), span, float(sign),
-            origin, probe or None, **_kinds(grads[0]), FIRST=first is not None, SECOND=second is not None,
-            ALIGNED=aligned, BK=BK, BJ=BJ, R=R, num_warps=warps, num_stages=stages,
+            **_kinds(grads[0]), FIRST=first is not None, SECOND=second is not None, ALIGNED=aligned,
+            BK=BK, BJ=BJ, R=R, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return _sum(out), None if total is None else _sum(total)
 
@@ -216,10 +215,10 @@ def _project(
 # above 32 where products are split in three, which doubles the operands) this does not fit. Then the update
 # loops over the rank in chunks, one (BM, BN) tile a program, as a plain matrix product does, and T A^T is a
 # launch of its own, in chunks of up to 128, that reads g again: nothing a program holds grows with the rank.
-# By the compiler's reports no program needs more than the 99 KB of shared memory that the smallest devices
-# have (capability 8.6, 8.9, 12.0), and none spills registers on 9.0.
+# By the compiler's reports, no program with a probe needs more than the 99 KB of shared memory that the
+# smallest devices have (compiled for 8.9; on 9.0 some take 116 of 227 KB), and none spills registers on 9.0.
 _ROW_BLOCKS = {  # whether products are exact: padded rank: BM, BN, warps, stages
-    False: {16: (64, 64, 8, 3), 32: (64, 64, 8, 3), 64: (64, 64, 8, 2), 128: (64, 16, 8, 2)},
+    False: {16: (64, 64, 8, 3), 32: (64, 64, 8, 2), 64: (64, 32, 8, 3), 128: (64, 16, 8, 2)},
     True: {16: (64, 32, 8, 2), 32: (64, 32, 8, 2)},
 }
 _CHUNKED = {False: (64, 64, 64, 8, 2), True: (32, 64, 64, 8, 2)}  # chunk, BM, BN, warps, stages
@@ -236,10 +235,15 @@ def _padded(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def _row_blocks(r: int, exact: bool) -> tuple[bool, int, int, int, int, int]:
+def _row_blocks(r: int, g: Tensor) -> tuple[bool, int, int, int, int, int]:
     """(whether T A^T is gathered in the same launch, R, BM, BN, warps, stages)."""
-    R = _padded(r)
-    return (True, R, *_ROW_BLOCKS[exact][R]) if R in _ROW_BLOCKS[exact] else (False, *_CHUNKED[exact])
+    R, exact = _padded(r), _exact(g)
+    if R not in _ROW_BLOCKS[exact]:
+        return (False, *_CHUNKED[exact])
+    BM, BN, warps, stages = _ROW_BLOCKS[exact][R]
+    if g.dtype == torch.float16 and R > 16:
+        stages -= 1  # the probe takes twice the room that it takes for bfloat16
+    return True, R, BM, BN, warps, stages
 
 
 def _split(length: int, block: int, programs: int) -> tuple[int, int]:
@@ -265,13 +269,17 @@ def _exact(g: Tensor) -> bool:
     return g.dtype == torch.float32
 
 
+def _narrow_type(g: Tensor) -> torch.dtype:
+    """Of the other operand of products with the gradient."""
+    return torch.bfloat16 if g.dtype == torch.bfloat16 else torch.float32
+
+
 def _kinds(g: Tensor) -> dict[str, Any]:
     """Types of the gradient and of its products, the precision of products of float32, and an option."""
     precision = "ieee" if torch.version.hip else "tf32x3" if _exact(g) else "tf32"
-    narrow = tl.bfloat16 if g.dtype == torch.bfloat16 else tl.float32
     # Left to Triton, fusion of multiplications with additions depends on its version, and 3.9 warns of that.
-    return {"G": _tl(g.dtype), "D": narrow, "PRECISION": precision, "INTERPRETED": _interpreted(),
-            "enable_fp_fusion": True}  # fmt: skip
+    return {"G": _tl(g.dtype), "D": _tl(_narrow_type(g)), "PRECISION": precision,
+            "INTERPRETED": _interpreted(), "enable_fp_fusion": True}  # fmt: skip
 
 
 def _stride(x: Tensor) -> int:
@@ -289,8 +297,8 @@ def _rank(*moments: Factors | Dense) -> int:
     return ranks.pop()
 
 
-def _contiguous(matrices: Matrices | None) -> Matrices | None:
-    return matrices and [x.to(torch.float32).contiguous() for x in matrices]
+def _contiguous(matrices: Matrices | None, dtype: torch.dtype = torch.float32) -> Matrices | None:
+    return matrices and [x.to(dtype).contiguous() for x in matrices]
 
 
 def _packed(moment: Factors | Dense) -> Factors | Dense:
@@ -300,7 +308,7 @@ def _packed(moment: Factors | Dense) -> Factors | Dense:
         return moment
     row, column = (x if x is None else x.contiguous() for x in (moment.row, moment.column))
     B, A = _contiguous(moment.B) or (), _contiguous(moment.A) or ()
-    return moment._replace(B=B, A=A, row=row, column=column)
+    return moment._replace(B=B, A=A, row=row, column=column, probe=_contiguous(moment.probe))
 
 
 def _arrays(moment: Factors | Dense) -> tuple[Matrices | None, Matrices | None]:
@@ -372,7 +380,7 @@ def _tile(base, i, j, rows, columns, row_stride, column_stride):
 @_jit
 def _narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """x rounded to nearest even, where the interpreter would truncate to bfloat16."""
-    if INTERPRETED and dtype == tl.bfloat16:
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         x = tl.where((bits & 0x7F800000) == 0x7F800000, x, nearest)
@@ -404,14 +412,6 @@ def _noisy(x, index, key):
 
 
 @_jit
-def _waves(k, j):
-    """Rows k and columns j of W, see `row_sweep`: a load would need as much shared memory as A does."""
-    x = 1.4142135623730951 * (k + 1).to(tl.float32)
-    x = (x - tl.floor(x)) * (j + 1).to(tl.float32)
-    return x - tl.floor(x) - 0.5
-
-
-@_jit
 def _product(B, A, i, j, p, q, r, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
     """Rows i and columns j of B A, in chunks of the rank."""
@@ -425,22 +425,24 @@ def _product(B, A, i, j, p, q, r, BM: tl.constexpr, BN: tl.constexpr, R: tl.cons
 @_jit
 def _row_sweep(
     table, keep_m, fresh_m, weight_m, keep_v, fresh_v, weight_v, decay, lr, finite, row, column, keys,
-    TAt, sums, p, q, r, w_stride, g_stride, span, row0, column0, width, sign, eps, probe,
+    TAt, sums, p, q, r, w_stride, g_stride, span, row0, column0, width, sign, eps,
     W: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, FUSED: tl.constexpr, ALIGNED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, FUSED: tl.constexpr, PROBED: tl.constexpr,
+    ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """BM rows of matrix n by `span` columns; see `row_sweep` and the table of blocks."""
     n = tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * BM + tl.arange(0, BM)
     start = tl.program_id(1) * span
     k = tl.arange(0, R)
-    weight = _array(table, n, 0, 6, W, ALIGNED)
-    grad = _array(table, n, 1, 6, G, ALIGNED)
-    mB = _array(table, n, 2, 6, tl.float32, ALIGNED)  # or the dense moment
-    mA = _array(table, n, 3, 6, tl.float32, ALIGNED)
-    vB = _array(table, n, 4, 6, tl.float32, ALIGNED)
-    vA = _array(table, n, 5, 6, tl.float32, ALIGNED)
+    weight = _array(table, n, 0, 8, W, ALIGNED)
+    grad = _array(table, n, 1, 8, G, ALIGNED)
+    mB = _array(table, n, 2, 8, tl.float32, ALIGNED)  # or the dense moment
+    mA = _array(table, n, 3, 8, tl.float32, ALIGNED)
+    vB = _array(table, n, 4, 8, tl.float32, ALIGNED)
+    vA = _array(table, n, 5, 8, tl.float32, ALIGNED)
+    m_probe = _array(table, n, 6, 8, D, ALIGNED)
+    v_probe = _array(table, n, 7, 8, D, ALIGNED)
     height = p if finite is None else p * tl.load(finite + n).to(tl.int32)
     if FUSED and FIRST:
         mB_rows = _tile(mB, i, k, p, r, r, 1)
@@ -468,9 +470,8 @@ def _row_sweep(
             if FUSED:
                 A = _tile(mA, k, j, r, q, q, 1)
                 m = tl.dot(mB_rows, A, input_precision=PRECISION)
-                if probe is not None:
-                    A += probe * _waves(k[:, None], column0 + j[None, :])
-                m_sum = _add(m_sum, g, tl.trans(A), D, PRECISION, INTERPRETED)
+                P = _tile(m_probe, k, j, r, q, q, 1) if PROBED else _narrow(A, D, INTERPRETED)
+                m_sum = _add(m_sum, g, tl.trans(P), D, PRECISION, INTERPRETED)
             else:
                 m = _product(mB, mA, i, j, p, q, r, BM, BN, R, PRECISION)
             m = tl.load(keep_m + n) * m + tl.load(fresh_m + n) * g
@@ -485,9 +486,8 @@ def _row_sweep(
             if FUSED:
                 A = _tile(vA, k, j, r, q, q, 1)
                 v = tl.dot(vB_rows, A, input_precision=PRECISION)
-                if probe is not None:
-                    A += probe * _waves(k[:, None], column0 + j[None, :])
-                v_sum = _add(v_sum, tl.abs(g), tl.trans(A), D, PRECISION, INTERPRETED)
+                P = _tile(v_probe, k, j, r, q, q, 1) if PROBED else _narrow(A, D, INTERPRETED)
+                v_sum = _add(v_sum, tl.abs(g), tl.trans(P), D, PRECISION, INTERPRETED)
             else:
                 v = _product(vB, vA, i, j, p, q, r, BM, BN, R, PRECISION)
             if row is not None:
@@ -518,7 +518,7 @@ def _row_sweep(
 @_jit
 def _column_sweep(
     table, finite, out, sums, length, free, r, g_length, g_free, L_length, L_rank, out_rank, out_free,
-    span, sign, origin, probe,
+    span, sign,
     G: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, ALIGNED: tl.constexpr,
     BK: tl.constexpr, BJ: tl.constexpr, R: tl.constexpr,
@@ -545,13 +545,9 @@ def _column_sweep(
         squares += tl.sum(g * g, 0)
         if FIRST:
             L = _tile(first, i, k, length, r, L_length, L_rank)
-            if probe is not None:
-                L += probe * _waves(k[None, :], origin + i[:, None])
             m_sum = _add(m_sum, tl.trans(L), g, D, PRECISION, INTERPRETED)
         if SECOND:
             L = _tile(second, i, k, length, r, L_length, L_rank)
-            if probe is not None:
-                L += probe * _waves(k[None, :], origin + i[:, None])
             v_sum = _add(v_sum, tl.trans(L), tl.abs(g), D, PRECISION, INTERPRETED)
     group = tl.num_programs(2).to(tl.int64)
     at = (tl.program_id(1) * (FIRST + SECOND) * group + n) * r * free

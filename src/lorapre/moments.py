@@ -534,24 +534,27 @@ def _kernel_sweeps(
     c2 = rules.debias(beta2, batch.t) if correction is None else correction
     m: kernels.Factors | kernels.Dense
     v: kernels.Factors | kernels.Dense
+    probes: dict[str, list[Tensor]] = {}
+    for tracking in followed:
+        probe = tracking.tracker.probe()
+        probes |= {name: [probe[tracking.of(name)]] for name in tracking.names}
     if isinstance(first, Product):
         kept = beta1 / c1 if first.rows is None else first.rows.view(-1) * beta1 / c1
-        m = kernels.Factors([first.B], [first.A], kept, (1 - beta1) / c1)
+        m = kernels.Factors([first.B], [first.A], kept, (1 - beta1) / c1, probe=probes.get("m"))
     else:
         m = kernels.Dense(first.stored, beta1, c1)
     if isinstance(second, Product):
         row, column = (x if x is None else x.flatten(1) for x in (second.rows, second.columns))
-        v = kernels.Factors([second.B], [second.A], beta2 / c2, (1 - beta2) / c2, row, column)
+        v = kernels.Factors(
+            [second.B], [second.A], beta2 / c2, (1 - beta2) / c2, row, column, probes.get("v")
+        )
     else:
         v = kernels.Dense(second.stored, beta2, c2)
-    width = batch.shards.size(batch.p, batch.q)[1]
-    probes = followed[0].tracker.probes
     same: dict[str, Any] = dict(sign=float(batch.sign), finite=batch.finite)
     rows = kernels.row_sweep(
         batch.weights, batch.grads, m, v, decay=decay, lr=lr, eps=max(eps, torch.finfo(torch.float32).tiny),
         keys=batch.keys if batch.rounds_stochastically else None, origin=_origin(batch) or (0, 0),
-        width=width, probe=torch.finfo(torch.float32).eps * math.sqrt(12 / width) if probes else 0.0,
-        row_sums=means is not None, **same,
+        width=batch.shards.size(batch.p, batch.q)[1], row_sums=means is not None, **same,
     )  # fmt: skip
     counts = [len(tracking.tracker.B) for tracking in followed]
     for tracking, TAt in zip(followed, torch.split(rows.TAt.flatten(0, 1), counts), strict=True):
@@ -612,10 +615,10 @@ def _origin(batch: Batch) -> tuple[int, int] | None:
     if batch.shards.count == 1:
         return 0, 0
     cpu = torch.device("cpu")  # nothing waits for the GPU
-    held = batch.shards.rows(batch.p, cpu).tolist(), batch.shards.columns(batch.q, cpu).tolist()
-    if any(x and x[-1] - x[0] != len(x) - 1 for x in held):
+    held = batch.shards.rows(batch.p, cpu), batch.shards.columns(batch.q, cpu)
+    if any(len(x) and int(x[-1] - x[0]) != len(x) - 1 for x in held):
         return None
-    row, column = (x[0] if x else 0 for x in held)
+    row, column = (int(x[0]) if len(x) else 0 for x in held)
     return row, column
 
 
