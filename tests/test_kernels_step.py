@@ -267,13 +267,19 @@ def test_a_shard_is_a_block_or_has_no_origin() -> None:
         def columns(self, count: int, device: torch.device) -> Tensor:
             return torch.tensor([7])
 
-    batch: Any = types.SimpleNamespace(shards=Held(), p=3, q=1)
+    batch: Any = types.SimpleNamespace(
+        shards=Held(), p=3, q=1, rank=1, narrow=True, state={}, rounds_stochastically=True,
+        weights=[torch.zeros(3, 1, device=DEVICE)], grads=[torch.zeros(3, 1, device=DEVICE)],
+    )  # fmt: skip
     rows = [4, 5, 6]
     assert moments._origin(batch) == (4, 7)
     rows = []
     assert moments._origin(batch) == (0, 7)
     rows = [4, 5, 8]
     assert moments._origin(batch) is None
+    assert "shards that are not blocks" in (moments._why_not(batch) or "")
+    batch.rounds_stochastically = False
+    assert moments._why_not(batch) is None
     batch.shards = Shards()
     assert moments._origin(batch) == (0, 0)
 

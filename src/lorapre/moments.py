@@ -540,14 +540,12 @@ def _kernel_sweeps(
         probes |= {name: [probe[tracking.of(name)]] for name in tracking.names}
     if isinstance(first, Product):
         kept = beta1 / c1 if first.rows is None else first.rows.view(-1) * beta1 / c1
-        m = kernels.Factors([first.B], [first.A], kept, (1 - beta1) / c1, probe=probes.get("m"))
+        m = kernels.Factors([first.B], [first.A], kept, (1 - beta1) / c1, probe=probes["m"])
     else:
         m = kernels.Dense(first.stored, beta1, c1)
     if isinstance(second, Product):
         row, column = (x if x is None else x.flatten(1) for x in (second.rows, second.columns))
-        v = kernels.Factors(
-            [second.B], [second.A], beta2 / c2, (1 - beta2) / c2, row, column, probes.get("v")
-        )
+        v = kernels.Factors([second.B], [second.A], beta2 / c2, (1 - beta2) / c2, row, column, probes["v"])
     else:
         v = kernels.Dense(second.stored, beta2, c2)
     same: dict[str, Any] = dict(sign=float(batch.sign), finite=batch.finite)
@@ -605,8 +603,8 @@ def _why_not(batch: Batch) -> str | None:
         return "the memory of a convolution is not in the order of its dimensions"
     if not all(x.is_contiguous() for name in ("exp_avg", "exp_avg_sq") for x in batch.state.get(name, ())):
         return "a dense moment is not contiguous"
-    if _origin(batch) is None:
-        return "the shards of a weight are not blocks of its rows and columns"
+    if batch.rounds_stochastically and _origin(batch) is None:
+        return "stochastic rounding, of shards that are not blocks of rows and columns"
     return kernels.why_not(batch.weights, batch.grads, batch.rank)
 
 
