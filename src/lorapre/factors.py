@@ -153,8 +153,8 @@ def unit(B: Tensor, shards: Shards = WHOLE) -> Tensor:
 def gauge_(B: Tensor, A: Tensor, shards: Shards = WHOLE, before: Tensor | None = None) -> None:
     """Rescale B (..., p, r) and A (..., r, q) in place: ||A||_F = sqrt(r), B A as it was (departure d).
 
-    Where A is zero, or has left the range of its type, the product becomes zero and A what it was `before`, or
-    the first r unit vectors, so that the factor always has directions.
+    Where A is zero, or has left the range of its type, the product becomes zero and A what it was `before`,
+    or the first r unit vectors, so that the factor always has directions.
     """
     size = norm(A, shards.sum_columns) / math.sqrt(A.shape[-2])
     alive = (size >= torch.finfo(A.dtype).tiny) & size.isfinite()
