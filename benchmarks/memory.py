@@ -246,7 +246,7 @@ def draw(figure: Any, result: Result) -> None:
         axes.barh(names, widths, left=left, color=f"C{index}", label=category)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for y, row in enumerate(measured):
-        value = row['peak'] / unit
+        value = row["peak"] / unit
         axes.text(left[y], y, f" {value:.2f}" if value < 10 else f" {value:,.0f}", va="center", fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
