@@ -89,8 +89,8 @@ def test_weights_and_state_are_those_of_the_ordinary_loop(case: Case, tied: bool
     expected, optimizer = make(case, one), make(case, two)
     gradient_release(two, optimizer)
     # Weights of a shape are one batch in the one and single in the other: sums in another order, which the
-    # bfloat16 of Newton-Schulz magnifies.
-    tolerance = 1e-3 if case.cls is LoRAPreMuon and case.options.get("rank", 3) else 1e-5
+    # bfloat16 of Newton-Schulz magnifies, and the absolute damping of the printed tracker a little.
+    tolerance = 1e-3 if case.cls is LoRAPreMuon and case.options.get("rank", 3) else 1e-4
     assert_near(fit(two, optimizer, 4), fit(one, expected, 4), tolerance)
     assert [int(own["step"]) for own in state(optimizer)] == [4] * len(state(optimizer))
 
