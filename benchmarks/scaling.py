@@ -44,7 +44,8 @@ COLUMNS = [
     Column("small", "by r x r", ".1%"),
 ]
 FACTOR = ("cholesky", "triangular", "linalg_inv", "linalg_lu", "linalg_solve", "linalg_qr", "linalg_eigh")
-PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
+ONEDNN = "mkldnn::_linear_pointwise"  # of X and the transpose of W
+PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", ONEDNN)
 
 app = App(help=__doc__)
 
@@ -153,7 +154,7 @@ def shares(step: Callable[[], Any], r: int, device: torch.device) -> dict[str, f
     total, parts = 0.0, dict.fromkeys(("factor", "gram", "small"), 0.0)
     for event in recorded.key_averages(group_by_input_shape=True):
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if event.key.startswith("aten::"):
+        if event.key.startswith(("aten::", ONEDNN)):
             total += spent
         if kind := kind_of(event.key, event.input_shapes, r):
             parts[kind] += spent
@@ -167,6 +168,7 @@ def kind_of(name: str, inputs: Sequence[Sequence[int]], r: int) -> str | None:
     if name in PRODUCTS:
         first = name.startswith(("aten::addmm", "aten::baddbmm"))  # what is added comes before the factors
         left, right = (list(shape[-2:]) for shape in inputs[first : first + 2])
+        right = right[::-1] if name == ONEDNN else right
         if left[0] == right[1] == r:
             return "gram"
         if [r, r] in (left, right):
