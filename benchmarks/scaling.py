@@ -53,9 +53,9 @@ app = App(help=__doc__)
 @app.default
 def main(
     *,
-    sizes: Annotated[list[int], Parameter(consume_multiple=True)] = [256, 512, 1024, 2048, 4096],  # noqa: B006
+    sizes: Annotated[list[int], Parameter(consume_multiple=True)] = [256, 512, 1024, 2000, 4096],  # noqa: B006
     ranks: Ranks = [8, 16, 32, 64, 128, 256, 512],  # noqa: B006
-    size: int = 2048,
+    size: int = 2000,
     rank: int = 64,
     optimizer: Literal["adamw", "muon"] = "adamw",
     variant: Literal["calibrated", "paper", "subspace"] = "calibrated",
