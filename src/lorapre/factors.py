@@ -519,8 +519,9 @@ def _damped_root(G: Tensor, least: Tensor | float) -> Tensor:
     lets the all-zero Gram of the first step solve to zero.
     """
     trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None]
-    least = torch.as_tensor(least, dtype=G.dtype, device=G.device)
-    lam = torch.maximum(DAMPING * trace, least.squeeze(-1) if least.ndim else least)
+    # No tensor is made of the number: copying one to a GPU would wait for it.
+    lam = DAMPING * trace
+    lam = torch.maximum(lam, least.squeeze(-1)) if isinstance(least, Tensor) else lam.clamp(min=least)
     G.diagonal(dim1=-2, dim2=-1).add_(lam + torch.finfo(G.dtype).tiny)
     return _inverse_root(G)
 
