@@ -33,6 +33,7 @@ from cases import (
     weights,
 )
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, moments
+from lorapre import batch as batch_module
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 factorised = pytest.mark.parametrize("case", [CASES[name] for name in FACTORISED], ids=FACTORISED)
@@ -470,8 +471,8 @@ def test_results_do_not_depend_on_the_size_of_tiles_and_batches(
     train(case.make(expected), expected, 4)
     # One row at a time; tiles that do not divide the rows; two of the three of a shape to a batch.
     for tile, batch in ((1, 1), (110, 2 * 12 * 20), (2**30, 1)):
-        monkeypatch.setattr(moments, "TILE", tile)
-        monkeypatch.setattr(moments, "BATCH", batch)
+        monkeypatch.setattr(batch_module, "TILE", tile)
+        monkeypatch.setattr(batch_module, "BATCH", batch)
         params = parameters()
         assert_near(train(case.make(params), params, 4), weights(expected), 1e-4)
 

@@ -21,8 +21,9 @@ LAYERS: dict[str, set[str]] = {
     "rounding": set(),
     "sharding": {"factors"},
     "kernels": set(),
-    "moments": {"factors", "rules", "groups", "rounding", "sharding", "kernels"},
-    "optimizers": {"factors", "rules", "groups", "moments", "rounding", "sharding"},
+    "batch": {"factors", "groups", "rounding", "sharding"},
+    "moments": {"factors", "rules", "batch", "kernels"},
+    "optimizers": {"factors", "rules", "groups", "batch", "moments", "rounding", "sharding"},
     "release": {"optimizers", "sharding"},
     "__init__": {"optimizers", "groups", "report", "release"},
 }

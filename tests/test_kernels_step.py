@@ -157,6 +157,7 @@ def test_a_large_rank(name: str) -> None:  # the row sweep takes two launches
 @pytest.mark.parametrize("name", ["adam-paper", "adam-calibrated", "adam-subspace"])
 def test_factors_too_large_to_be_stacked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "GPU_BATCH", 1)
+    monkeypatch.setattr("lorapre.batch.GPU_BATCH", 1)
     check(*pair(name, shapes=SHAPES[2:4]))
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorapre import LoRAPreAdamW, factors, moments
+from lorapre import LoRAPreAdamW, factors
+from lorapre.batch import Batch
 
 P, Q, RANK, BETA = 256, 384, 32, 0.9
 VARIANTS = ["paper", "calibrated", "subspace"]
@@ -29,7 +30,7 @@ def gradients(noise: float, steps: int) -> list[Tensor]:
 class Exact(LoRAPreAdamW):
     """Takes the products with bfloat16 gradients in float32."""
 
-    def _update(self, batch: moments.Batch, group: dict[str, Any]) -> Callable[[], None]:
+    def _update(self, batch: Batch, group: dict[str, Any]) -> Callable[[], None]:
         batch.products = torch.float32
         return super()._update(batch, group)
 

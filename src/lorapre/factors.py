@@ -14,6 +14,7 @@ Where the matrices are spread over processes, `shards` says how to sum over them
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -187,7 +188,7 @@ def ramp(gamma: float, t: Tensor) -> Tensor:
 ALL = slice(None)
 
 
-class Tracker:
+class Tracker(ABC):
     """How the factors of N momenta follow their targets; B and A are overwritten.
 
         tracker = Newton(B, A, rate)
@@ -249,9 +250,9 @@ class Tracker:
         self._turn()
         self._start_right(*self.shards.sum_rows(*self._parts()))
 
+    @abstractmethod
     def basis(self, members: slice, rows: slice) -> Tensor:
         """L^T (n, r, rows) of the left basis, from `turn` on; or rather R L^T."""
-        raise NotImplementedError
 
     def right(self, members: slice, columns: slice, LtT: Tensor) -> None:
         """The right half-step of some columns, from L^T T (n, r, columns) of the rows held here.
@@ -276,28 +277,28 @@ class Tracker:
             self._right(ALL, ALL, *self._sums())
         self._finish()
 
+    @abstractmethod
     def _start_left(self, G: Tensor) -> None:
         """From G = A A^T (N, r, r)."""
-        raise NotImplementedError
 
-    def _left(self, members: slice, rows: slice, TAt: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _left(self, members: slice, rows: slice, TAt: Tensor) -> None: ...
 
-    def _turn(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _turn(self) -> None: ...
 
+    @abstractmethod
     def _parts(self) -> tuple[Tensor, ...]:
         """What `_start_right` takes, to be summed over all rows."""
-        raise NotImplementedError
 
-    def _start_right(self, *parts: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _start_right(self, *parts: Tensor) -> None: ...
 
-    def _right(self, members: slice, columns: slice, LtT: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _right(self, members: slice, columns: slice, LtT: Tensor) -> None: ...
 
-    def _finish(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _finish(self) -> None: ...
 
 
 class Newton(Tracker):

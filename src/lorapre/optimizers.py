@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lorapre import factors, rules, sharding
+from lorapre.batch import Batch, batches, wide
 from lorapre.groups import is_low_rank, state_shapes
-from lorapre.moments import VARIANTS, Batch, adam, batches, muon, wide
+from lorapre.moments import VARIANTS, adam, muon
 
 __all__ = ["LoRAPreAdamW", "LoRAPreMuon"]
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lorapre.batch import BATCH
 from lorapre.groups import matrix_shape
-from lorapre.moments import BATCH
 from lorapre_recipes.config import (
     LOW_RANK,
     ONLY_FOR,
@@ -283,9 +283,21 @@ def step_transient(weights: Sequence[Weight], settings: Settings, mesh: Mesh) ->
         return 0 if item == FLOAT32 else DENSE_SCRATCH
     largest = max(weight.held(mesh) * item for weight in weights)
     scratch = max(SCRATCH, round(SCRATCH_SHARE * largest))
+    if settings.variant in ("paper", "subspace"):
+        scratch += max(
+            (factor_copies(weight, settings, mesh) for weight in weights if weight.rank), default=0
+        )
     if settings.optimizer == "lorapre-muon":
         return max([scratch, *(newton_schulz_bytes(weight, FLOAT32) for weight in matrices)])
     return scratch
+
+
+def factor_copies(weight: Weight, settings: Settings, mesh: Mesh) -> int:
+    """Bytes that trackers other than Newton's take for a weight: of the old B, or of a basis and a new A."""
+    assert weight.rank is not None
+    part, r = weight.matrices(mesh), weight.rank
+    kept = part.p * r if settings.variant == "paper" else 2 * part.p * r + r * part.q
+    return FLOAT32 * len(settings.moments) * part.E * (kept + 2 * r * r)
 
 
 def newton_schulz_bytes(weight: Weight, item: int) -> int:
@@ -370,7 +382,7 @@ def deal_traffic(n: int, p: int, q: int, splits: Sequence[tuple[int, str]]) -> f
 
 
 def muon_traffic(weights: Sequence[Weight], mesh: Mesh) -> float:
-    """Bytes for the Newton-Schulz of weights of one kind, in batches as `lorapre.moments` makes them."""
+    """Bytes for the Newton-Schulz of weights of one kind, in batches as `lorapre.batch` makes them."""
     part = weights[0].matrices(mesh)
     count = math.prod(size for size, _ in part.splits)
     size = max(count, BATCH * count // math.prod(weights[0].shape))
