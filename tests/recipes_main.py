@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.distributed.checkpoint import FileSystemWriter
 
-from lorapre_recipes import cli, presets, pretrain
+from lorapre_recipes import cli, presets, training
 from lorapre_recipes.config import OptimizerName, PretrainConfig
 from lorapre_recipes.presets import llama_tiny
 
@@ -47,14 +47,14 @@ def arm(rank: str, where: str, number: str) -> None:
     if os.environ.get("RANK", "0") != rank:
         return
     if where == "step":
-        begin = pretrain.Bookkeeping.on_step_begin
+        begin = training.Bookkeeping.on_step_begin
 
         def on_step_begin(self: Any, args: Any, state: Any, *rest: Any, **named: Any) -> None:
             if state.global_step + 1 == int(number):
                 die()
             begin(self, args, state, *rest, **named)
 
-        pretrain.Bookkeeping.on_step_begin = on_step_begin
+        training.Bookkeeping.on_step_begin = on_step_begin
     else:
         write = FileSystemWriter.write_data
 

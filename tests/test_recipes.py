@@ -19,8 +19,9 @@ from lorapre_recipes import cli, presets
 from lorapre_recipes.config import CHOICES, OptimizerName, PretrainConfig, UserError
 from lorapre_recipes.optim import MuonWithAdamW, build_optimizer
 from lorapre_recipes.presets import llama_tiny
-from lorapre_recipes.pretrain import build_model, load_run, pretrain
+from lorapre_recipes.pretrain import build_model, pretrain
 from lorapre_recipes.report import Summary, read_metrics, round_perplexities, smooth, summary_table
+from lorapre_recipes.runs import load_run
 
 OPTIMIZERS = CHOICES["optimizer"]
 TEXTS = [f"Document {i}: the {i * i} quick brown foxes jump over {i} lazy dogs. " * 4 for i in range(40)]
@@ -175,7 +176,7 @@ def test_resume_in_a_later_epoch(
     assert streamed or state["epoch"] > 1
     with pytest.raises(KeyboardInterrupt):
         pretrain(config, tmp_path / "cut", callbacks=[Interrupt(step=14)])
-    pretrain(load_run(tmp_path / "cut"), tmp_path / "cut", resume=True)
+    pretrain(load_run(tmp_path / "cut", PretrainConfig), tmp_path / "cut", resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 

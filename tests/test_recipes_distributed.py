@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 
 from lorapre_recipes import distributed
 from lorapre_recipes.config import UserError
-from lorapre_recipes.pretrain import check_processes, pretrain
+from lorapre_recipes.pretrain import pretrain
 from lorapre_recipes.report import read_metrics
+from lorapre_recipes.training import check_processes
 from recipes_main import tiny
 
 ROOT = Path(__file__).parent.parent

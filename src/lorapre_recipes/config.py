@@ -1,4 +1,4 @@
-"""The complete, frozen configuration of a pre-training run, and the errors that are the user's to mend."""
+"""The complete, frozen configuration of a run, and the errors that are the user's to mend."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 OptimizerName = Literal["adamw", "muon", "lorapre-adamw", "lorapre-muon"]
 Variant = Literal["paper", "calibrated", "subspace"]
@@ -41,26 +44,28 @@ def flag(name: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Everything that decides the numbers of a run. Two runs with equal configs have equal losses.
+class RunConfig:
+    """What the configs of all recipes have: optimizer, schedule, and how the run is kept.
 
-    Presets return one; the command line replaces single fields; the run folder keeps it as `config.json`.
+    Two runs with equal configs have equal losses. Presets return one; the command line replaces single
+    fields; the run folder keeps it as `config.json`.
     """
 
+    AT_LEAST: ClassVar[dict[str, int]] = {
+        "rank": 1,
+        "sequence_length": 2,
+        "steps": 1,
+        "batch_size": 1,
+        "accumulation": 1,
+        "log_points": 1,
+        "evaluations": 1,
+        "checkpoints": 1,
+        "seed": 0,
+    }
+
     preset: str
-
-    # Data: one document in `held_out_every` is kept for validation, at most `eval_sequences` sequences of it.
     data: str
-    vocab_size: int
     sequence_length: int
-    held_out_every: int
-    eval_sequences: int
-
-    # Model (LlamaForCausalLM)
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
 
     # Optimizer: attention and MLP matrices learn at `lr * scale`, everything else at `lr`, with dense AdamW.
     optimizer: OptimizerName
@@ -116,21 +121,7 @@ class PretrainConfig:
             raise UserError(f"--stochastic-rounding: {self.optimizer} has no such option; leave it out")
         if self.stochastic_rounding and self.dtype != "bf16":
             raise UserError("--stochastic-rounding: float32 weights need none; give --dtype bf16 with it")
-        at_least = {
-            "rank": 1,
-            "steps": 1,
-            "batch_size": 1,
-            "accumulation": 1,
-            "sequence_length": 2,
-            "eval_sequences": 1,
-            "held_out_every": 2,
-            "vocab_size": 257,  # 256 bytes and the end of a document
-            "log_points": 1,
-            "evaluations": 1,
-            "checkpoints": 1,
-            "seed": 0,
-        }
-        for name, least in at_least.items():
+        for name, least in self.AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{flag(name)}: must be at least {least}, not {value}")
@@ -164,7 +155,7 @@ class PretrainConfig:
         """Steps between two checkpoints; the last step is always followed by one."""
         return math.ceil(self.steps / self.checkpoints)
 
-    def replace(self, **changes: Any) -> PretrainConfig:
+    def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
 
@@ -173,7 +164,7 @@ class PretrainConfig:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> PretrainConfig:
+    def load(cls, path: Path) -> Self:
         """Read what `save` wrote. Raises UserError where the file is no config of this version."""
         try:
             fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -183,3 +174,25 @@ class PretrainConfig:
             return cls(**fields)
         except (json.JSONDecodeError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a config that this version of lorapre wrote ({error})") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """Everything that decides the numbers of a pre-training run."""
+
+    AT_LEAST: ClassVar[dict[str, int]] = RunConfig.AT_LEAST | {
+        "eval_sequences": 1,
+        "held_out_every": 2,
+        "vocab_size": 257,  # 256 bytes and the end of a document
+    }
+
+    # Data: one document in `held_out_every` is kept for validation, at most `eval_sequences` sequences of it.
+    vocab_size: int
+    held_out_every: int
+    eval_sequences: int
+
+    # Model (LlamaForCausalLM)
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int

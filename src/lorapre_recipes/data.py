@@ -51,6 +51,15 @@ class PackedData:
     validation: datasets.Dataset
     fingerprint: str  # sha256 of the text that the tokenizer is trained on
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What must be the same when a run goes on."""
+        return {
+            "sha256": self.fingerprint,
+            "train_sequences": len(self.train) if isinstance(self.train, datasets.Dataset) else None,
+            "validation_sequences": len(self.validation),
+        }
+
 
 class PackedStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
     """Packs a stream of documents as it is read, epoch after epoch, each shuffled anew, without end.

@@ -1,65 +1,21 @@
-"""Pre-train a Llama from a config and leave a run folder: `lorapre pretrain`.
-
-The loop, checkpoints, resuming, mixed precision, accumulation and loggers are transformers.Trainer's. This
-module adds the optimizer, the clock that knows how long it takes, and the files:
-
-    config.json      the complete config
-    command.txt      the command, one line per session
-    data.json        sha256 of the text, sizes of the two splits
-    tokenizer.json
-    metrics.jsonl    one line per logged training loss and per evaluation
-    coverage.txt     which parameter took which route, and its bytes
-    summary.json     the figures of the table at the end
-    curves.png
-    checkpoint-N/    model.safetensors, its config, tokenizer, optimizer, scheduler, random state;
-                     with --fsdp, weights and optimizer in shards of torch.distributed.checkpoint
-
-On several processes rank 0 prints and writes, but for the shards of a checkpoint.
-"""
+"""Pre-train a Llama from a config and leave a run folder: `lorapre pretrain`."""
 
 from __future__ import annotations
 
-import json
-import math
-import platform
-import shutil
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import (  # type: ignore[import-untyped]
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-)
-from rich.console import Console
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 
-from lorapre import coverage
 from lorapre_recipes import distributed
-from lorapre_recipes.config import PretrainConfig, UserError
-from lorapre_recipes.data import PackedData, for_transformers, load_data
+from lorapre_recipes.config import PretrainConfig
+from lorapre_recipes.data import for_transformers, load_data
 from lorapre_recipes.footprint import DTYPES
 from lorapre_recipes.optim import build_optimizer
-from lorapre_recipes.report import Metric, Summary, plot_curves, summary_table
-
-
-class Diverged(RuntimeError):
-    """The loss is not a number any more."""
+from lorapre_recipes.report import Summary
+from lorapre_recipes.training import check_machine, check_processes, train
 
 
 def pretrain(
@@ -70,7 +26,7 @@ def pretrain(
     command: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Summary:
-    """Train, evaluate as it goes, fill the run folder `out`, and print the table.
+    """Train from scratch, evaluate as it goes, fill the run folder `out`, and print the table.
 
     Args:
         config: everything that decides the numbers.
@@ -83,7 +39,6 @@ def pretrain(
         UserError: the run cannot start, see `load_data`, `build_optimizer`, `check_machine`.
         Diverged: the loss became infinite or not a number.
     """
-    start = time.perf_counter()
     distributed.join()
     check_machine(config)
     check_processes(config)
@@ -92,63 +47,20 @@ def pretrain(
     tokenizer = for_transformers(data.tokenizer, config.sequence_length)
     set_seed(config.seed)
     model = build_model(config, tokenizer.eos_token_id)
-    optimizer = build_optimizer(model, config)
-    clock = Clock()
-    optimizer.register_step_pre_hook(clock.start_optimizer)
-    optimizer.register_step_post_hook(clock.stop_optimizer)
-
-    # Nothing is written before this line: a mistake leaves no folder behind.
-    distributed.on_main(lambda: prepare_folder(out, config, data, resume=resume, command=command))
-    trainer = PretrainTrainer(
+    return train(
         config,
-        clock,
-        out / "metrics.jsonl",
+        out,
         model=model,
-        args=training_arguments(config, out),
-        data_collator=collate,
+        optimizer=build_optimizer(model, config),
+        tokenizer=tokenizer,
         train_dataset=data.train,
         eval_dataset=data.validation,
-        processing_class=tokenizer,
+        collate=collate,
+        facts=data.facts,
+        resume=resume,
+        command=command,
+        callbacks=callbacks,
     )
-    trainer.optimizer = optimizer  # the constructor refuses one with FSDP; accelerate gives it the shards
-    trainer.remove_callback(ProgressCallback)
-    for callback in (Progress(), Bookkeeping(trainer), *callbacks):
-        trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=str(last_checkpoint(out)) if resume else None)
-
-    metrics = [row for entry in trainer.state.log_history if (row := metric(entry)) is not None]
-    last = next(row for row in reversed(metrics) if "validation_loss" in row)
-    state = coverage(optimizer)
-    state_bytes, adamw_bytes = distributed.largest(state.state_bytes, state.adamw_bytes)
-    summary = Summary(
-        optimizer=config.optimizer,
-        parameters=model.num_parameters(),
-        steps=config.steps,
-        tokens=last["tokens"],
-        validation_loss=last["validation_loss"],
-        validation_perplexity=last["validation_perplexity"],
-        processes=distributed.processes(),
-        state_bytes=state_bytes,
-        adamw_state_bytes=adamw_bytes,
-        optimizer_share=clock.optimizer_seconds / clock.step_seconds,
-        tokens_per_second=clock.steps * config.tokens_per_step / clock.step_seconds,
-        wall_seconds=time.perf_counter() - start,
-        device=describe_device(model.device),
-        versions={"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
-    )
-    if not distributed.is_main():
-        return summary
-    summary.save(out / "summary.json")
-    (out / "coverage.txt").write_text(f"{state}\n", encoding="utf-8")
-    plot_curves(metrics, config, summary.parameters, out / "curves.png")
-    console = Console()
-    console.print(summary_table(summary, config))
-    console.print(f"Run folder: {out}", soft_wrap=True)
-    return summary
-
-
-# What the trainer is given
 
 
 def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalLM:
@@ -172,339 +84,7 @@ def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalL
     return model
 
 
-def training_arguments(config: PretrainConfig, out: Path) -> TrainingArguments:
-    """The trainer's view of a config."""
-    return TrainingArguments(
-        output_dir=str(out),
-        run_name=out.name,
-        seed=config.seed,
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size // distributed.processes(),
-        per_device_eval_batch_size=config.batch_size // distributed.processes(),
-        gradient_accumulation_steps=config.accumulation,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        learning_rate=config.lr,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": config.final_lr},
-        warmup_steps=round(config.warmup * config.steps),
-        max_grad_norm=0,
-        bf16=config.precision == "bf16",
-        use_cpu=not torch.accelerator.is_available(),  # without it bf16 is refused there
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,  # a loss that is no number must show
-        eval_strategy="steps",
-        eval_steps=config.eval_every,
-        prediction_loss_only=True,
-        save_steps=config.save_every,
-        save_total_limit=1,
-        report_to=list(config.report_to) or "none",
-        disable_tqdm=False,
-        ddp_timeout=round(distributed.TIMEOUT.total_seconds()),
-        ddp_find_unused_parameters=False,
-        log_level_replica="error",
-        fsdp=config.fsdp or None,  # type: ignore[arg-type]
-        fsdp_config=FSDP if config.fsdp else None,
-    )
-
-
-# transformers hands it to accelerate. Each layer is a unit: gathered before it computes, freed after.
-FSDP = {
-    "version": 2,
-    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-    "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-    "reshard_after_forward": True,
-    "state_dict_type": "SHARDED_STATE_DICT",
-}
-
-
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Stack sequences to (batch, length); the model shifts the labels itself."""
     tokens = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows])
     return {"input_ids": tokens, "labels": tokens}
-
-
-# What the trainer is taught
-
-
-@dataclass
-class Clock:
-    """Seconds in training steps and, within them, in optimizer.step; without evaluation and checkpoints."""
-
-    steps: int = 0
-    step_seconds: float = 0.0
-    optimizer_seconds: float = 0.0
-    _step_start: float = 0.0
-    _optimizer_start: float = 0.0
-
-    @staticmethod
-    def now() -> float:
-        """Seconds. Waits for an accelerator, whose work would else be booked on whoever waits for it next."""
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        return time.perf_counter()
-
-    def start_step(self) -> None:
-        """A training step begins."""
-        self._step_start = self.now()
-
-    def stop_step(self) -> None:
-        """A training step has ended."""
-        self.step_seconds += self.now() - self._step_start
-        self.steps += 1
-
-    def start_optimizer(self, *_: Any) -> None:
-        """Hook before optimizer.step."""
-        self._optimizer_start = self.now()
-
-    def stop_optimizer(self, *_: Any) -> None:
-        """Hook after optimizer.step."""
-        self.optimizer_seconds += self.now() - self._optimizer_start
-
-
-class PretrainTrainer(Trainer):
-    """transformers.Trainer with a clock, metrics.jsonl, and checkpoints that are complete or not there."""
-
-    def __init__(self, config: PretrainConfig, clock: Clock, metrics_file: Path, **kwargs: Any) -> None:
-        self.pretrain_config, self.clock, self.metrics_file = config, clock, metrics_file
-        self._saving = False
-        super().__init__(**kwargs)
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Let accelerate know FSDP2 on CPUs too: torch has it, but accelerate puts it aside there."""
-        super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        if self.pretrain_config.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            if self.pretrain_config.precision == "bf16":
-                state.fsdp_plugin.set_mixed_precision("bf16")
-            state.distributed_type = DistributedType.FSDP
-            self.is_fsdp_enabled = True
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where checkpoints are written: aside, until they are complete."""
-        run = super()._get_output_dir(trial)
-        return str(Path(run) / PARTIAL) if self._saving else run
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint, and rename it to its name when every process has written its part.
-
-        What is called checkpoint-N is complete, whenever a process or the machine's owner kills the run.
-        """
-        self._saving = True
-        super()._save_checkpoint(model, trial)
-        self._saving = False
-        distributed.barrier()
-        if distributed.is_main():
-            run = self.metrics_file.parent
-            old = list(run.glob("checkpoint-*"))
-            name = f"checkpoint-{self.state.global_step}"
-            (run / PARTIAL / name).rename(run / name)
-            for checkpoint in old:  # out of the way before it is incomplete
-                checkpoint.rename(run / PARTIAL / checkpoint.name)
-            shutil.rmtree(run / PARTIAL)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log to the trainer's history, loggers and metrics.jsonl. Raises Diverged at a loss of nan, inf."""
-        loss = logs.get("loss", logs.get("eval_loss", 0.0))
-        logs["tokens"] = self.state.global_step * self.pretrain_config.tokens_per_step
-        if "eval_loss" in logs:
-            logs["eval_perplexity"] = perplexity(loss)
-        if "loss" in logs:
-            logs["timed_steps"] = self.clock.steps
-            logs["step_seconds"] = self.clock.step_seconds
-            logs["optimizer_seconds"] = self.clock.optimizer_seconds
-        super().log(logs, start_time)
-        if distributed.is_main() and (row := metric(self.state.log_history[-1])) is not None:
-            with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"the loss is {loss} at step {self.state.global_step}; try a lower --lr or --scale"
-            )
-
-
-class Bookkeeping(TrainerCallback):
-    """Runs the clock, and takes up clock and metrics.jsonl where the checkpoint left them."""
-
-    def __init__(self, trainer: PretrainTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Forget what an interrupted session logged after its last checkpoint: it will be logged again."""
-        if distributed.is_main():
-            metrics = [row for entry in state.log_history if (row := metric(entry)) is not None]
-            self.trainer.metrics_file.write_text(
-                "".join(json.dumps(row) + "\n" for row in metrics), encoding="utf-8"
-            )
-        timed = [entry for entry in state.log_history if "timed_steps" in entry]
-        if timed:
-            clock = self.trainer.clock
-            clock.steps = timed[-1]["timed_steps"]
-            clock.step_seconds = timed[-1]["step_seconds"]
-            clock.optimizer_seconds = timed[-1]["optimizer_seconds"]
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Start the clock."""
-        self.trainer.clock.start_step()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Stop the clock."""
-        self.trainer.clock.stop_step()
-
-
-class Progress(ProgressCallback):
-    """One bar with the training loss, and a line above it for each evaluation."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the bar, at the checkpoint's step."""
-        if not state.is_world_process_zero:
-            return
-        self.training_bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.2 if Console(stderr=True).is_terminal else 10,  # a log file needs no animation
-        )
-        self.current_step = state.global_step
-
-    def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        """Draw nothing: an evaluation takes a second or two."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Show the figure."""
-        if self.training_bar is None:
-            return
-        if "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
-        if "eval_loss" in logs:
-            step = f"{state.global_step:>{len(str(state.max_steps))}}"
-            self.training_bar.write(f"step {step}  validation perplexity {logs['eval_perplexity']:.2f}")
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where floats end."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def metric(entry: dict[str, Any]) -> Metric | None:
-    """The line of metrics.jsonl for an entry of the trainer's history; None for its closing statistics."""
-    if "loss" in entry:
-        names = {
-            "loss": "loss",
-            "learning_rate": "lr",
-            "grad_norm": "grad_norm",
-            "step_seconds": "step_seconds",
-            "optimizer_seconds": "optimizer_seconds",
-        }
-    elif "eval_loss" in entry:
-        names = {"eval_loss": "validation_loss", "eval_perplexity": "validation_perplexity"}
-    else:
-        return None
-    return {"step": entry["step"], "tokens": entry["tokens"]} | {
-        new: entry[old] for old, new in names.items()
-    }
-
-
-# The run folder
-
-PARTIAL = "partial"  # where a checkpoint is while it is written
-
-
-def prepare_folder(
-    out: Path, config: PretrainConfig, data: PackedData, *, resume: bool, command: str | None
-) -> None:
-    """Make the run folder, or clean one that goes on. Raises UserError where that cannot be."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: this folder cannot be made ({error.strerror})") from error
-    record_data(data, out / "data.json")
-    if not resume:
-        config.save(out / "config.json")
-        data.tokenizer.save(str(out / "tokenizer.json"))
-    elif (out / PARTIAL).is_dir():
-        print(
-            f"lorapre pretrain: the run was cut off while it wrote or removed a checkpoint; what is left of "
-            f"that is removed, and it goes on from {last_checkpoint(out)}",
-            file=sys.stderr,
-        )
-        shutil.rmtree(out / PARTIAL)
-    if command is not None:
-        with (out / "command.txt").open("a", encoding="utf-8") as file:
-            file.write(command + "\n")
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end, or None."""
-    # The trainer's state is the last file of a checkpoint.
-    complete = [file.parent for file in run.glob("checkpoint-*/trainer_state.json")]
-    return max(complete, key=checkpoint_step, default=None)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def load_run(run: Path) -> PretrainConfig:
-    """The config of a run that can go on. Raises UserError where it cannot."""
-    if not (run / "config.json").is_file():
-        raise UserError(f"--resume {run}: not a run folder, config.json is missing")
-    config = PretrainConfig.load(run / "config.json")
-    checkpoint = last_checkpoint(run)
-    if checkpoint is None:
-        raise UserError(f"--resume {run}: no checkpoint in this run folder; start again with a new --out")
-    if checkpoint_step(checkpoint) >= config.steps:
-        raise UserError(f"--resume {run}: nothing to do, the run has finished its {config.steps} steps")
-    return config
-
-
-def check_machine(config: PretrainConfig) -> None:
-    """Refuse what this machine cannot do, before any work. Raises UserError."""
-    if config.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise UserError("--precision: this GPU has no bf16; use fp32")
-    available = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
-    for logger in config.report_to:
-        if logger not in available:
-            names = ", ".join(available) or "none"
-            raise UserError(f"--report-to: {logger!r} is unknown or not installed; available here: {names}")
-
-
-def check_processes(config: PretrainConfig) -> None:
-    """Refuse processes that do not fit the config. Raises UserError."""
-    count = distributed.processes()
-    if config.batch_size % count:
-        raise UserError(
-            f"--batch-size {config.batch_size}: {count} processes cannot share it evenly; start a number of "
-            "processes that divides it"
-        )
-    if config.fsdp and not torch.distributed.is_initialized():
-        raise UserError(
-            "--fsdp: start it with torchrun --nproc-per-node N -m lorapre_recipes pretrain; N may be 1"
-        )
-
-
-def record_data(data: PackedData, file: Path) -> None:
-    """Write which data a run sees, or raise UserError where it does not see the same again."""
-    facts = {
-        "sha256": data.fingerprint,
-        "train_sequences": len(data.train) if hasattr(data.train, "__len__") else None,  # None: a stream
-        "validation_sequences": len(data.validation),
-    }
-    if not file.is_file():
-        file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    elif json.loads(file.read_text(encoding="utf-8")) != facts:
-        raise UserError(
-            f"--resume {file.parent}: the data have changed since this run began; start a new run"
-        )
-
-
-def describe_device(device: torch.device) -> str:
-    """The device in words, with the number of threads where its speed depends on them."""
-    count = distributed.processes()
-    times = f"{count} × " if count > 1 else ""
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        return f"{times}{threads} CPU thread{'s' * (threads > 1)}"
-    return times + (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lorapre_recipes.config import PretrainConfig
+from lorapre_recipes.config import RunConfig
 
 Metric = dict[str, Any]  # one line of metrics.jsonl
 
@@ -40,7 +40,7 @@ class Summary:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-def describe_optimizer(config: PretrainConfig) -> str:
+def describe_optimizer(config: RunConfig) -> str:
     """The optimizer and the options that it has, in words."""
     parts: list[str] = [config.optimizer]
     if config.rank is not None:
@@ -73,7 +73,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def summary_table(summary: Summary, config: PretrainConfig) -> Table:
+def summary_table(summary: Summary, config: RunConfig) -> Table:
     """The table that ends a run, at most 80 columns wide."""
     ratio = summary.adamw_state_bytes / summary.state_bytes
     table = Table(title=describe_optimizer(config), show_header=False, title_justify="left")
@@ -113,7 +113,7 @@ def round_perplexities(low: float, high: float) -> list[int]:
     return [candidate for candidate in candidates if low <= math.log(candidate) <= high]
 
 
-def plot_curves(metrics: list[Metric], config: PretrainConfig, parameters: int, path: Path) -> None:
+def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path: Path) -> None:
     """Draw training and validation loss over tokens, with perplexity on the right-hand axis."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 

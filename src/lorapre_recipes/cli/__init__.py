@@ -1,0 +1,43 @@
+"""The command line, `lorapre`: one module for each command.
+
+Built on cyclopts: options, their types and the help are read from the signature and its docstring, so that
+nothing is declared twice and the type checker sees all; and it raises its errors, which allows one rule here:
+a user's mistake is one line on stderr that names the argument, exit code 2, no traceback.
+
+torch and transformers take seconds to import; help and most mistakes should not: commands import them inside.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import version
+
+try:
+    from cyclopts import App, CycloptsError, Parameter
+except ModuleNotFoundError as error:  # `pip install lorapre` brings this script, and torch alone
+    raise SystemExit(f"lorapre: {error}; the recipes need more: pip install 'lorapre[recipes]'") from error
+
+from lorapre_recipes.cli.plan import plan
+from lorapre_recipes.cli.pretrain import pretrain
+from lorapre_recipes.config import UserError
+
+app = App(
+    name="lorapre",
+    help="LoRA-Pre: train with low-rank momenta.",
+    version=lambda: version("lorapre"),
+    default_parameter=Parameter(negative=()),  # no --no-x and --empty-x beside each option
+)
+for command in (pretrain, plan):
+    app.command(command)
+
+
+def main() -> int:
+    """Run sys.argv and return the exit code: 0, 1 for a run that failed, 2 for a user's mistake."""
+    try:
+        result = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
+    except (UserError, CycloptsError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not from each process of torchrun
+            print(f"lorapre: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return result if isinstance(result, int) else 0

@@ -1,0 +1,96 @@
+"""The run folder: what a run leaves, and how it goes on.
+
+    config.json      the complete config
+    command.txt      the command, one line per session
+    data.json        sha256 of the text, sizes of the two splits
+    tokenizer.json
+    metrics.jsonl    one line per logged training loss and per evaluation
+    coverage.txt     which parameter took which route, and its bytes
+    summary.json     the figures of the table at the end
+    curves.png
+    checkpoint-N/    model.safetensors, its config, tokenizer, optimizer, scheduler, random state;
+                     with --fsdp, weights and optimizer in shards of torch.distributed.checkpoint
+
+On several processes rank 0 prints and writes, but for the shards of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from lorapre_recipes.config import RunConfig, UserError
+
+C = TypeVar("C", bound=RunConfig)
+
+PARTIAL = "partial"  # where a checkpoint is while it is written
+
+
+def prepare_folder(
+    out: Path,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: dict[str, Any],
+    *,
+    resume: bool,
+    command: str | None,
+) -> None:
+    """Make the run folder, or clean one that goes on. Raises UserError where that cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: this folder cannot be made ({error.strerror})") from error
+    record_data(facts, out / "data.json")
+    if not resume:
+        config.save(out / "config.json")
+        tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
+    elif (out / PARTIAL).is_dir():
+        print(
+            f"lorapre: the run was cut off while it wrote or removed a checkpoint; what is left of "
+            f"that is removed, and it goes on from {last_checkpoint(out)}",
+            file=sys.stderr,
+        )
+        shutil.rmtree(out / PARTIAL)
+    if command is not None:
+        with (out / "command.txt").open("a", encoding="utf-8") as file:
+            file.write(command + "\n")
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end, or None."""
+    # The trainer's state is the last file of a checkpoint.
+    complete = [file.parent for file in run.glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def load_run(run: Path, kind: type[C]) -> C:
+    """The config, of this kind, of a run that can go on. Raises UserError where it cannot."""
+    if not (run / "config.json").is_file():
+        raise UserError(f"--resume {run}: not a run folder, config.json is missing")
+    config = kind.load(run / "config.json")
+    checkpoint = last_checkpoint(run)
+    if checkpoint is None:
+        raise UserError(f"--resume {run}: no checkpoint in this run folder; start again with a new --out")
+    if checkpoint_step(checkpoint) >= config.steps:
+        raise UserError(f"--resume {run}: nothing to do, the run has finished its {config.steps} steps")
+    return config
+
+
+def record_data(facts: dict[str, Any], file: Path) -> None:
+    """Write which data a run sees, or raise UserError where it does not see the same again."""
+    if not file.is_file():
+        file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    elif json.loads(file.read_text(encoding="utf-8")) != facts:
+        raise UserError(
+            f"--resume {file.parent}: the data have changed since this run began; start a new run"
+        )
