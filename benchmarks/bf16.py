@@ -16,7 +16,7 @@ import torch
 from common import Column, Result, Row, quiet, reason
 from cyclopts import App
 
-from lorapre_recipes import cli
+from lorapre_recipes.cli.launch import quieten
 from lorapre_recipes.config import OptimizerName
 from lorapre_recipes.presets import get_preset
 from lorapre_recipes.pretrain import pretrain
@@ -62,7 +62,7 @@ def main(
     config = get_preset(preset)(optimizer).replace(**{k: v for k, v in changes.items() if v is not None})
     rows: list[Row] = []
     curves: dict[str, list[tuple[int, float]]] = {}
-    cli.quieten()
+    quieten()
     for name, options in RUNS.items():
         row: Row = {"run": name}
         folder = Path(tempfile.mkdtemp(prefix="lorapre-bf16-"))

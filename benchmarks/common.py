@@ -36,7 +36,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
 from lorapre.groups import is_low_rank
-from lorapre_recipes.optim import MuonWithAdamW
+from lorapre_recipes.optim import WithAdamW
 
 logging.disable(logging.ERROR)  # transformers imports torchao, which logs what a machine without GPU lacks
 from lorapre_recipes.shapes import meta_model  # noqa: E402
@@ -162,8 +162,7 @@ def check_rank(matrices: Weights, rank: int) -> None:
 
 def muon(matrices: Weights, rest: Weights) -> Optimizer:
     if rest:
-        dense = {"momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
-        return MuonWithAdamW([{"params": matrices, "lr": LR}], [{"params": rest, "lr": LR}], **dense)
+        return WithAdamW(Muon(matrices, lr=LR, weight_decay=0.0), AdamW(rest, lr=LR, weight_decay=0.0))
     return Muon(matrices, lr=LR)
 
 

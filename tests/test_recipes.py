@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
 
 from lorapre_recipes import cli, presets
 from lorapre_recipes.config import CHOICES, OptimizerName, PretrainConfig, UserError
-from lorapre_recipes.optim import MuonWithAdamW, build_optimizer
+from lorapre_recipes.optim import WithAdamW, build_optimizer
 from lorapre_recipes.presets import llama_tiny
 from lorapre_recipes.pretrain import build_model, pretrain
 from lorapre_recipes.report import Summary, read_metrics, round_perplexities, smooth, summary_table
@@ -250,7 +250,7 @@ def test_matrices_have_their_own_learning_rate(optimizer: OptimizerName, tiny: T
 def test_muon_with_adamw_is_both(tiny: Tiny) -> None:
     ours, combined = model_and_optimizer(tiny("muon"))
     theirs, _ = model_and_optimizer(tiny("muon"))
-    assert isinstance(combined, MuonWithAdamW)
+    assert isinstance(combined, WithAdamW)
     named = dict(theirs.named_parameters())
     matrices = [p for name, p in named.items() if "_proj" in name]
     rest = [p for name, p in named.items() if "_proj" not in name]

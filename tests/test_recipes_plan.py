@@ -34,7 +34,7 @@ from lorapre_recipes.footprint import (
     most_row_shards,
     optimizer_traffic,
 )
-from lorapre_recipes.optim import MuonWithAdamW
+from lorapre_recipes.optim import WithAdamW
 from lorapre_recipes.plan import render, routed
 from lorapre_recipes.shapes import BUILT_IN, meta_model
 
@@ -62,7 +62,9 @@ def build(model: nn.Module, settings: Settings) -> Optimizer:
         groups = param_groups(model, rank=1)
         matrices = [{"params": group["params"]} for group in groups if group["rank"] is not None]
         rest = [{"params": group["params"]} for group in groups if group["rank"] is None]
-        return MuonWithAdamW(matrices, rest, momentum=0.95, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+        return WithAdamW(
+            torch.optim.Muon(matrices, weight_decay=0.0), torch.optim.AdamW(rest, weight_decay=0.0)
+        )
     groups = param_groups(model, rank=settings.rank)
     variant = settings.variant or "calibrated"
     if settings.optimizer == "lorapre-muon":

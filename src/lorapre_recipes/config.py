@@ -11,18 +11,39 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-OptimizerName = Literal["adamw", "muon", "lorapre-adamw", "lorapre-muon"]
+# LoRA-Pre, what it replaces, and the peers it stands beside in `lorapre compare`.
+OptimizerName = Literal[
+    "lorapre-adamw",
+    "lorapre-muon",
+    "adamw",
+    "muon",
+    "muon-no-momentum",
+    "galore",
+    "galore-muon",
+    "fira",
+    "apollo",
+    "adam8bit",
+    "adafactor",
+    "sgd",
+    "lora",
+    "relora",
+]
+# Those whose memory `lorapre plan` computes without running them.
+PlannedOptimizer = Literal["lorapre-adamw", "lorapre-muon", "adamw", "muon"]
 Variant = Literal["paper", "calibrated", "subspace"]
 Compress = Literal["both", "first", "second"]
 Precision = Literal["fp32", "bf16"]
 
 LOW_RANK: tuple[OptimizerName, ...] = ("lorapre-adamw", "lorapre-muon")
+PROJECTED: tuple[OptimizerName, ...] = ("galore", "galore-muon", "fira", "apollo")
+ADAPTERS: tuple[OptimizerName, ...] = ("lora", "relora")
 
 # The options that only some optimizers have. Elsewhere they are None: an option without effect is refused.
 ONLY_FOR: dict[str, tuple[OptimizerName, ...]] = {
-    "rank": LOW_RANK,
+    "rank": (*LOW_RANK, *PROJECTED, *ADAPTERS),
     "variant": LOW_RANK,
     "compress": ("lorapre-adamw",),
+    "refresh": (*PROJECTED, "relora"),
 }
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -53,6 +74,7 @@ class RunConfig:
 
     AT_LEAST: ClassVar[dict[str, int]] = {
         "rank": 1,
+        "refresh": 1,
         "sequence_length": 2,
         "steps": 1,
         "batch_size": 1,
@@ -74,6 +96,7 @@ class RunConfig:
     rank: int | None
     variant: Variant | None
     compress: Compress | None
+    refresh: int | None  # steps between two projections, or between two merges of relora
     betas: tuple[float, float]
     eps: float
     momentum: float

@@ -24,7 +24,7 @@ from lorapre_recipes.config import (
     LOW_RANK,
     ONLY_FOR,
     Compress,
-    OptimizerName,
+    PlannedOptimizer,
     Precision,
     UserError,
     Variant,
@@ -44,7 +44,7 @@ DENSE_SCRATCH = 2 * 2**20  # tiles of a dense weight in float32, where it has le
 class Settings:
     """The optimizer to plan for, and the dtype of weights and gradients."""
 
-    optimizer: OptimizerName = "lorapre-adamw"
+    optimizer: PlannedOptimizer = "lorapre-adamw"
     rank: int | None = None
     variant: Variant | None = None
     compress: Compress | None = None
@@ -54,7 +54,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse what cannot be. Raises UserError naming the option."""
         for name, optimizers in ONLY_FOR.items():
-            if getattr(self, name) is not None and self.optimizer not in optimizers:
+            if getattr(self, name, None) is not None and self.optimizer not in optimizers:
                 raise UserError(f"{flag(name)}: {self.optimizer} has no such option; leave it out")
         if self.release and self.optimizer not in LOW_RANK:
             raise UserError(f"--release: {self.optimizer} has no such option; leave it out")

@@ -1,52 +1,44 @@
-"""One optimizer for the whole model, from a config: LoRA-Pre's two, and the dense two they stand beside."""
+"""One optimizer for the whole model, from a config: LoRA-Pre's two, and the peers they stand beside.
+
+All take the same matrices for matrices (`lorapre.param_groups` decides), at `lr * scale`, and dense AdamW at
+`lr` for the rest: a comparison compares what they do with the matrices.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch import Tensor, nn
+from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
-from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
-from lorapre_recipes.config import PretrainConfig, UserError
+from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, param_groups
+from lorapre_recipes.allocations import storage_bytes, tensors_in
+from lorapre_recipes.config import LOW_RANK, PretrainConfig, UserError
 
 Groups = list[dict[str, Any]]
 
 # Newton-Schulz makes updates of one size whatever the gradient. With this adjustment it is AdamW's size: a
-# learning rate means the same for all four optimizers.
+# learning rate means the same for Adam and Muon.
 ADJUST_LR = "match_rms_adamw"
 
 
-class MuonWithAdamW(Optimizer):
-    """torch.optim.Muon for matrices and torch.optim.AdamW for the rest, as one optimizer.
+class WithAdamW(Optimizer):
+    """One optimizer for matrices and torch.optim.AdamW for the rest, as one.
 
     torch.optim.Muon takes nothing but matrices; a trainer takes one optimizer, scheduler and checkpoint. This
     class owns all groups and all state and lends them to the two for each step.
 
     Args:
-        matrices: groups for Muon, with a learning rate each.
-        rest: groups for AdamW, with a learning rate each.
-        momentum: of Muon.
-        betas: of AdamW.
-        eps: of AdamW.
-        weight_decay: of both, decoupled.
+        matrices: the optimizer of the matrices.
+        rest: that of the rest; its groups come first, and loggers report the first group's learning rate.
     """
 
-    def __init__(
-        self,
-        matrices: Groups,
-        rest: Groups,
-        *,
-        momentum: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
-        self._muon = Muon(matrices, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn=ADJUST_LR)
-        self._adamw = AdamW(rest, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__([*self._adamw.param_groups, *self._muon.param_groups], {})
+    def __init__(self, matrices: Optimizer, rest: AdamW) -> None:
+        self._matrices, self._rest = matrices, rest
+        super().__init__([*rest.param_groups, *matrices.param_groups], {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -56,30 +48,76 @@ class MuonWithAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # Lent anew at every step: load_state_dict replaces the groups and the state.
-        dense = len(self._adamw.param_groups)
-        self._adamw.param_groups, self._muon.param_groups = (
+        dense = len(self._rest.param_groups)
+        self._rest.param_groups, self._matrices.param_groups = (
             self.param_groups[:dense],
             self.param_groups[dense:],
         )
-        self._adamw.state = self._muon.state = self.state
-        self._adamw.step()
-        self._muon.step()  # type: ignore[no-untyped-call]
+        self._rest.state = self._matrices.state = self.state
+        self._rest.step()
+        self._matrices.step()
         return loss
 
 
-def build_optimizer(model: nn.Module, config: PretrainConfig) -> Optimizer:
-    """The optimizer that `config` describes, on all of the model's parameters.
+class GaLoreMuon(Optimizer):
+    """Muon whose momentum is that of the gradient projected to its leading singular vectors, as in GaLore.
 
-    All four take the same matrices for matrices (`lorapre.param_groups` decides): a comparison compares what
-    they do with them. Groups at the full learning rate come first: loggers report the first group's.
+    The paper has it as a baseline; no package does. m <- mu m + P^T g of (r, q) or, of a tall matrix, g P of
+    (p, r); the update is P NewtonSchulz(m) or NewtonSchulz(m) P^T. P holds the r leading singular vectors of
+    the gradient on the shorter side, taken anew every `refresh` steps; m stays as it is then.
+    """
+
+    def __init__(self, params: Groups, *, momentum: float, rank: int, refresh: int, weight_decay: float):
+        super().__init__(
+            params, dict(momentum=momentum, rank=rank, refresh=refresh, weight_decay=weight_decay)
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                tall = p.shape[0] > p.shape[1]
+                g = p.grad.mT if tall else p.grad
+                if state.get("step", 0) % group["refresh"] == 0:
+                    state["projection"] = torch.linalg.svd(g.float(), full_matrices=False)[0][
+                        :, : group["rank"]
+                    ]
+                state["step"] = state.get("step", 0) + 1
+                low = state["projection"].mT @ g.float()
+                m = (
+                    state.setdefault("momentum_buffer", torch.zeros_like(low))
+                    .mul_(group["momentum"])
+                    .add_(low)
+                )
+                update = state["projection"] @ orthogonal(m)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.mT if tall else update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonal(m: Tensor) -> Tensor:
+    """m (r, n) as U V^T of its singular value decomposition."""
+    U, _, Vt = torch.linalg.svd(m, full_matrices=False)
+    return U @ Vt
+
+
+def build_optimizer(model: nn.Module, config: PretrainConfig) -> Optimizer:
+    """The optimizer that `config` describes, on all of the model's parameters that train.
+
+    Groups at the full learning rate come first: loggers report the first group's.
 
     Raises:
-        UserError: the rank is so large that factors would not be smaller than some matrix.
+        UserError: the rank is so large that factors would not be smaller than some matrix, or a package is
+            not installed.
     """
-    groups = param_groups(model, rank=1, strict=True)
+    groups = param_groups(model, rank=1, strict=config.optimizer in LOW_RANK)
     matrices = [group for group in groups if group["rank"] is not None]
     rest = [group for group in groups if group["rank"] is None]
-    if config.rank is not None:
+    if config.optimizer in LOW_RANK:
+        assert config.rank is not None
         # A larger rank would leave some matrices dense: no run of the rank that it is named after.
         weights = (weight for group in matrices for _, weight in group["params"])
         largest = min((weight.numel() - 1) // sum(weight.shape) for weight in weights)
@@ -90,53 +128,149 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> Optimizer:
             )
         for group in matrices:
             group["rank"] = config.rank
-    matrix_lr = config.lr * config.scale
-
-    if config.optimizer == "lorapre-adamw":
-        assert config.rank is not None
-        assert config.variant is not None
-        assert config.compress is not None
-        return LoRAPreAdamW(
-            [*rest, *matrices],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            rank=config.rank,
-            scale=config.scale,
-            variant=config.variant,
-            compress=config.compress,
-            seed=config.seed,
-            stochastic_rounding=config.stochastic_rounding,
-        )
-    if config.optimizer == "lorapre-muon":
-        assert config.rank is not None
-        assert config.variant is not None
-        return LoRAPreMuon(
-            [*rest, *matrices],
-            lr=matrix_lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            adjust_lr_fn=ADJUST_LR,
-            rank=config.rank,
-            variant=config.variant,
-            adamw_lr=config.lr,
-            adamw_betas=config.betas,
-            adamw_eps=config.eps,
-            adamw_weight_decay=config.weight_decay,
-            seed=config.seed,
-            stochastic_rounding=config.stochastic_rounding,
-        )
-
-    matrices = [{"params": group["params"], "lr": matrix_lr} for group in matrices]
+        return BUILDERS[config.optimizer](matrices, rest, config)
+    matrices = [{"params": group["params"], "lr": config.lr * config.scale} for group in matrices]
     rest = [{"params": group["params"], "lr": config.lr} for group in rest]
-    if config.optimizer == "adamw":
-        return AdamW([*rest, *matrices], betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
-    return MuonWithAdamW(
-        matrices,
-        rest,
-        momentum=config.momentum,
+    return BUILDERS[config.optimizer](matrices, rest, config)
+
+
+def _lorapre_adamw(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+    assert config.rank is not None
+    assert config.variant is not None
+    assert config.compress is not None
+    return LoRAPreAdamW(
+        [*rest, *matrices],
+        lr=config.lr,
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        rank=config.rank,
+        scale=config.scale,
+        variant=config.variant,
+        compress=config.compress,
+        seed=config.seed,
+        stochastic_rounding=config.stochastic_rounding,
     )
+
+
+def _lorapre_muon(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+    assert config.rank is not None
+    assert config.variant is not None
+    return LoRAPreMuon(
+        [*rest, *matrices],
+        lr=config.lr * config.scale,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        adjust_lr_fn=ADJUST_LR,
+        rank=config.rank,
+        variant=config.variant,
+        adamw_lr=config.lr,
+        adamw_betas=config.betas,
+        adamw_eps=config.eps,
+        adamw_weight_decay=config.weight_decay,
+        seed=config.seed,
+        stochastic_rounding=config.stochastic_rounding,
+    )
+
+
+def _adamw(matrices: Groups, rest: Groups, config: PretrainConfig) -> AdamW:
+    return AdamW([*rest, *matrices], betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+
+
+def _adam8bit(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+    make = _package("torchao.optim", "AdamW8bit", "torchao")
+    plain = [group | {"params": [p for _, p in group["params"]]} for group in (*rest, *matrices)]
+    built: Optimizer = make(plain, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    return built
+
+
+def _muon(
+    momentum: Callable[[PretrainConfig], float],
+) -> Callable[[Groups, Groups, PretrainConfig], Optimizer]:
+    def build(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+        muon = Muon(
+            matrices, momentum=momentum(config), weight_decay=config.weight_decay, adjust_lr_fn=ADJUST_LR
+        )
+        return WithAdamW(muon, _adamw([], rest, config))
+
+    return build
+
+
+def _galore_muon(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+    assert config.rank is not None
+    assert config.refresh is not None
+    muon = GaLoreMuon(
+        matrices,
+        momentum=config.momentum,
+        rank=config.rank,
+        refresh=config.refresh,
+        weight_decay=config.weight_decay,
+    )
+    return WithAdamW(muon, _adamw([], rest, config))
+
+
+def _adafactor(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+    return WithAdamW(Adafactor(matrices, weight_decay=config.weight_decay), _adamw([], rest, config))
+
+
+def _sgd(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+    sgd = SGD(matrices, momentum=config.momentum, weight_decay=config.weight_decay)
+    return WithAdamW(sgd, _adamw([], rest, config))
+
+
+def _projected(name: str) -> Callable[[Groups, Groups, PretrainConfig], Optimizer]:
+    def build(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+        make = _package("pytorch_optimizer", name, "pytorch_optimizer")
+        options = {
+            "rank": config.rank,
+            "update_proj_gap": config.refresh,
+            "scale": 1.0,
+            "projection_type": "std",
+        }
+        if name == "APOLLO":
+            options |= {"projection_type": "random", "scale_type": "channel"}
+        built: Optimizer = make(
+            [*rest, *(group | options for group in matrices)],
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        return built
+
+    return build
+
+
+BUILDERS: dict[str, Callable[[Groups, Groups, PretrainConfig], Optimizer]] = {
+    "lorapre-adamw": _lorapre_adamw,
+    "lorapre-muon": _lorapre_muon,
+    "adamw": _adamw,
+    "muon": _muon(lambda config: config.momentum),
+    "muon-no-momentum": _muon(lambda config: 0.0),
+    "galore": _projected("GaLore"),
+    "galore-muon": _galore_muon,
+    "fira": _projected("Fira"),
+    "apollo": _projected("APOLLO"),
+    "adam8bit": _adam8bit,
+    "adafactor": _adafactor,
+    "sgd": _sgd,
+    "lora": _adamw,
+    "relora": _adamw,
+}
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of state that an optimizer holds now in this process, in objects of its own too."""
+    if isinstance(optimizer, LoRAPreAdamW | LoRAPreMuon | WithAdamW | AdamW):
+        return coverage(optimizer).state_bytes
+    return storage_bytes(*tensors_in(dict(optimizer.state)))
+
+
+def _package(module: str, name: str, package: str) -> Any:
+    """A class of a package. Raises UserError where that is not installed."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--optimizer: {name} is in the package {package}, which is not installed here ({error}); "
+            "pip install 'lorapre[bench]'"
+        ) from error

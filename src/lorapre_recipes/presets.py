@@ -3,61 +3,139 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from lorapre_recipes.config import ONLY_FOR, OptimizerName, PretrainConfig, UserError
 
+Rates = dict[OptimizerName, tuple[float, float]]  # lr and scale of each optimizer
+
+# The best of a coarse sweep of llama-tiny at 200 steps. In a run this short, embeddings and head learn fastest
+# at rates twenty to forty times those that suit the matrices.
+SHORT_RUN: Rates = {
+    "adamw": (0.02, 0.025),
+    "muon": (0.02, 0.05),
+    "lorapre-adamw": (0.02, 0.025),
+    "lorapre-muon": (0.02, 0.05),
+}
+
 
 def llama_tiny(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
-    """The quickstart: a Llama of 4.2 million parameters on 0.8 million tokens, minutes on two CPU cores.
-
-    The schedule and betas are the paper's protocol (no decay, no clipping, warm-up 10 %, cosine to 10 %).
-    """
-    # The best of a coarse sweep at 200 steps. In a run this short, embeddings and head learn fastest at rates
-    # twenty to forty times those that suit the matrices.
-    lr, scale = {
-        "adamw": (0.02, 0.025),
-        "muon": (0.02, 0.05),
-        "lorapre-adamw": (0.02, 0.025),
-        "lorapre-muon": (0.02, 0.05),
-    }[optimizer]
-    return PretrainConfig(
+    """The quickstart: a Llama of 4.2 million parameters on 0.8 million tokens, minutes on two CPU cores."""
+    return scaled_down(
+        optimizer,
+        SHORT_RUN,
         preset="llama-tiny",
-        data="sotu",
         vocab_size=2048,
-        sequence_length=128,
-        held_out_every=20,
-        eval_sequences=256,
         hidden_size=256,
         intermediate_size=688,
         layers=4,
         heads=4,
+        steps=400,
+        batch_size=16,
+        checkpoints=2,
+    )
+
+
+def llama_1m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
+    """The paper's experiment for two CPU cores: 1.05 million parameters on 4.1 million tokens."""
+    return scaled_down(
+        optimizer,
+        SHORT_RUN,
+        preset="llama-1m",
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=344,
+        layers=4,
+        heads=4,
+        steps=500,
+    )
+
+
+def llama_5m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
+    """5.0 million parameters on 8.2 million tokens: each document of the corpus is seen two or three times."""
+    return scaled_down(
+        optimizer,
+        SHORT_RUN,
+        preset="llama-5m",
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=688,
+        layers=5,
+        heads=4,
+        steps=1000,
+    )
+
+
+def llama_20m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
+    """20 million parameters on 16.4 million tokens: each document of the corpus is seen five or six times."""
+    return scaled_down(
+        optimizer,
+        SHORT_RUN,
+        preset="llama-20m",
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1376,
+        layers=5,
+        heads=8,
+        steps=2000,
+    )
+
+
+def scaled_down(optimizer: OptimizerName, rates: Rates, *, hidden_size: int, **fields: Any) -> PretrainConfig:
+    """The protocol at a size for CPUs: text from a package, rank hidden / 8, 8,192 tokens a step."""
+    scaled: dict[str, Any] = dict(
+        data="sotu",
+        sequence_length=128,
+        batch_size=64,
+        eval_sequences=256,
+        checkpoints=5,
+        precision="fp32",
+    )
+    return protocol(optimizer, rates, rank=hidden_size // 8, hidden_size=hidden_size, **(scaled | fields))
+
+
+def protocol(optimizer: OptimizerName, rates: Rates, *, rank: int, **fields: Any) -> PretrainConfig:
+    """What all presets share: no decay, no clipping, warm-up over 10 % of the steps, cosine down to 10 %.
+
+    Args:
+        optimizer: to train with; options that it has not are left out.
+        rates: learning rate and scale of each optimizer.
+        rank: of the optimizers that have one.
+        **fields: of the config, over the shared ones.
+    """
+    lr, scale = rates.get(optimizer) or rates["adamw"]  # of those without a sweep of their own
+    shared: dict[str, Any] = dict(
+        held_out_every=20,
         optimizer=optimizer,
         lr=lr,
         scale=scale,
-        rank=32 if optimizer in ONLY_FOR["rank"] else None,
+        rank=rank if optimizer in ONLY_FOR["rank"] else None,
         variant="calibrated" if optimizer in ONLY_FOR["variant"] else None,
         compress="both" if optimizer in ONLY_FOR["compress"] else None,
+        refresh=min(200, fields["steps"] // 10) if optimizer in ONLY_FOR["refresh"] else None,  # GaLore's 200
         betas=(0.9, 0.95),
         eps=1e-8,
         momentum=0.95,
         weight_decay=0.0,
-        steps=400,
-        batch_size=16,
         accumulation=1,
         warmup=0.1,
         final_lr=0.1,
         log_points=100,
         evaluations=10,
-        checkpoints=2,
-        precision="fp32",
         report_to=(),
         seed=0,
     )
+    return PretrainConfig(**(shared | fields))
 
 
 Preset = Callable[[OptimizerName], PretrainConfig]
 
-PRESETS: dict[str, Preset] = {"llama-tiny": llama_tiny}
+PRESETS: dict[str, Preset] = {
+    "llama-tiny": llama_tiny,
+    "llama-1m": llama_1m,
+    "llama-5m": llama_5m,
+    "llama-20m": llama_20m,
+}
 
 
 def get_preset(name: str) -> Preset:

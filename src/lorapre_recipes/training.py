@@ -38,6 +38,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from lorapre import coverage
 from lorapre_recipes import distributed
 from lorapre_recipes.config import RunConfig, UserError
+from lorapre_recipes.optim import state_bytes
 from lorapre_recipes.report import Metric, Summary, plot_curves, summary_table
 from lorapre_recipes.runs import PARTIAL, last_checkpoint, prepare_folder
 
@@ -110,7 +111,7 @@ def train(
     metrics = [row for entry in trainer.state.log_history if (row := metric(entry)) is not None]
     last = next(row for row in reversed(metrics) if "validation_loss" in row)
     state = coverage(optimizer)
-    state_bytes, adamw_bytes = distributed.largest(state.state_bytes, state.adamw_bytes)
+    held, adamw_held = distributed.largest(state_bytes(optimizer), state.adamw_bytes)
     summary = Summary(
         optimizer=config.optimizer,
         parameters=model.num_parameters(),
@@ -119,8 +120,8 @@ def train(
         validation_loss=last["validation_loss"],
         validation_perplexity=last["validation_perplexity"],
         processes=distributed.processes(),
-        state_bytes=state_bytes,
-        adamw_state_bytes=adamw_bytes,
+        state_bytes=held,
+        adamw_state_bytes=adamw_held,
         optimizer_share=clock.optimizer_seconds / clock.step_seconds,
         tokens_per_second=clock.steps * config.tokens_per_step / clock.step_seconds,
         wall_seconds=time.perf_counter() - start,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorapre_recipes.config import Compress, OptimizerName, Precision, Variant
+from lorapre_recipes.config import Compress, PlannedOptimizer, Precision, Variant
 
 
 def plan(
@@ -10,7 +10,7 @@ def plan(
     /,
     *,
     rank: int | None = None,
-    optimizer: OptimizerName = "lorapre-adamw",
+    optimizer: PlannedOptimizer = "lorapre-adamw",
     variant: Variant | None = None,
     compress: Compress | None = None,
     dtype: Precision = "fp32",

