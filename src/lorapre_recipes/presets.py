@@ -9,13 +9,23 @@ from lorapre_recipes.config import ONLY_FOR, OptimizerName, PretrainConfig, User
 
 Rates = dict[OptimizerName, tuple[float, float]]  # lr and scale of each optimizer
 
-# The best of a coarse sweep of llama-tiny at 200 steps. In a run this short, embeddings and head learn fastest
-# at rates twenty to forty times those that suit the matrices.
+# Those of the first four: the best of a coarse sweep of llama-tiny at 200 steps. In a run this short,
+# embeddings and head learn fastest at rates twenty to forty times those that suit the matrices.
 SHORT_RUN: Rates = {
-    "adamw": (0.02, 0.025),
-    "muon": (0.02, 0.05),
     "lorapre-adamw": (0.02, 0.025),
     "lorapre-muon": (0.02, 0.05),
+    "adamw": (0.02, 0.025),
+    "muon": (0.02, 0.05),
+    "muon-no-momentum": (0.02, 0.05),
+    "galore": (0.02, 0.025),
+    "galore-muon": (0.02, 0.05),
+    "fira": (0.02, 0.025),
+    "apollo": (0.02, 0.025),
+    "adam8bit": (0.02, 0.025),
+    "adafactor": (0.02, 0.025),
+    "sgd": (0.02, 5.0),
+    "lora": (0.02, 0.025),
+    "relora": (0.02, 0.025),
 }
 
 
@@ -52,7 +62,7 @@ def llama_1m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
 
 
 def llama_5m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
-    """5.0 million parameters on 8.2 million tokens: each document of the corpus is seen two or three times."""
+    """5.0 million parameters on 8.2 million tokens, two or three passes over the corpus."""
     return scaled_down(
         optimizer,
         SHORT_RUN,
@@ -67,7 +77,7 @@ def llama_5m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
 
 
 def llama_20m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
-    """20 million parameters on 16.4 million tokens: each document of the corpus is seen five or six times."""
+    """20 million parameters on 16.4 million tokens, five or six passes over the corpus."""
     return scaled_down(
         optimizer,
         SHORT_RUN,
