@@ -8,7 +8,7 @@ from lorapre_recipes.presets import PRESETS
 from lorapre_recipes.pretrain import build_model
 
 PARAMETERS = {
-    "llama-tiny": 4_213_504,
+    "llama-tiny": 4_212_992,
     "llama-1m": 1_053_824,
     "llama-5m": 5_004_032,
     "llama-20m": 20_010_496,
