@@ -101,7 +101,8 @@ class GaLoreMuon(Optimizer):
 def orthogonal(m: Tensor) -> Tensor:
     """m (r, n) as U V^T of its singular value decomposition."""
     U, _, Vt = torch.linalg.svd(m, full_matrices=False)
-    return U @ Vt
+    product: Tensor = U @ Vt
+    return product
 
 
 def build_optimizer(model: nn.Module, config: PretrainConfig) -> Optimizer:
