@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from lorapre_recipes.config import UserError
 
-LARGEST = 99  # of any number in a problem
+LARGEST = 60  # of any number in a problem
 STEPS = (2, 3)  # what happens in a story, at least and at most
 
 NAMES = ("Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Tom", "Zoe")
@@ -100,3 +100,62 @@ def make_equation(random: random.Random) -> str:
     total = random.randint(2, LARGEST)
     part = random.randint(1, total - 1)
     return f"{part}+{total - part}={total}" if kind == "+" else f"{total}-{part}={total - part}"
+
+
+# Files
+
+
+def problems(random: random.Random, seen: set[str]) -> Iterator[Problem]:
+    """Problems whose questions are not in `seen`, without end; it takes up each."""
+    while True:
+        problem = make_problem(random)
+        if problem.question not in seen:
+            seen.add(problem.question)
+            yield problem
+
+
+def texts(random: random.Random, seen: set[str]) -> Iterator[str]:
+    """Documents to pre-train on, without end: a page of equations, or some stories with their questions."""
+    stories = problems(random, seen)
+    while True:
+        yield "\n".join(make_equation(random) for _ in range(EQUATIONS))
+        yield "\n".join(next(stories).question for _ in range(STORIES))
+
+
+EQUATIONS, STORIES = 32, 2  # in a document
+
+
+def write_task(out: Path, *, train: int, test: int, text: int, seed: int) -> None:
+    """Write train.jsonl, test.jsonl and text.jsonl, no question twice in or between them.
+
+    Args:
+        out: the folder; new or empty.
+        train: problems to fine-tune on.
+        test: problems to evaluate on; the same whatever the other numbers are.
+        text: documents to pre-train on.
+        seed: of all three.
+
+    Raises:
+        UserError: a number below one, or a folder that holds something or cannot be made.
+    """
+    for name, count in (("--train", train), ("--test", test), ("--text", text)):
+        if count < 1:
+            raise UserError(f"{name}: must be at least 1, not {count}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise UserError(f"OUT {out}: this folder is not empty; give a new one")
+    except OSError as error:
+        raise UserError(f"OUT {out}: this folder cannot be made ({error.strerror})") from error
+    seen: set[str] = set()
+    held_out = problems(random.Random(f"{seed} test"), seen)
+    write_lines(out / "test.jsonl", [next(held_out)._asdict() for _ in range(test)])
+    trained = problems(random.Random(f"{seed} train"), seen)
+    write_lines(out / "train.jsonl", [next(trained)._asdict() for _ in range(train)])
+    pages = texts(random.Random(f"{seed} text"), seen)
+    write_lines(out / "text.jsonl", [{"text": next(pages)} for _ in range(text)])
+
+
+def write_lines(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
