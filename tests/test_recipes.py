@@ -393,6 +393,8 @@ def test_table_fits_80_columns() -> None:
         adamw_state_bytes=10**14,
         optimizer_share=0.999,
         tokens_per_second=10**7,
+        peak_bytes=10**12,
+        step_seconds=1e6,
         wall_seconds=10**6,
         device="NVIDIA H100 80GB HBM3",
         versions={},

@@ -31,6 +31,8 @@ class Summary:
     adamw_state_bytes: int  # what torch.optim.AdamW would hold there
     optimizer_share: float  # of the time of a training step, in optimizer.step
     tokens_per_second: float  # while training; evaluation and checkpoints left out
+    peak_bytes: int  # of the process: allocated on its GPU, or else resident
+    step_seconds: float  # all training steps together, without evaluation and checkpoints
     wall_seconds: float  # of the last session, everything included
     device: str
     versions: dict[str, str]

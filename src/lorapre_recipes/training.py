@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import platform
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -124,6 +126,8 @@ def train(
         adamw_state_bytes=adamw_held,
         optimizer_share=clock.optimizer_seconds / clock.step_seconds,
         tokens_per_second=clock.steps * config.tokens_per_step / clock.step_seconds,
+        peak_bytes=peak_bytes(),
+        step_seconds=clock.step_seconds,
         wall_seconds=time.perf_counter() - start,
         device=describe_device(model.device),
         versions={"python": platform.python_version()}
@@ -398,6 +402,14 @@ def check_processes(config: RunConfig) -> None:
         raise UserError(
             "--fsdp: start it with torchrun --nproc-per-node N -m lorapre_recipes pretrain; N may be 1"
         )
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held: allocated on its GPU, or else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes * (1 if sys.platform == "darwin" else 1024)  # macOS counts in bytes
 
 
 def describe_device(device: torch.device) -> str:
