@@ -384,6 +384,8 @@ def test_table_fits_80_columns() -> None:
     summary = Summary(
         optimizer="lorapre-adamw",
         parameters=10**12,
+        trained_parameters=10**11,
+        adapter_bytes=10**13,
         steps=10**6,
         tokens=10**13,
         validation_loss=13.8155,

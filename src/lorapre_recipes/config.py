@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -30,6 +32,9 @@ OptimizerName = Literal[
 ]
 # Those whose memory `lorapre plan` computes without running them.
 PlannedOptimizer = Literal["lorapre-adamw", "lorapre-muon", "adamw", "muon"]
+# How to fine-tune: an optimizer of all weights, or adapters of peft.
+Method = Literal["lorapre-adamw", "lorapre-muon", "adamw", "galore", "lora", "rslora", "dora", "lora+"]
+Adapter = Literal["lora", "rslora", "dora", "lora+"]
 Variant = Literal["paper", "calibrated", "subspace"]
 Compress = Literal["both", "first", "second"]
 Precision = Literal["fp32", "bf16"]
@@ -125,6 +130,9 @@ class RunConfig:
     dtype: Precision = "fp32"
     stochastic_rounding: bool = False
 
+    # Update each weight in the backward pass and free its gradient (lorapre.gradient_release).
+    release: bool = False
+
     def __post_init__(self) -> None:
         """Refuse what cannot run. Raises UserError naming the option."""
         for name, choices in CHOICES.items():
@@ -144,6 +152,10 @@ class RunConfig:
             raise UserError(f"--stochastic-rounding: {self.optimizer} has no such option; leave it out")
         if self.stochastic_rounding and self.dtype != "bf16":
             raise UserError("--stochastic-rounding: float32 weights need none; give --dtype bf16 with it")
+        if self.release and self.optimizer not in LOW_RANK:
+            raise UserError(f"--release: {self.method} has no such option; leave it out")
+        if self.release and self.accumulation > 1:
+            raise UserError("--release: gradients cannot be accumulated; give --accumulation 1")
         for name, least in self.AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -152,6 +164,11 @@ class RunConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"{flag(name)}: must be a positive number, not {value}")
+
+    @property
+    def method(self) -> str:
+        """What trains, in one word."""
+        return self.optimizer
 
     @property
     def sequences_per_step(self) -> int:
@@ -209,13 +226,81 @@ class PretrainConfig(RunConfig):
         "vocab_size": 257,  # 256 bytes and the end of a document
     }
 
-    # Data: one document in `held_out_every` is kept for validation, at most `eval_sequences` sequences of it.
+    # Data: one document in `held_out_every` is kept for validation, or what a dataset on the hub has as
+    # `validation_split`; at most `eval_sequences` sequences of it.
     vocab_size: int
     held_out_every: int
     eval_sequences: int
+    validation_split: str | None = None
+    # A tokenizer in a folder or on the hub. None: byte-level BPE of `vocab_size` tokens, trained on the data.
+    tokenizer: str | None = None
+    # Documents one after the other cut into sequences, or each one truncated and padded to one of its own.
+    packed: bool = True
 
     # Model (LlamaForCausalLM)
     hidden_size: int
     intermediate_size: int
     layers: int
     heads: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunConfig):
+    """Everything that decides the numbers of a fine-tuning run. `sequence_length` is the longest example."""
+
+    AT_LEAST: ClassVar[dict[str, int]] = RunConfig.AT_LEAST | {
+        "samples": 2,
+        "eval_sequences": 1,
+        "held_out_every": 2,
+    }
+
+    # Data: of `samples` examples (None: all) one in `held_out_every` is kept for validation.
+    samples: int | None
+    held_out_every: int
+    eval_sequences: int
+
+    # A name on the Hugging Face hub, a folder, or the run folder of `lorapre pretrain`.
+    model: str
+    adapter: Adapter | None = None  # its weights train with AdamW, the model's own stay as they are
+    rules: tuple[str, ...] = ()  # PATTERN=RANK
+    freeze: tuple[str, ...] = ()  # patterns
+    gradient_checkpointing: bool = False
+    packing: bool = False  # the examples of a batch in one row, without padding
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run. Raises UserError naming the option."""
+        if self.method not in get_args(Method):
+            choices = ", ".join(get_args(Method))
+            raise UserError(f"--method: there is no {self.method!r}; choose from {choices}")
+        super().__post_init__()
+        if self.rules and self.optimizer not in LOW_RANK:
+            raise UserError(f"--rules: {self.method} has no such option; leave it out")
+        if self.freeze and self.adapter is not None:
+            raise UserError(f"--freeze: {self.method} freezes the whole model; leave it out")
+        parse_rules(self.rules)
+        parse_patterns("freeze", self.freeze)
+
+    @property
+    def method(self) -> str:
+        """The adapter, or the optimizer of all weights."""
+        return self.adapter or self.optimizer
+
+
+def parse_rules(rules: Sequence[str]) -> list[tuple[str, int | None]]:
+    """PATTERN=RANK or PATTERN=dense as rules of `lorapre.param_groups`. Raises UserError."""
+    parsed: list[tuple[str, int | None]] = []
+    for rule in rules:
+        pattern, _, rank = rule.rpartition("=")
+        if not pattern or not (rank == "dense" or (rank.isdecimal() and int(rank) > 0)):
+            raise UserError(f"--rules {rule!r}: write PATTERN=RANK or PATTERN=dense, as in lm_head=8")
+        parsed.append((pattern, None if rank == "dense" else int(rank)))
+    parse_patterns("rules", [pattern for pattern, _ in parsed])
+    return parsed
+
+
+def parse_patterns(option: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    """Regular expressions, which are searched in the names of parameters. Raises UserError."""
+    try:
+        return [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise UserError(f"{flag(option)} {error.pattern!r}: not a regular expression ({error})") from error

@@ -7,7 +7,7 @@ All take the same matrices for matrices (`lorapre.param_groups` decides), at `lr
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, param_groups
+from lorapre.groups import Rule
 from lorapre_recipes.allocations import storage_bytes, tensors_in
-from lorapre_recipes.config import LOW_RANK, PretrainConfig, UserError
+from lorapre_recipes.config import LOW_RANK, RunConfig, UserError
 
 Groups = list[dict[str, Any]]
 
@@ -105,18 +106,21 @@ def orthogonal(m: Tensor) -> Tensor:
     return product
 
 
-def build_optimizer(model: nn.Module, config: PretrainConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] = ()) -> Optimizer:
     """The optimizer that `config` describes, on all of the model's parameters that train.
 
     Groups at the full learning rate come first: loggers report the first group's.
 
+    Args:
+        model: with its weights; those that are frozen take no part.
+        config: names the optimizer and its options.
+        rules: for `lorapre.param_groups`, over the rank of the config (lorapre-* only).
+
     Raises:
-        UserError: the rank is so large that factors would not be smaller than some matrix, or a package is
-            not installed.
+        UserError: no matrix can be factorised, the rank is so large that factors would not be smaller than
+            some matrix, a rule does not fit, or a package is not installed.
     """
-    groups = param_groups(model, rank=1, strict=config.optimizer in LOW_RANK)
-    matrices = [group for group in groups if group["rank"] is not None]
-    rest = [group for group in groups if group["rank"] is None]
+    matrices, rest = _grouped(model, 1, (), option="--rank", strict=config.optimizer in LOW_RANK)
     if config.optimizer in LOW_RANK:
         assert config.rank is not None
         # A larger rank would leave some matrices dense: no run of the rank that it is named after.
@@ -127,15 +131,28 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> Optimizer:
                 f"--rank {config.rank}: factors would not be smaller than this model's smallest matrix; "
                 f"give at most {largest}"
             )
-        for group in matrices:
-            group["rank"] = config.rank
+        matrices, rest = _grouped(model, config.rank, rules, option="--rules", strict=True)
         return BUILDERS[config.optimizer](matrices, rest, config)
     matrices = [{"params": group["params"], "lr": config.lr * config.scale} for group in matrices]
     rest = [{"params": group["params"], "lr": config.lr} for group in rest]
     return BUILDERS[config.optimizer](matrices, rest, config)
 
 
-def _lorapre_adamw(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+def _grouped(
+    model: nn.Module, rank: int, rules: Sequence[Rule], *, option: str, strict: bool
+) -> tuple[Groups, Groups]:
+    """Groups with a rank, and those without. Raises UserError naming the option where that cannot be."""
+    try:
+        groups = param_groups(model, rank=rank, rules=rules, strict=strict)
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from error
+    return (
+        [group for group in groups if group["rank"] is not None],
+        [group for group in groups if group["rank"] is None],
+    )
+
+
+def _lorapre_adamw(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
     assert config.rank is not None
     assert config.variant is not None
     assert config.compress is not None
@@ -154,7 +171,7 @@ def _lorapre_adamw(matrices: Groups, rest: Groups, config: PretrainConfig) -> Op
     )
 
 
-def _lorapre_muon(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+def _lorapre_muon(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
     assert config.rank is not None
     assert config.variant is not None
     return LoRAPreMuon(
@@ -174,11 +191,11 @@ def _lorapre_muon(matrices: Groups, rest: Groups, config: PretrainConfig) -> Opt
     )
 
 
-def _adamw(matrices: Groups, rest: Groups, config: PretrainConfig) -> AdamW:
+def _adamw(matrices: Groups, rest: Groups, config: RunConfig) -> AdamW:
     return AdamW([*rest, *matrices], betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
 
-def _adam8bit(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+def _adam8bit(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
     make = _package("torchao.optim", "AdamW8bit", "torchao")
     plain = [group | {"params": [p for _, p in group["params"]]} for group in (*rest, *matrices)]
     built: Optimizer = make(plain, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
@@ -186,9 +203,9 @@ def _adam8bit(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimiz
 
 
 def _muon(
-    momentum: Callable[[PretrainConfig], float],
-) -> Callable[[Groups, Groups, PretrainConfig], Optimizer]:
-    def build(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+    momentum: Callable[[RunConfig], float],
+) -> Callable[[Groups, Groups, RunConfig], Optimizer]:
+    def build(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
         muon = Muon(
             matrices, momentum=momentum(config), weight_decay=config.weight_decay, adjust_lr_fn=ADJUST_LR
         )
@@ -197,7 +214,7 @@ def _muon(
     return build
 
 
-def _galore_muon(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+def _galore_muon(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
     assert config.rank is not None
     assert config.refresh is not None
     muon = GaLoreMuon(
@@ -210,17 +227,17 @@ def _galore_muon(matrices: Groups, rest: Groups, config: PretrainConfig) -> Opti
     return WithAdamW(muon, _adamw([], rest, config))
 
 
-def _adafactor(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+def _adafactor(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
     return WithAdamW(Adafactor(matrices, weight_decay=config.weight_decay), _adamw([], rest, config))
 
 
-def _sgd(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+def _sgd(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
     sgd = SGD(matrices, momentum=config.momentum, weight_decay=config.weight_decay)
     return WithAdamW(sgd, _adamw([], rest, config))
 
 
-def _projected(name: str) -> Callable[[Groups, Groups, PretrainConfig], Optimizer]:
-    def build(matrices: Groups, rest: Groups, config: PretrainConfig) -> Optimizer:
+def _projected(name: str) -> Callable[[Groups, Groups, RunConfig], Optimizer]:
+    def build(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
         make = _package("pytorch_optimizer", name, "pytorch_optimizer")
         options = {
             "rank": config.rank,
@@ -241,7 +258,7 @@ def _projected(name: str) -> Callable[[Groups, Groups, PretrainConfig], Optimize
     return build
 
 
-BUILDERS: dict[str, Callable[[Groups, Groups, PretrainConfig], Optimizer]] = {
+BUILDERS: dict[str, Callable[[Groups, Groups, RunConfig], Optimizer]] = {
     "lorapre-adamw": _lorapre_adamw,
     "lorapre-muon": _lorapre_muon,
     "adamw": _adamw,

@@ -22,6 +22,8 @@ class Summary:
 
     optimizer: str
     parameters: int
+    trained_parameters: int
+    adapter_bytes: int  # of weights beside the model's own
     steps: int
     tokens: int
     validation_loss: float  # nats per token
@@ -29,7 +31,7 @@ class Summary:
     processes: int
     state_bytes: int  # of the process that holds most
     adamw_state_bytes: int  # what torch.optim.AdamW would hold there
-    optimizer_share: float  # of the time of a training step, in optimizer.step
+    optimizer_share: float | None  # of a training step's time, in optimizer.step; None in the backward pass
     tokens_per_second: float  # while training; evaluation and checkpoints left out
     peak_bytes: int  # of the process: allocated on its GPU, or else resident
     step_seconds: float  # all training steps together, without evaluation and checkpoints
@@ -44,13 +46,15 @@ class Summary:
 
 def describe_optimizer(config: RunConfig) -> str:
     """The optimizer and the options that it has, in words."""
-    parts: list[str] = [config.optimizer]
+    parts: list[str] = [config.method]
     if config.rank is not None:
         parts.append(f"rank {config.rank}")
     if config.variant is not None:
         parts.append(config.variant)
     if config.compress not in (None, "both"):
         parts.append(f"{config.compress} moment only")
+    if config.release:
+        parts.append("gradients released")
     if config.dtype != "fp32":
         parts.append(f"{config.dtype} weights" + ", stochastic rounding" * config.stochastic_rounding)
     return ", ".join(parts)
@@ -78,6 +82,8 @@ def duration(seconds: float) -> str:
 def summary_table(summary: Summary, config: RunConfig) -> Table:
     """The table that ends a run, at most 80 columns wide."""
     ratio = summary.adamw_state_bytes / summary.state_bytes
+    frozen = summary.trained_parameters < summary.parameters
+    trained = f", {short(summary.trained_parameters)} train" if frozen else ""
     table = Table(title=describe_optimizer(config), show_header=False, title_justify="left")
     table.add_column()
     table.add_column(justify="right")
@@ -90,11 +96,16 @@ def summary_table(summary: Summary, config: RunConfig) -> Table:
     beside = "per process, AdamW's /" if summary.processes > 1 else "AdamW's divided by"
     table.add_row("optimizer state", mebibytes(summary.state_bytes), f"{beside} {ratio:.2f}")
     table.add_row("AdamW's state, same model", mebibytes(summary.adamw_state_bytes), "")
-    table.add_row("time in optimizer.step", f"{summary.optimizer_share:.1%}", "of the training steps' time")
+    if summary.adapter_bytes:
+        table.add_row("adapters", mebibytes(summary.adapter_bytes), "beside the model's weights")
+    if summary.optimizer_share is not None:
+        table.add_row(
+            "time in optimizer.step", f"{summary.optimizer_share:.1%}", "of the training steps' time"
+        )
     table.add_row("training speed", f"{summary.tokens_per_second:,.0f}", f"tokens/s, {summary.device}")
     table.add_row("wall time", duration(summary.wall_seconds), "with data and evaluation")
     table.add_row("trained on", short(summary.tokens), f"tokens in {summary.steps:,} steps")
-    table.add_row("model", short(summary.parameters), "parameters")
+    table.add_row("model", short(summary.parameters), f"parameters{trained}")
     return table
 
 
@@ -138,7 +149,7 @@ def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path:
         marker="o",
         markersize=4.5,
         linewidth=1.2,
-        label="validation, held-out documents",
+        label="validation, held out",
     )
     axes.annotate(
         f"perplexity {last['validation_perplexity']:.1f}",
@@ -159,7 +170,7 @@ def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path:
     right.set_yticks([math.log(tick) for tick in ticks], [f"{tick:,}" for tick in ticks])
     right.set_ylabel("perplexity")
     axes.set_title(
-        f"{describe_optimizer(config)}: Llama of {short(parameters)} parameters on {Path(config.data).name}\n"
+        f"{describe_optimizer(config)}: {short(parameters)} parameters on {Path(config.data).name}\n"
         f"lr {config.lr:g} (matrices × {config.scale:g}), {config.steps:,} steps of "
         f"{config.sequences_per_step} × {config.sequence_length} tokens, seed {config.seed}",
         fontsize=10,

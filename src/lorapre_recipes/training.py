@@ -37,9 +37,10 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from lorapre import coverage
+from lorapre import coverage, gradient_release
 from lorapre_recipes import distributed
 from lorapre_recipes.config import RunConfig, UserError
+from lorapre_recipes.footprint import FLOAT32
 from lorapre_recipes.optim import state_bytes
 from lorapre_recipes.report import Metric, Summary, plot_curves, summary_table
 from lorapre_recipes.runs import PARTIAL, last_checkpoint, prepare_folder
@@ -63,6 +64,7 @@ def train(
     resume: bool,
     command: str | None,
     callbacks: Sequence[TrainerCallback] = (),
+    eval_items: float | None = None,
     **arguments: Any,
 ) -> Summary:
     """Train, evaluate as it goes, fill the run folder `out`, and print the table.
@@ -80,6 +82,7 @@ def train(
         resume: go on from the last checkpoint in `out`; `config` must be what `load_run` returns for it.
         command: what to write to command.txt.
         callbacks: more of transformers' trainer callbacks.
+        eval_items: labels in a batch of the evaluation, on average; needed where batches differ in it.
         **arguments: for TrainingArguments, over those that follow from the config.
 
     Raises:
@@ -90,6 +93,8 @@ def train(
     clock = Clock()
     optimizer.register_step_pre_hook(clock.start_optimizer)
     optimizer.register_step_post_hook(clock.stop_optimizer)
+    if config.release:
+        gradient_release(model, optimizer)  # type: ignore[arg-type]
 
     # Nothing is written before this line: a mistake leaves no folder behind.
     distributed.on_main(lambda: prepare_folder(out, config, tokenizer, facts, resume=resume, command=command))
@@ -103,6 +108,7 @@ def train(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
+        eval_items=eval_items,
     )
     trainer.optimizer = optimizer  # the constructor refuses one with FSDP; accelerate gives it the shards
     trainer.remove_callback(ProgressCallback)
@@ -113,10 +119,17 @@ def train(
     metrics = [row for entry in trainer.state.log_history if (row := metric(entry)) is not None]
     last = next(row for row in reversed(metrics) if "validation_loss" in row)
     state = coverage(optimizer)
-    held, adamw_held = distributed.largest(state_bytes(optimizer), state.adamw_bytes)
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]  # what peft calls them
+    adamw_bytes = state.adamw_bytes
+    if adapters:  # of the model without them
+        own = {*model.parameters()} - {*adapters}
+        adamw_bytes = sum(2 * p.numel() * p.element_size() + FLOAT32 for p in own)
+    held, adamw_held = distributed.largest(state_bytes(optimizer), adamw_bytes)
     summary = Summary(
-        optimizer=config.optimizer,
+        optimizer=config.method,
         parameters=model.num_parameters(),
+        trained_parameters=model.num_parameters(only_trainable=True),
+        adapter_bytes=sum(p.numel() * p.element_size() for p in adapters),
         steps=config.steps,
         tokens=last["tokens"],
         validation_loss=last["validation_loss"],
@@ -124,8 +137,8 @@ def train(
         processes=distributed.processes(),
         state_bytes=held,
         adamw_state_bytes=adamw_held,
-        optimizer_share=clock.optimizer_seconds / clock.step_seconds,
-        tokens_per_second=clock.steps * config.tokens_per_step / clock.step_seconds,
+        optimizer_share=None if config.release else clock.optimizer_seconds / clock.step_seconds,
+        tokens_per_second=clock.steps * last["tokens"] / config.steps / clock.step_seconds,
         peak_bytes=peak_bytes(),
         step_seconds=clock.step_seconds,
         wall_seconds=time.perf_counter() - start,
@@ -234,10 +247,19 @@ class Clock:
 class RecipeTrainer(Trainer):
     """transformers.Trainer with a clock, metrics.jsonl, and checkpoints that are complete or not there."""
 
-    def __init__(self, config: RunConfig, clock: Clock, metrics_file: Path, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        clock: Clock,
+        metrics_file: Path,
+        *,
+        eval_items: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.recipe, self.clock, self.metrics_file = config, clock, metrics_file
         self._saving = False
         super().__init__(**kwargs)
+        self.eval_items = eval_items
 
     def create_accelerator_and_postprocess(self) -> None:
         """Let accelerate know FSDP2 on CPUs too: torch has it, but accelerate puts it aside there."""
@@ -273,10 +295,25 @@ class RecipeTrainer(Trainer):
                 checkpoint.rename(run / PARTIAL / checkpoint.name)
             shutil.rmtree(run / PARTIAL)
 
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """In evaluation, weigh tokens alike, not batches: the mean over batches is then that over tokens."""
+        if not model.training and self.eval_items is not None:
+            num_items_in_batch = torch.tensor(self.eval_items, device=self.args.device)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log to the trainer's history, loggers and metrics.jsonl. Raises Diverged at a loss of nan, inf."""
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
-        logs["tokens"] = self.state.global_step * self.recipe.tokens_per_step
+        # Counted where sequences differ in length.
+        logs["tokens"] = (
+            self.state.num_input_tokens_seen or self.state.global_step * self.recipe.tokens_per_step
+        )
         if "eval_loss" in logs:
             logs["eval_perplexity"] = perplexity(loss)
         if "loss" in logs:
@@ -372,7 +409,9 @@ def metric(entry: dict[str, Any]) -> Metric | None:
     else:
         return None
     return {"step": entry["step"], "tokens": entry["tokens"]} | {
-        new: entry[old] for old, new in names.items()
+        new: entry[old]
+        for old, new in names.items()
+        if old != "grad_norm" or math.isfinite(entry[old])  # there is none where gradients are released
     }
 
 
