@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,11 +72,6 @@ class Contender:
                 raise UserError(f"--optimizers {text}: there is no option {name!r}; choose from {known}")
         return cls(name=text, optimizer=optimizer, choices=choices, grid=grid)  # type: ignore[arg-type]
 
-    @property
-    def folder(self) -> str:
-        """Its name as that of a folder."""
-        return self.name.replace(":", "-").replace(",", "-").replace("/", "_")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -116,7 +112,7 @@ class Cell:
     def path(self) -> Path:
         """Its folder within that of the comparison."""
         values = "".join(f"{name}={value:g}-" for name, value in self.values.items())
-        return Path(self.contender.folder, f"{values}seed{self.seed}")
+        return Path(folder_name(self.contender.name), f"{values}seed{self.seed}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +122,11 @@ class Outcome:
     cell: Cell
     loss: float
     reason: str | None = None  # why there is no figure
+
+
+def folder_name(contender: str) -> str:
+    """The name of a contender as that of a folder."""
+    return re.sub("[:,]", "-", contender).replace("/", "_")
 
 
 def read_sweep(texts: Sequence[str]) -> Grid:

@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:  # `pip install lorapre` brings this script
 from lorapre_recipes.cli.compare import compare
 from lorapre_recipes.cli.plan import plan
 from lorapre_recipes.cli.pretrain import pretrain
+from lorapre_recipes.cli.report import report
 from lorapre_recipes.config import UserError
 
 app = App(
@@ -29,7 +30,7 @@ app = App(
     version=lambda: version("lorapre"),
     default_parameter=Parameter(negative=()),  # no --no-x and --empty-x beside each option
 )
-for command in (pretrain, compare, plan):
+for command in (pretrain, compare, report, plan):
     app.command(command)
 
 
