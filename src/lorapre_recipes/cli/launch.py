@@ -68,6 +68,7 @@ def launch(recipe: Callable[..., Any], config: C, run: Path, *, resume: bool) ->
         UserError: the run cannot start.
     """
     from lorapre_recipes import distributed
+    from lorapre_recipes.corpus import StreamLost
     from lorapre_recipes.training import Diverged
 
     name = f"lorapre {recipe.__module__.rpartition('.')[2]}"
@@ -84,6 +85,9 @@ def launch(recipe: Callable[..., Any], config: C, run: Path, *, resume: bool) ->
     except Diverged as error:
         if distributed.is_main():
             print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except StreamLost as error:
+        print(f"\n{name}: {error}; {how_to_go_on(name, run)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if distributed.is_main():

