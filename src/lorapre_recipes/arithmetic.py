@@ -17,15 +17,22 @@ the other.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
 from lorapre_recipes.config import UserError
+from lorapre_recipes.finetune_data import Example
+from lorapre_recipes.tokens import END_OF_DOCUMENT
 
 LARGEST = 60  # of any number in a problem
+VOCABULARY = 384  # tokens: bytes, and what words the task has
 STEPS = (2, 3)  # what happens in a story, at least and at most
 
 NAMES = ("Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Tom", "Zoe")
@@ -126,14 +133,14 @@ EQUATIONS, STORIES = 32, 2  # in a document
 
 
 def write_task(out: Path, *, train: int, test: int, text: int, seed: int) -> None:
-    """Write train.jsonl, test.jsonl and text.jsonl, no question twice in or between them.
+    """Write train.jsonl, test.jsonl and text.jsonl, no question twice in or between them, and a tokenizer.
 
     Args:
         out: the folder; new or empty.
         train: problems to fine-tune on.
         test: problems to evaluate on; the same whatever the other numbers are.
         text: documents to pre-train on.
-        seed: of all three.
+        seed: of all that is drawn.
 
     Raises:
         UserError: a number below one, or a folder that holds something or cannot be made.
@@ -150,10 +157,35 @@ def write_task(out: Path, *, train: int, test: int, text: int, seed: int) -> Non
     seen: set[str] = set()
     held_out = problems(random.Random(f"{seed} test"), seen)
     write_lines(out / "test.jsonl", [next(held_out)._asdict() for _ in range(test)])
-    trained = problems(random.Random(f"{seed} train"), seen)
-    write_lines(out / "train.jsonl", [next(trained)._asdict() for _ in range(train)])
-    pages = texts(random.Random(f"{seed} text"), seen)
-    write_lines(out / "text.jsonl", [{"text": next(pages)} for _ in range(text)])
+    trained = list(itertools.islice(problems(random.Random(f"{seed} train"), seen), train))
+    write_lines(out / "train.jsonl", [problem._asdict() for problem in trained])
+    pages = list(itertools.islice(texts(random.Random(f"{seed} text"), seen), text))
+    write_lines(out / "text.jsonl", [{"text": page} for page in pages])
+    examples = (Example(*problem) for problem in trained)
+    tokenizer = train_tokenizer([*pages, *(example.prompt + example.completion for example in examples)])
+    tokenizer.save_pretrained(out / "tokenizer")
+
+
+def train_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which every digit is a token of its own, so that all numbers are read alike."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, eos_token=END_OF_DOCUMENT
+    )
 
 
 def write_lines(path: Path, rows: list[dict[str, str]]) -> None:

@@ -29,6 +29,19 @@ SHORT_RUN: Rates = {
 }
 
 
+# The paper gives the learning rates that it searched (1e-2, 5e-3, 1e-3, 5e-4, 1e-4) and its scale, 0.25, but not
+# which rate each figure was taken at. With that scale these start at GaLore's published rate, which is the
+# largest of them, and the dense ones in the middle; a comparison should sweep.
+PUBLISHED: Rates = {
+    "lorapre-adamw": (0.01, 0.25),
+    "lorapre-muon": (0.01, 0.25),
+    "galore": (0.01, 0.25),
+    "galore-muon": (0.01, 0.25),
+    "fira": (0.01, 0.25),
+    "adamw": (0.001, 1.0),
+}
+
+
 def llama_tiny(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
     """The quickstart: a Llama of 4.2 million parameters on 0.8 million tokens, minutes on two CPU cores."""
     return scaled_down(
@@ -91,6 +104,93 @@ def llama_20m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
     )
 
 
+def llama_arithmetic(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
+    """A model to fine-tune on `lorapre arithmetic`: 0.89 million parameters on 2.9 million tokens."""
+    return scaled_down(
+        optimizer,
+        {"adamw": (0.02, 0.25)},
+        preset="llama-arithmetic",
+        data="arithmetic/text.jsonl",
+        tokenizer="arithmetic/tokenizer",
+        vocab_size=384,
+        sequence_length=256,
+        held_out_every=100,
+        hidden_size=128,
+        intermediate_size=344,
+        layers=4,
+        heads=4,
+        steps=700,
+        batch_size=16,
+        checkpoints=2,
+        precision="bf16",
+    )
+
+
+def llama_60m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
+    """The paper's Table 1 at 60M, on C4: 1.3 billion tokens with their padding."""
+    return as_published(optimizer, PUBLISHED, preset="llama-60m", rank=128, steps=10_000, batch_size=128)
+
+
+def llama_130m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
+    """The paper's Table 1 at 130M, on C4: 2.6 billion tokens with their padding."""
+    return as_published(optimizer, PUBLISHED, preset="llama-130m", rank=256, steps=20_000, batch_size=64)
+
+
+def llama_350m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
+    """The paper's Table 1 at 350M, on C4: 7.9 billion tokens with their padding."""
+    return as_published(optimizer, PUBLISHED, preset="llama-350m", rank=256, steps=60_000, batch_size=64)
+
+
+def llama_1b(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
+    """The paper's Table 1 at 1B, on C4: 13.1 billion tokens with their padding."""
+    return as_published(optimizer, PUBLISHED, preset="llama-1b", rank=512, steps=100_000, batch_size=32)
+
+
+def llama_7b(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
+    """A Llama of 7B on C4. The paper has none: rank, steps and the rate of low-rank optimizers are GaLore's."""
+    rates = {name: (0.005 if scale == 0.25 else lr, scale) for name, (lr, scale) in PUBLISHED.items()}
+    return as_published(optimizer, rates, preset="llama-7b", rank=1024, steps=150_000, batch_size=16)
+
+
+def as_published(
+    optimizer: OptimizerName, rates: Rates, *, preset: str, batch_size: int, **fields: Any
+) -> PretrainConfig:
+    """The protocol as GaLore and LoRA-Pre publish it: C4, 512 sequences of 256 tokens a step, all in bfloat16.
+
+    Args:
+        optimizer: to train with.
+        rates: learning rate and scale of each optimizer.
+        preset: a name in `shapes.BUILT_IN`.
+        batch_size: sequences in a forward pass, for one large GPU; the protocol does not depend on it.
+        **fields: of the config: rank, steps.
+    """
+    from lorapre_recipes.shapes import BUILT_IN  # brings torch, which takes seconds
+
+    shape = BUILT_IN[preset]
+    return protocol(
+        optimizer,
+        rates,
+        preset=preset,
+        data="allenai/c4:en",
+        validation_split="validation",
+        eval_sequences=51_200,
+        tokenizer="google-t5/t5-base",
+        vocab_size=shape.vocab_size,
+        sequence_length=256,
+        packed=False,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        layers=shape.num_hidden_layers,
+        heads=shape.num_attention_heads,
+        batch_size=batch_size,
+        accumulation=512 // batch_size,
+        checkpoints=20,
+        precision="bf16",
+        dtype="bf16",
+        **fields,
+    )
+
+
 def scaled_down(optimizer: OptimizerName, rates: Rates, *, hidden_size: int, **fields: Any) -> PretrainConfig:
     """The protocol at a size for CPUs: text from a package, rank hidden / 8, 8,192 tokens a step."""
     scaled: dict[str, Any] = dict(
@@ -145,6 +245,12 @@ PRESETS: dict[str, Preset] = {
     "llama-1m": llama_1m,
     "llama-5m": llama_5m,
     "llama-20m": llama_20m,
+    "llama-60m": llama_60m,
+    "llama-130m": llama_130m,
+    "llama-350m": llama_350m,
+    "llama-1b": llama_1b,
+    "llama-7b": llama_7b,
+    "llama-arithmetic": llama_arithmetic,
 }
 
 

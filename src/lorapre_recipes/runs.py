@@ -9,7 +9,9 @@
     summary.json     the figures of the table at the end
     curves.png
     checkpoint-N/    model.safetensors, its config, tokenizer, optimizer, scheduler, random state;
-                     with --fsdp, weights and optimizer in shards of torch.distributed.checkpoint
+                     with --fsdp, weights and optimizer in shards of torch.distributed.checkpoint;
+                     of adapters, those alone
+    model/           only of adapters, at the end: the model with them merged in, and its tokenizer
 
 On several processes rank 0 prints and writes, but for the shards of a checkpoint.
 """
@@ -29,6 +31,7 @@ from lorapre_recipes.config import RunConfig, UserError
 C = TypeVar("C", bound=RunConfig)
 
 PARTIAL = "partial"  # where a checkpoint is while it is written
+MERGED = "model"
 
 
 def prepare_folder(
@@ -66,6 +69,21 @@ def last_checkpoint(run: Path) -> Path | None:
     # The trainer's state is the last file of a checkpoint.
     complete = [file.parent for file in run.glob("checkpoint-*/trainer_state.json")]
     return max(complete, key=checkpoint_step, default=None)
+
+
+def model_folder(name: str) -> str:
+    """Where transformers finds a model: of a run folder the newest, all else as it is.
+
+    Raises:
+        UserError: the run has no checkpoint yet.
+    """
+    run = Path(name).expanduser()
+    if not (run / "data.json").is_file():  # no run folder
+        return name
+    folder = run / MERGED if (run / MERGED).is_dir() else last_checkpoint(run)
+    if folder is None:
+        raise UserError(f"--model {name}: no checkpoint in this run folder")
+    return str(folder.resolve())
 
 
 def checkpoint_step(checkpoint: Path) -> int:

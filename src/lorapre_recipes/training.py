@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import (  # type: ignore[import-untyped]
@@ -45,6 +45,9 @@ from lorapre_recipes.optim import state_bytes
 from lorapre_recipes.report import Metric, Summary, plot_curves, summary_table
 from lorapre_recipes.runs import PARTIAL, last_checkpoint, prepare_folder
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 class Diverged(RuntimeError):
     """The loss is not a number any more."""
@@ -54,7 +57,7 @@ def train(
     config: RunConfig,
     out: Path,
     *,
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     optimizer: Optimizer,
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: Any,

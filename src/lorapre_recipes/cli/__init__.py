@@ -18,7 +18,9 @@ try:
 except ModuleNotFoundError as error:  # `pip install lorapre` brings this script, and torch alone
     raise SystemExit(f"lorapre: {error}; the recipes need more: pip install 'lorapre[recipes]'") from error
 
+from lorapre_recipes.cli.arithmetic import arithmetic
 from lorapre_recipes.cli.compare import compare
+from lorapre_recipes.cli.finetune import finetune
 from lorapre_recipes.cli.plan import plan
 from lorapre_recipes.cli.pretrain import pretrain
 from lorapre_recipes.cli.report import report
@@ -30,7 +32,7 @@ app = App(
     version=lambda: version("lorapre"),
     default_parameter=Parameter(negative=()),  # no --no-x and --empty-x beside each option
 )
-for command in (pretrain, compare, report, plan):
+for command in (pretrain, finetune, compare, report, plan, arithmetic):
     app.command(command)
 
 

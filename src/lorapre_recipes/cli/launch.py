@@ -26,7 +26,7 @@ def old_run(resume: Path, out: Path | None, changes: dict[str, Any]) -> Path:
 
 def new_run(out: Path | None, config: RunConfig) -> Path:
     """The run folder to make. Raises UserError where it holds something."""
-    run = out or Path("runs") / f"{config.preset}-{config.optimizer}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = out or Path("runs") / f"{config.preset}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     if os.environ.get("RANK", "0") == "0":  # another one may find what this one has begun
         check_new(run)
     return run

@@ -1,0 +1,203 @@
+"""Fine-tune a causal language model on questions and answers, and leave a run folder: `lorapre finetune`.
+
+All weights with one of the optimizers, or adapters of peft with AdamW. The loss is that of the answers'
+tokens.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from torch.optim import AdamW, Optimizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    set_seed,
+)
+
+from lorapre_recipes import distributed
+from lorapre_recipes.config import FinetuneConfig, UserError, parse_patterns, parse_rules
+from lorapre_recipes.corpus import one_line
+from lorapre_recipes.finetune_data import labels_per_batch, load_examples
+from lorapre_recipes.footprint import DTYPES
+from lorapre_recipes.optim import build_optimizer
+from lorapre_recipes.report import Summary
+from lorapre_recipes.runs import MERGED, PARTIAL, model_folder
+from lorapre_recipes.training import check_machine, check_processes, train
+
+ALPHA = 2  # times the rank: 16 at rank 8
+LORA_PLUS_RATIO = 16  # learning rate of B over that of A, as the paper of LoRA+ has it
+
+
+def finetune(
+    config: FinetuneConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    command: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Summary:
+    """Train, evaluate as it goes, fill the run folder `out`, and print the table.
+
+    Args:
+        config: everything that decides the numbers.
+        out: the run folder; new or empty, or that of the run to go on with.
+        resume: go on from the last checkpoint in `out`; `config` must be what `load_run` returns for it.
+        command: what to write to command.txt.
+        callbacks: more of transformers' trainer callbacks.
+
+    Raises:
+        UserError: the run cannot start, see `load_model`, `load_examples`, `build_optimizer`.
+        Diverged: the loss became infinite or not a number.
+    """
+    distributed.join()
+    if distributed.processes() > 1:
+        raise UserError("lorapre finetune: runs on one process; start it without torchrun")
+    check_machine(config)
+    check_processes(config)
+    folder = model_folder(config.model)
+    tokenizer = load_tokenizer(config.model, folder)
+    set_seed(config.seed)
+    base = load_model(config, folder)
+    freeze_(base, config)
+    model, optimizer = with_optimizer(base, config)
+    data = load_examples(config, tokenizer)
+    summary = train(
+        config,
+        out,
+        model=model,
+        optimizer=optimizer,
+        tokenizer=tokenizer,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        collate=collator(tokenizer, packing=config.packing),
+        facts=data.facts | {"model": folder},
+        resume=resume,
+        command=command,
+        callbacks=callbacks,
+        eval_items=labels_per_batch(data.validation, config.batch_size),
+        gradient_checkpointing=config.gradient_checkpointing,
+        include_num_input_tokens_seen="all" if config.packing else "non_padding",
+    )
+    if isinstance(model, PeftModel):
+        merged = model.merge_and_unload()
+        merged.save_pretrained(out / PARTIAL)
+        tokenizer.save_pretrained(out / PARTIAL)
+        shutil.rmtree(out / MERGED, ignore_errors=True)
+        (out / PARTIAL).rename(out / MERGED)
+    return summary
+
+
+# Model
+
+
+def load_tokenizer(name: str, folder: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model, with a token to pad with. Raises UserError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"--model {name}: has no tokenizer here ({one_line(error)})") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
+        raise UserError(f"--model {name}: needs a tokenizer with a tokenizer.json and an end token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # the mask and the labels say what is padding
+    return tokenizer
+
+
+def load_model(config: FinetuneConfig, folder: str) -> PreTrainedModel:
+    """The model with its weights in the dtype of the config. Raises UserError without it."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[config.dtype])
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"--model {config.model}: no causal language model here, nor found on the Hugging Face Hub "
+            f"({one_line(error)})"
+        ) from error
+    assert isinstance(model, PreTrainedModel)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.sequence_length > longest:
+        raise UserError(
+            f"--sequence-length {config.sequence_length}: the model reads at most {longest} tokens"
+        )
+    return model
+
+
+def freeze_(model: PreTrainedModel, config: FinetuneConfig) -> None:
+    """Freeze the parameters in whose names a pattern is found. Raises UserError where none is, or all are."""
+    for pattern in parse_patterns("freeze", config.freeze):
+        found = [parameter for name, parameter in model.named_parameters() if pattern.search(name)]
+        if not found:
+            raise UserError(f"--freeze {pattern.pattern!r}: found in the name of no parameter")
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("--freeze: leaves nothing to train")
+
+
+def with_optimizer(
+    model: PreTrainedModel, config: FinetuneConfig
+) -> tuple[PreTrainedModel | PeftModel, Optimizer]:
+    """The model, with its adapters where the method has them, and the optimizer of what trains."""
+    if config.adapter is None:
+        return model, build_optimizer(model, config, parse_rules(config.rules))
+    assert config.rank is not None
+    try:
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=config.rank,
+                lora_alpha=ALPHA * config.rank,
+                target_modules="all-linear",  # but for the head
+                use_rslora=config.adapter == "rslora",
+                use_dora=config.adapter == "dora",
+            ),
+        )
+    except ValueError as error:
+        raise UserError(f"--method {config.adapter}: {one_line(error)}") from error
+    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
+    if config.adapter == "lora+":
+        optimizer = create_loraplus_optimizer(
+            adapted,
+            AdamW,
+            lr=config.lr,
+            loraplus_lr_ratio=LORA_PLUS_RATIO,
+            loraplus_weight_decay=config.weight_decay,
+            **options,
+        )
+    else:
+        trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
+        optimizer = AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, **options)
+    return adapted, optimizer
+
+
+# Batches
+
+
+def collator(
+    tokenizer: PreTrainedTokenizerFast, *, packing: bool
+) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
+    """What makes a batch of rows: padded on the right, or all in one row where each sees itself alone.
+
+    Positions that begin anew tell the model where in the row an example begins.
+    """
+    if packing:
+        flatten = DataCollatorWithFlattening()  # type: ignore[no-untyped-call]
+
+        def packed(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            # A cache would hide from the model that the row holds more than one sequence.
+            return {**flatten(rows), "use_cache": False}
+
+        return packed
+    return DataCollatorForSeq2Seq(tokenizer)

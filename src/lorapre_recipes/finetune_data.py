@@ -1,0 +1,188 @@
+"""From `--data` to examples to fine-tune on: read, hold out, put in a template, tokenize."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import datasets  # type: ignore[import-untyped]
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from lorapre_recipes.config import FinetuneConfig, UserError
+from lorapre_recipes.corpus import JSONL_SUFFIX, hash_documents, looks_like_hub_name, one_line
+
+IGNORED = -100  # a label that the loss leaves out
+FIELDS = (("query", "response"), ("question", "answer"))  # MetaMathQA's and GSM8K's
+
+T = TypeVar("T")
+
+
+class Example(NamedTuple):
+    """A question and its answer."""
+
+    question: str
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        """What the model is given: the prompt of lm-eval's gsm8k task."""
+        return f"Question: {self.question}\nAnswer:"
+
+    @property
+    def completion(self) -> str:
+        """What it shall say, before the end token."""
+        return f" {self.answer}"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What the trainer needs: rows of `input_ids` and `labels`, with IGNORED where no answer is."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    facts: dict[str, Any]  # what must be the same when a run goes on
+
+
+def load_examples(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast) -> Examples:
+    """Read, take `samples` of them, hold out, and tokenize.
+
+    Examples with more than `sequence_length` tokens are left out, and their number is printed.
+
+    Raises:
+        UserError: no such data, a line without the fields, or too few examples for a step.
+    """
+    examples = list(read_examples(config.data))
+    if config.samples is not None:
+        examples = spaced(examples, config.samples)
+    encoded = [(example, encode(example, tokenizer)) for example in examples]
+    rows = [row for _, row in encoded if len(row["input_ids"]) <= config.sequence_length]
+    if len(rows) < len(encoded):
+        print(
+            f"lorapre: {len(encoded) - len(rows):,} of {len(encoded):,} examples have more than "
+            f"{config.sequence_length} tokens (--sequence-length) and are left out",
+            file=sys.stderr,
+        )
+    every = config.held_out_every
+    train = [row for i, row in enumerate(rows) if i % every != every - 1]
+    validation = [row for i, row in enumerate(rows) if i % every == every - 1]
+    if len(train) < config.sequences_per_step or not validation:
+        raise UserError(
+            f"--data {config.data}: too few examples, {len(train)} to train on where one step takes "
+            f"{config.sequences_per_step}, and {len(validation)} held out"
+        )
+    train = train[: len(train) // config.sequences_per_step * config.sequences_per_step]  # whole steps
+    count = min(len(validation), config.eval_sequences)
+    if count > config.batch_size:
+        count -= count % config.batch_size
+    facts = {
+        "sha256": hash_documents(text for example, _ in encoded for text in example),
+        "train_examples": len(train),
+        "validation_examples": count,
+    }
+    return Examples(as_dataset(train), as_dataset(spaced(validation, count)), facts)
+
+
+def spaced(values: Sequence[T], count: int) -> list[T]:
+    """`count` of the values, evenly spaced; all where there are no more."""
+    if count >= len(values):
+        return list(values)
+    return [values[i] for i in np.linspace(0, len(values) - 1, count).astype(int)]
+
+
+# Reading
+
+
+def read_examples(data: str) -> Iterator[Example]:
+    """The examples of a JSONL file or of the train split of a dataset on the hub. Raises UserError."""
+    path = Path(data).expanduser()
+    rows: Iterable[tuple[str, Any]]
+    if path.is_file():
+        rows = read_lines(path)
+    elif looks_like_hub_name(data):
+        rows = read_hub(data)
+    else:
+        raise UserError(
+            f"--data {data}: no such file; give one of JSON lines, or the name of a Hugging Face dataset "
+            "(owner/name or owner/name:config, as openai/gsm8k:main)"
+        )
+    for place, row in rows:
+        yield example_of(row, f"--data {place}")
+
+
+def example_of(row: Any, place: str) -> Example:
+    """The example in a row, under either pair of names. Raises UserError naming the place."""
+    for names in FIELDS:
+        if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in names):
+            question, answer = (row[name].strip() for name in names)
+            if not (question and answer):
+                raise UserError(f"{place}: the field {names[bool(question)]!r} is empty")
+            return Example(question, answer)
+    pairs = " or ".join(f"{first!r} and {second!r}" for first, second in FIELDS)
+    raise UserError(f"{place}: needs the fields {pairs}, which hold strings")
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each line that is not empty. Raises UserError where that is no JSON."""
+    if path.suffix != JSONL_SUFFIX:
+        raise UserError(f"--data {path}: must be a file of JSON lines, *{JSONL_SUFFIX}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {path}: not UTF-8 text (byte {error.start})") from error
+    except PermissionError as error:
+        raise UserError(f"--data {path}: not readable for this user") from error
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() breaks at U+2028 too
+        if line.strip():
+            try:
+                yield f"{path}: line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"--data {path}: line {number} is not JSON ({error.msg})") from error
+
+
+def read_hub(data: str) -> Iterable[tuple[str, Any]]:
+    """(place, row) of each row of a dataset on the Hugging Face hub. Raises UserError without it."""
+    name, _, subset = data.partition(":")
+    try:
+        rows = datasets.load_dataset(name, subset or None, split="train")
+    except OSError as error:  # offline; DatasetNotFoundError is one too
+        raise UserError(
+            f"--data {data}: no such file here, nor a dataset found on the Hugging Face Hub "
+            f"({one_line(error)})"
+        ) from error
+    except ValueError as error:  # unknown config or split
+        raise UserError(f"--data {data}: {one_line(error)}") from error
+    return ((f"{data}: row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+# Tokenizing
+
+
+def encode(example: Example, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
+    """Prompt, completion and end token as `input_ids`, and as `labels` with IGNORED over the prompt.
+
+    The whole is tokenized at once, and a token with any character of the completion is an answer's.
+    """
+    encoding = tokenizer(example.prompt + example.completion, return_offsets_mapping=True)
+    tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    start = len(example.prompt)
+    labels = [token if end > start else IGNORED for token, (_, end) in zip(tokens, offsets, strict=True)]
+    if tokens[-1] != tokenizer.eos_token_id:  # some tokenizers add it
+        tokens, labels = [*tokens, tokenizer.eos_token_id], [*labels, IGNORED]
+    labels[-1] = tokenizer.eos_token_id
+    return {"input_ids": tokens, "labels": labels}
+
+
+def as_dataset(rows: Sequence[dict[str, list[int]]]) -> datasets.Dataset:
+    """Rows as a dataset."""
+    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in ("input_ids", "labels")})
+
+
+def labels_per_batch(rows: datasets.Dataset, batch_size: int) -> float:
+    """How many labels count in a batch, on average over the batches of an evaluation."""
+    counted = sum(label != IGNORED for labels in rows["labels"] for label in labels)
+    return float(counted / -(-len(rows) // batch_size))
