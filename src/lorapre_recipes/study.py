@@ -266,11 +266,13 @@ def drawings(contenders: Sequence[Contender]) -> list[tuple[str, str, Draw]]:
 
 def save(path: Path, draw: Draw) -> Path | None:
     """Draw a picture and write it; None where there is nothing to draw."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_prop_cycle(color=[f"C{i}" for i in range(10)] * 2, linestyle=["-"] * 10 + ["--"] * 10)
+    colours = list(colormaps["tab10"].colors)  # type: ignore[attr-defined]
+    axes.set_prop_cycle(color=colours * 2, linestyle=["-"] * len(colours) + ["--"] * len(colours))
     if not draw(axes):
         return None
     axes.grid(alpha=0.25)

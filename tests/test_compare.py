@@ -1,0 +1,352 @@
+"""`lorapre compare` and `lorapre report`: cells, seeds, edges, resuming, what the report says, mistakes."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorapre_recipes import cli, compare, presets, study
+from lorapre_recipes.adapters import insert_adapters, merge_
+from lorapre_recipes.compare import (
+    Cell,
+    Comparison,
+    Contender,
+    Outcome,
+    beyond_the_edge,
+    cell_config,
+    read_sweep,
+)
+from lorapre_recipes.config import CHOICES, ONLY_FOR, OptimizerName, PretrainConfig, UserError
+from lorapre_recipes.optim import GaLoreMuon, build_optimizer, state_bytes
+from lorapre_recipes.presets import llama_tiny
+from lorapre_recipes.pretrain import build_model, pretrain
+from lorapre_recipes.report import read_metrics
+
+TEXTS = [f"Document {i}: the {i * i} quick brown foxes jump over {i} lazy dogs. " * 4 for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPRE_CACHE", str(tmp_path_factory.getbasetemp() / "lorapre-cache"))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PretrainConfig]:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+
+    def preset(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
+        config = llama_tiny(optimizer)
+        return config.replace(
+            preset="tiny",
+            data=str(corpus),
+            vocab_size=300,
+            sequence_length=16,
+            hidden_size=32,
+            intermediate_size=48,
+            layers=1,
+            heads=2,
+            rank=None if config.rank is None else 4,
+            refresh=None if config.refresh is None else 2,
+            steps=6,
+            batch_size=4,
+            eval_sequences=8,
+            log_points=6,
+            evaluations=2,
+            checkpoints=2,
+        )
+
+    monkeypatch.setitem(presets.PRESETS, "tiny", preset)
+    return preset
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Run cells in this process, which knows the preset `tiny`; the list fills with what was started."""
+    started = []
+
+    def run(arguments: list[str], **_: Any) -> Any:
+        assert arguments[:3] == [sys.executable, "-m", "lorapre_recipes.compare"]
+        started.append(arguments)
+        compare.run_cell(Path(arguments[3]), arguments[4])
+        return subprocess.CompletedProcess(arguments, 0)
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    return started
+
+
+@pytest.fixture
+def lorapre(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["lorapre", *map(str, arguments)])
+        code = cli.main()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_comparison_and_its_report(tiny: Any, here: list[Any], lorapre: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ours = "lorapre-adamw:variant=subspace,rank=4/8"
+    options = ["--preset", "tiny", "--optimizers", "adamw", "--optimizers", ours, "--jobs", 1, "--out", out]
+    code, stdout, _ = lorapre("compare", *options, "--sweep", "scale=0.05,0.5", "--seeds", 2)
+    assert code == 0
+    assert len(here) == 2 + 1 + 2 * 2 + 1
+    assert len(list(out.glob("*/*/summary.json"))) == len(here)
+    assert not list(out.rglob("checkpoint-*"))
+
+    # The same batches and first weights for all: the first loss is the same until rounding.
+    first = {read_metrics(file)[0]["loss"] for file in out.glob("*/*seed0/metrics.jsonl")}
+    assert len(first) == 1
+
+    # The best values on the first seed run on the second, and the table has their mean.
+    losses = {
+        path.parent.relative_to(out).as_posix(): json.loads(path.read_text())["validation_loss"]
+        for path in out.glob("*/*/summary.json")
+    }
+    best = min((v, k) for k, v in losses.items() if k.startswith("adamw") and k.endswith("seed0"))[1]
+    mean = (losses[best] + losses[best.replace("seed0", "seed1")]) / 2
+    markdown = (out / "report.md").read_text()
+    row = next(line for line in markdown.splitlines() if line.startswith("| adamw |"))
+    assert f"| {mean:.4f} ± " in row
+    assert "| 2 |" in row
+    assert "*" in row  # two values are two edges
+    assert max(map(len, stdout.splitlines())) <= 80 or str(out) in stdout.splitlines()[-1]
+
+    pictures = {path.name for path in out.glob("report-*.png")}
+    assert {"report-curves.png", "report-time.png", "report-state.png"} < pictures
+    assert {"report-rank.png", "report-sensitivity-scale.png", "report-sensitivity-rank.png"} < pictures
+    assert all(name in markdown for name in pictures)
+    assert "lorapre compare --preset tiny" in markdown
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(pictures)
+    assert not re.search(r'src="[^d]', page)
+
+    # Again, from the folders alone.
+    (out / "report.md").unlink()
+    assert lorapre("report", out)[0] == 0
+    assert (out / "report.md").read_text().split("Made with")[0] == markdown.split("Made with")[0]
+    code, stdout, _ = lorapre("report", next(out.glob("adamw/*seed1")), "--out", tmp_path / "one")
+    assert code == 0
+    assert "adamw" in stdout
+
+
+def test_what_has_ended_is_not_run_again(tiny: Any, here: list[Any], lorapre: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--preset", "tiny", "--optimizers", "adamw", "--optimizers", "lorapre-muon", "--jobs", 1]
+    assert lorapre("compare", *options, "--out", out)[0] == 0
+    losses = [path.read_text() for path in sorted(out.glob("*/*/summary.json"))]
+    removed = out / "lorapre-muon" / "seed0"
+    (removed / "summary.json").unlink()
+    here.clear()
+    assert lorapre("compare", "--resume", out)[0] == 0
+    assert len(here) == 1
+
+    def loss(text: str) -> float:
+        return json.loads(text)["validation_loss"]  # type: ignore[no-any-return]
+
+    assert [loss(text) for text in losses] == [
+        loss(path.read_text()) for path in sorted(out.glob("*/*/summary.json"))
+    ]
+
+
+def test_a_cell_that_was_killed_goes_on(
+    tiny: Any, here: list[Any], lorapre: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainerCallback
+
+    import lorapre_recipes.pretrain as recipe
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ["--preset", "tiny", "--optimizers", "lorapre-adamw", "--jobs", 1]
+    assert lorapre("compare", *options, "--out", whole)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "pretrain", lambda *a, **k: pretrain(*a, **k, callbacks=[Kill()]))
+        code, _, stderr = lorapre("compare", *options, "--out", cut)
+        assert code == 130
+        assert f"lorapre compare --resume {cut}" in stderr
+    assert list(cut.rglob("checkpoint-3"))
+    assert lorapre("compare", "--resume", cut)[0] == 0
+    a, b = (json.loads((x / "lorapre-adamw" / "seed0" / "summary.json").read_text()) for x in (whole, cut))
+    assert a["validation_loss"] == b["validation_loss"]
+
+
+def test_one_that_breaks_down_does_not_end_the_others(
+    tiny: Any, here: list[Any], lorapre: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ["--preset", "tiny", "--optimizers", "adamw:lr=1e30", "--optimizers", "sgd", "--jobs", 1]
+    code, stdout, _ = lorapre("compare", *options, "--out", out)
+    assert code == 0
+    row = next(line for line in (out / "report.md").read_text().splitlines() if "1e30 |" in line)
+    assert "the loss is" in row
+    assert "1 runs ended without a figure" in stdout.replace("\n", " ")
+
+
+def test_a_process_of_its_own(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("".join(TEXTS) * 3)
+    changes = {"data": str(corpus), "steps": 2, "batch_size": 2}
+    comparison = Comparison(
+        preset="llama-1m", contenders=("adamw",), grid={}, seeds=1, extend=0, changes=changes
+    )
+    (outcome,) = compare.compare(comparison, tmp_path / "out", jobs=2, command=None)
+    assert math.isfinite(outcome.loss), (tmp_path / "out/adamw/seed0/log.txt").read_text()
+    assert json.loads((tmp_path / "out/adamw/seed0/config.json").read_text())["steps"] == 2
+
+
+# Which cells
+
+
+def outcome(contender: Contender, loss: float, **values: float) -> Outcome:
+    return Outcome(cell=Cell(contender=contender, values=values, seed=0), loss=loss)
+
+
+def test_the_grid_goes_on_beyond_its_edge() -> None:
+    contender = Contender.parse("adamw")
+    rising = [outcome(contender, loss, scale=s, lr=0.01) for s, loss in ((0.1, 3.0), (0.2, 2.0), (0.4, 1.0))]
+    (cell,) = beyond_the_edge(rising)
+    assert cell.values == {"scale": 0.8, "lr": 0.01}  # of lr there is one value: no edge
+    inside = [*rising, outcome(contender, 1.5, scale=0.8, lr=0.01)]
+    assert list(beyond_the_edge(inside)) == []
+    falling = [outcome(contender, loss, scale=s) for s, loss in ((0.1, 1.0), (0.2, 2.0))]
+    assert [cell.values for cell in beyond_the_edge(falling)] == [{"scale": 0.05}]
+    assert list(beyond_the_edge([outcome(contender, math.inf, scale=0.1)])) == []
+
+
+def test_contenders_and_their_configs(tiny: Any) -> None:
+    contender = Contender.parse("lorapre-adamw:variant=paper,rank=2,beta2=0.999,scale=0.2/0.1")
+    assert contender.choices == {"variant": "paper"}
+    assert contender.grid == {"rank": (2.0,), "beta2": (0.999,), "scale": (0.1, 0.2)}
+    comparison = Comparison(
+        preset="tiny", contenders=(contender.name,), grid={}, seeds=1, extend=0, changes={"steps": 3}
+    )
+    cell = Cell(contender=contender, values={"rank": 2.0, "beta2": 0.999, "scale": 0.2}, seed=7)
+    config = cell_config(comparison, cell)
+    assert (config.variant, config.rank, config.betas, config.scale) == ("paper", 2, (0.9, 0.999), 0.2)
+    assert (config.steps, config.seed) == (3, 7)
+    assert read_sweep(["lr=0.02,0.01"]) == {"lr": (0.01, 0.02)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizers", "adam"], "--optimizers: there is no 'adam'; choose from lorapre-adamw"),
+        (["--optimizers", "adamw:size=3"], "--optimizers adamw:size=3: there is no option 'size'"),
+        (["--optimizers", "adamw:rank=3"], "--rank: adamw has no such option"),
+        (["--optimizers", "adamw:lr=fast"], "--optimizers adamw:lr=fast: give numbers"),
+        (["--sweep", "speed=1"], "--sweep speed=1: there is no 'speed' to sweep"),
+        (["--sweep", "lr="], "--sweep lr=: give numbers"),
+        (["--seeds", "0"], "--seeds: must be at least 1"),
+        (["--jobs", "0"], "--jobs: must be at least 1"),
+        (["--resume", "nowhere"], "--resume"),
+        (["--resume", "x", "--seeds", "2"], "--resume"),
+        (["--preset", "huge"], "--preset: there is no 'huge'"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str], message: str, lorapre: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, stdout, stderr = lorapre("compare", *arguments)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
+    assert message in stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_report_of_nothing(lorapre: Any, tmp_path: Path) -> None:
+    for arguments in ([], [tmp_path], [tmp_path / "missing"]):
+        code, _, stderr = lorapre("report", *arguments)
+        assert code == 2
+        assert stderr.startswith("lorapre: RUNS")
+    assert study.smoothed([(0.0, 1.0), (1.0, 3.0)]) == [(0.0, 2.0), (1.0, 2.0)]
+
+
+# Peers
+
+
+@pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
+def test_every_optimizer_trains(optimizer: OptimizerName, tiny: Any) -> None:
+    config = tiny(optimizer)
+    torch.manual_seed(0)
+    model = build_model(config, 0)
+    if optimizer in ("lora", "relora"):
+        insert_adapters(model, config)
+    try:
+        built = build_optimizer(model, config)
+    except UserError as error:
+        assert re.search("is not installed", str(error)), error  # noqa: PT017
+        pytest.skip(str(error))
+    tokens = torch.randint(0, 300, (4, 16))
+    losses = []
+    for _ in range(5):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        built.step()
+        built.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert state_bytes(built) > 0
+    for group in built.param_groups:
+        ours = optimizer in ONLY_FOR["variant"] and group.get("rank") is not None
+        rate = group["lr"] * (group.get("scale", 1.0) if ours else 1.0)
+        if any("_proj" in name for name in group.get("param_names", ())):
+            assert float(rate) == pytest.approx(config.lr * config.scale)
+
+
+def test_galore_muon_at_full_rank_is_muon_with_exact_orthogonalisation() -> None:
+    torch.manual_seed(0)
+    for shape in ((6, 10), (10, 6)):
+        weight = torch.nn.Parameter(torch.randn(shape))
+        start, buffer = weight.detach().clone(), torch.zeros(shape)
+        optimizer = GaLoreMuon(
+            [{"params": [weight], "lr": 0.1}], momentum=0.9, rank=6, refresh=100, weight_decay=0.0
+        )
+        for _ in range(3):
+            weight.grad = torch.randn(shape)
+            buffer = 0.9 * buffer + weight.grad
+            U, _, Vt = torch.linalg.svd(buffer, full_matrices=False)
+            start -= 0.1 * 0.2 * 10**0.5 * U @ Vt
+            optimizer.step()
+        torch.testing.assert_close(weight.detach(), start, rtol=1e-4, atol=1e-5)
+
+
+def test_relora_merges_without_changing_the_model(tiny: Any) -> None:
+    config = tiny("relora")
+    torch.manual_seed(0)
+    model = build_model(config, 0)
+    insert_adapters(model, config)
+    optimizer = build_optimizer(model, config)
+    tokens = torch.randint(0, 300, (4, 16))
+    for _ in range(2):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = model(input_ids=tokens).logits
+    held = state_bytes(optimizer)
+    merge_(model, optimizer)
+    torch.testing.assert_close(model(input_ids=tokens).logits, before, rtol=1e-4, atol=1e-5)
+    factors = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+    assert factors
+    assert all(not p.any() for p in factors.values())
+    assert state_bytes(optimizer) < held
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if ".base_layer." in name}
+
+
+def test_relora_in_a_run(tiny: Any, tmp_path: Path) -> None:
+    summary = pretrain(tiny("relora"), tmp_path / "run")
+    assert math.isfinite(summary.validation_loss)
