@@ -9,9 +9,24 @@ from lorapre_recipes.pretrain import build_model
 
 PARAMETERS = {
     "llama-tiny": 4_212_992,
+    "llama-arithmetic": 889_984,
     "llama-1m": 1_053_824,
     "llama-5m": 5_004_032,
     "llama-20m": 20_010_496,
+    "llama-60m": 58_073_600,
+    "llama-130m": 134_105_856,
+    "llama-350m": 367_969_280,
+    "llama-1b": 1_339_082_752,
+    "llama-7b": 6_738_415_616,
+}
+
+# rank and steps; LoRA-Pre's Table 1, for 7B GaLore's
+PUBLISHED = {
+    "llama-60m": (128, 10_000),
+    "llama-130m": (256, 20_000),
+    "llama-350m": (256, 60_000),
+    "llama-1b": (512, 100_000),
+    "llama-7b": (1024, 150_000),
 }
 
 
@@ -36,3 +51,15 @@ def test_scaled_down(name: str) -> None:
     config = PRESETS[name]("lorapre-adamw")
     assert config.tokens_per_step == 8192
     assert config.rank == config.hidden_size // 8
+    assert config.steps == 500 * {"llama-1m": 1, "llama-5m": 2, "llama-20m": 4}[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_as_published(name: str) -> None:
+    config = PRESETS[name]("lorapre-adamw")
+    assert (config.rank, config.steps) == PUBLISHED[name]
+    assert (config.sequences_per_step, config.sequence_length, config.packed) == (512, 256, False)
+    assert (config.data, config.validation_split) == ("allenai/c4:en", "validation")
+    assert (config.tokenizer, config.vocab_size) == ("google-t5/t5-base", 32_000)
+    assert (config.precision, config.dtype, config.scale) == ("bf16", "bf16", 0.25)
+    assert config.eval_sequences % config.batch_size == 0

