@@ -11,7 +11,7 @@ from typing import Any
 from common import ROOT, Result, environment, label, shown
 from cyclopts import App
 
-ORDER = ("step_time", "memory", "scaling", "bf16")
+ORDER = ("step_time", "memory", "scaling", "bf16", "tracking")
 
 app = App(help=__doc__)
 
