@@ -2,9 +2,9 @@
 
     python benchmarks/tracking.py
 
-A Llama is trained with AdamW. Every optimizer in the table sees the same gradients of its matrices, on
-weights of its own that are set back to zero after each step: what it leaves there is its update, beside AdamW's
-from the same gradients. Figures are means over matrices and over the second half of the run.
+A Llama is trained with AdamW. Every optimizer in the table sees the same gradients of its matrices, on weights
+of its own that are set back to zero after each step: what it leaves there is its update, beside AdamW's from
+the same gradients. Figures are means over matrices and over the second half of the run.
 """
 
 import contextlib
@@ -185,9 +185,9 @@ def main(
         rows=[row(name, rows, steps / 2) for name, rows in seen.items()],
         notes=[
             f"|g| / |EMA| is {sum(late) / len(late):.2f}; the loss ended at {loss.item():.3f}.",
-            "of: the moments that are low rank. cos m and |m|: B A beside the dense EMA; best: the cosine of the "
-            "EMA's own truncation to the rank. RMS, cos u: the update beside AdamW's from the same gradients; "
-            "max: its largest entry over the RMS of AdamW's.",
+            "of: the moments that are low rank. cos m and |m|: B A beside the dense EMA; best: the cosine of "
+            "the EMA's own truncation to the rank. RMS, cos u: the update beside AdamW's from the same "
+            "gradients; max: its largest entry over the RMS of AdamW's.",
         ],
     ).save(out, draw)
 
