@@ -2,9 +2,9 @@
 
     python benchmarks/tracking.py
 
-A Llama is trained with AdamW. Every optimizer in the table sees the same gradients of its matrices, on weights
-of its own that are set back to zero after each step: what it leaves there is its update, beside AdamW's from
-the same gradients. Figures are means over matrices and over the second half of the run.
+A Llama is trained with AdamW. Every optimizer in the table sees the same gradients of its matrices, on
+weights of its own that are set back to zero after each step: what it leaves there is its update, beside
+AdamW's from the same gradients. Figures are means over matrices and over the second half of the run.
 """
 
 import contextlib
