@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 
 from lorapre_recipes import distributed
-from lorapre_recipes.config import PretrainConfig
+from lorapre_recipes.adapters import Merge, insert_adapters
+from lorapre_recipes.config import ADAPTERS, PretrainConfig
 from lorapre_recipes.data import load_data
 from lorapre_recipes.footprint import DTYPES
 from lorapre_recipes.optim import build_optimizer
@@ -49,6 +50,11 @@ def pretrain(
         data = load_data(config, out if resume else None)
     set_seed(config.seed)
     model = build_model(config, data.tokenizer.eos_token_id)
+    if config.optimizer in ADAPTERS:
+        insert_adapters(model, config)
+    if config.optimizer == "relora":
+        assert config.refresh is not None
+        callbacks = [*callbacks, Merge(config.refresh)]
     summary = train(
         config,
         out,
