@@ -126,6 +126,8 @@ def test_a_comparison_and_its_report(tiny: Any, here: list[Any], lorapre: Any, t
     assert {"report-rank.png", "report-sensitivity-scale.png", "report-sensitivity-rank.png"} < pictures
     assert all(name in markdown for name in pictures)
     assert "lorapre compare --preset tiny" in markdown
+    figures = json.loads((out / "report.json").read_text())
+    assert {run["validation_loss"] for run in figures} == set(losses.values())
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(pictures)
     assert not re.search(r'src="[^d]', page)

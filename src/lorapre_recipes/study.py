@@ -23,6 +23,8 @@ from lorapre_recipes.compare import SWEPT, folder_name
 from lorapre_recipes.config import PretrainConfig, UserError
 from lorapre_recipes.report import Metric, describe_optimizer, read_metrics
 
+# Figures of a summary that `report.json` keeps.
+KEPT = ("state_bytes", "peak_bytes", "optimizer_share", "step_seconds", "device")
 LOGARITHMIC = ("lr", "scale", "rank", "eps", "batch_size", "refresh")
 
 
@@ -43,6 +45,20 @@ class Run:
         fields = dataclasses.asdict(self.config)
         fields["beta1"], fields["beta2"] = self.config.betas
         return {name: fields[name] for name in SWEPT if fields[name] is not None}
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What `report.json` keeps of it."""
+        loss = self.loss if math.isfinite(self.loss) else None  # JSON has no infinity
+        return {
+            "contender": self.contender,
+            "seed": self.config.seed,
+            "steps": self.config.steps,
+            **self.values,
+            "validation_loss": loss,
+            "reason": self.reason,
+            **{name: self.summary.get(name) for name in KEPT},
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +96,7 @@ class Contender:
 
 
 def write_report(folders: Sequence[Path], out: Path) -> None:
-    """Write report.md, report.html and their pictures, and print the table.
+    """Write report.md, report.html, report.json and their pictures, and print the table.
 
     Args:
         folders: of comparisons, or of single runs.
@@ -104,6 +120,8 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     markdown = render(contenders, pictures, made, again)
     (out / "report.md").write_text(markdown, encoding="utf-8")
     (out / "report.html").write_text(html(markdown, out), encoding="utf-8")
+    figures = [run.figures for run in runs]
+    (out / "report.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     console = Console()
     console.print(table(contenders))
     for line in notes(contenders):
