@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -69,7 +69,8 @@ def finetune(
     folder = model_folder(config.model)
     tokenizer = load_tokenizer(config.model, folder)
     set_seed(config.seed)
-    base = load_model(config, folder)
+    base = load_model(config.model, folder, DTYPES[config.dtype])
+    check_length(base, config)
     freeze_(base, config)
     model, optimizer = with_optimizer(base, config)
     data = load_examples(config, tokenizer)
@@ -115,22 +116,26 @@ def load_tokenizer(name: str, folder: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_model(config: FinetuneConfig, folder: str) -> PreTrainedModel:
-    """The model with its weights in the dtype of the config. Raises UserError without it."""
+def load_model(name: str, folder: str, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+    """The model with its weights in this dtype ("auto": as stored). Raises UserError without it."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[config.dtype])
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
-            f"--model {config.model}: no causal language model here, nor found on the Hugging Face Hub "
+            f"--model {name}: no causal language model here, nor found on the Hugging Face Hub "
             f"({one_line(error)})"
         ) from error
     assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def check_length(model: PreTrainedModel, config: FinetuneConfig) -> None:
+    """Refuse sequences that the model cannot read. Raises UserError."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.sequence_length > longest:
         raise UserError(
             f"--sequence-length {config.sequence_length}: the model reads at most {longest} tokens"
         )
-    return model
 
 
 def freeze_(model: PreTrainedModel, config: FinetuneConfig) -> None:

@@ -17,7 +17,8 @@ from lorapre_recipes.config import FinetuneConfig, UserError
 from lorapre_recipes.corpus import JSONL_SUFFIX, hash_documents, looks_like_hub_name, one_line
 
 IGNORED = -100  # a label that the loss leaves out
-FIELDS = (("query", "response"), ("question", "answer"))  # MetaMathQA's and GSM8K's
+# MetaMathQA's, GSM8K's and MATH's
+FIELDS = (("query", "response"), ("question", "answer"), ("problem", "solution"))
 
 T = TypeVar("T")
 
@@ -97,14 +98,14 @@ def spaced(values: Sequence[T], count: int) -> list[T]:
 # Reading
 
 
-def read_examples(data: str) -> Iterator[Example]:
-    """The examples of a JSONL file or of the train split of a dataset on the hub. Raises UserError."""
+def read_examples(data: str, split: str = "train") -> Iterator[Example]:
+    """The examples of a JSONL file or of a split of a dataset on the hub. Raises UserError."""
     path = Path(data).expanduser()
     rows: Iterable[tuple[str, Any]]
     if path.is_file():
         rows = read_lines(path)
     elif looks_like_hub_name(data):
-        rows = read_hub(data)
+        rows = read_hub(data, split)
     else:
         raise UserError(
             f"--data {data}: no such file; give one of JSON lines, or the name of a Hugging Face dataset "
@@ -144,11 +145,11 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 raise UserError(f"--data {path}: line {number} is not JSON ({error.msg})") from error
 
 
-def read_hub(data: str) -> Iterable[tuple[str, Any]]:
+def read_hub(data: str, split: str) -> Iterable[tuple[str, Any]]:
     """(place, row) of each row of a dataset on the Hugging Face hub. Raises UserError without it."""
     name, _, subset = data.partition(":")
     try:
-        rows = datasets.load_dataset(name, subset or None, split="train")
+        rows = datasets.load_dataset(name, subset or None, split=split)
     except OSError as error:  # offline; DatasetNotFoundError is one too
         raise UserError(
             f"--data {data}: no such file here, nor a dataset found on the Hugging Face Hub "
