@@ -101,8 +101,8 @@ def alone(folder: Path) -> Path:
     return folder / "alone"
 
 
-def checkpoints(run: Path) -> list[str]:
-    return sorted(path.name for path in run.glob("checkpoint-*"))
+def checkpoints(run: Path) -> list[int]:
+    return sorted(int(path.name.rpartition("-")[2]) for path in run.glob("checkpoint-*"))
 
 
 def assert_quiet_and_done(done: subprocess.CompletedProcess[str], run: str) -> None:
@@ -137,33 +137,33 @@ def test_killed_in_a_checkpoint_and_in_a_step_then_resumed(alone: Path, folder: 
     assert json.loads((whole / "config.json").read_text())["fsdp"] is True
     assert (whole / "command.txt").read_text().endswith("# 2 processes\n")
     assert "q_proj" in (whole / "coverage.txt").read_text()
-    assert checkpoints(whole) == ["checkpoint-12"]
+    assert checkpoints(whole) == [8, 12]
 
     run = folder / "cut"
     done = begin(torchrun(2), "cut", "--fsdp", folder=folder, kill="0 checkpoint 8")
     assert_died_clearly(done, victim=0)
-    assert checkpoints(run) == ["checkpoint-4"]
+    assert checkpoints(run) == [4]
     assert (run / "partial" / "checkpoint-8" / "pytorch_model_fsdp_0" / ".metadata").is_file()
     assert not (run / "partial" / "checkpoint-8" / "optimizer_0" / ".metadata").exists()
 
     done = launch(torchrun(2), "--resume", "cut", folder=folder, kill="1 step 11")
     assert "goes on from cut/checkpoint-4" in done.stderr
     assert_died_clearly(done, victim=1)
-    assert checkpoints(run) == ["checkpoint-8"]
+    assert checkpoints(run) == [4, 8]
     assert not (run / "partial").exists()
     assert losses(run)[-1]["step"] == 10
 
     assert_quiet_and_done(launch(torchrun(2), "--resume", "cut", folder=folder), "cut")
     assert losses(run) == losses(whole)  # exactly
-    assert checkpoints(run) == ["checkpoint-12"]
+    assert checkpoints(run) == [8, 12]
 
 
 def test_two_processes_then_three_then_one(alone: Path, folder: Path) -> None:
     run = folder / "moved"
     assert_died_clearly(begin(torchrun(2), "moved", "--fsdp", folder=folder, kill="1 step 6"), victim=1)
-    assert checkpoints(run) == ["checkpoint-4"]
+    assert checkpoints(run) == [4]
     launch(torchrun(3), "--resume", "moved", folder=folder, kill="2 step 10")
-    assert checkpoints(run) == ["checkpoint-8"]
+    assert checkpoints(run) == [4, 8]
     assert len(list((run / "checkpoint-8" / "optimizer_0").glob("*.distcp"))) == 3
     assert_quiet_and_done(launch(torchrun(1), "--resume", "moved", folder=folder), "moved")
     assert_same_up_to_rounding(run, alone)

@@ -278,13 +278,13 @@ def run_cell(out: Path, arguments: str) -> None:
     """Run a cell in this process, or go on with it."""
     from lorapre_recipes.cli.launch import quieten
     from lorapre_recipes.pretrain import pretrain
-    from lorapre_recipes.runs import last_checkpoint
+    from lorapre_recipes.runs import sound_checkpoint
     from lorapre_recipes.training import Diverged
 
     fields = json.loads(arguments)
     cell = Cell(**(fields | {"contender": Contender.parse(fields["contender"])}))
     run = out / cell.path
-    resume = last_checkpoint(run) is not None and cell.contender.optimizer in RESUMABLE
+    resume = sound_checkpoint(run) is not None and cell.contender.optimizer in RESUMABLE
     if not resume:
         for file in run.glob("*"):
             if file.is_dir():

@@ -10,7 +10,8 @@
     curves.png
     checkpoint-N/    model.safetensors, its config, tokenizer, optimizer, scheduler, random state;
                      with --fsdp, weights and optimizer in shards of torch.distributed.checkpoint;
-                     of adapters, those alone
+                     of adapters, those alone; manifest.json, the sha256 of each file. The last two are kept
+    damaged/         checkpoints whose files were not those of the manifest any more
     model/           only of adapters, at the end: the model with them merged in, and its tokenizer
 
 On several processes rank 0 prints and writes, but for the shards of a checkpoint.
@@ -18,19 +19,25 @@ On several processes rank 0 prints and writes, but for the shards of a checkpoin
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from lorapre_recipes import distributed
 from lorapre_recipes.config import RunConfig, UserError
 
 C = TypeVar("C", bound=RunConfig)
 
 PARTIAL = "partial"  # where a checkpoint is while it is written
+DAMAGED = "damaged"
+MANIFEST = "manifest.json"  # the last file of a checkpoint
 MERGED = "model"
 
 
@@ -65,17 +72,72 @@ def prepare_folder(
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end, or None."""
-    # The trainer's state is the last file of a checkpoint.
-    complete = [file.parent for file in run.glob("checkpoint-*/trainer_state.json")]
-    return max(complete, key=checkpoint_step, default=None)
+    """The newest checkpoint of a run, which was written to its end, or None."""
+    return max(checkpoints(run), key=checkpoint_step, default=None)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run. What has this name was written to its end."""
+    return [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdecimal()]
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Write down the sha256 of each file of a checkpoint."""
+    files = sorted(file for file in checkpoint.rglob("*") if file.is_file())
+    manifest = {
+        "lorapre": version("lorapre"),
+        "files": {file.relative_to(checkpoint).as_posix(): sha256(file) for file in files},
+    }
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None if they are those of its manifest."""
+    name = MANIFEST
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in manifest["files"].items():
+            if sha256(checkpoint / name) != expected:
+                return f"{name} is not what was written"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not what was written"
+    return None
+
+
+def sha256(file: Path) -> str:
+    """The sha256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while part := opened.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def sound_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint without damage, or None. Newer ones are moved to `damaged`, with a line each."""
+    while (checkpoint := last_checkpoint(run)) is not None and (fault := damage(checkpoint)) is not None:
+        aside = run / DAMAGED / checkpoint.name
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(exist_ok=True)
+        checkpoint.rename(aside)
+        before = last_checkpoint(run)
+        print(
+            f"lorapre: {checkpoint} is damaged ({fault}) and was moved to {aside}; "
+            + (f"the run goes on from {before}" if before else "there is no other checkpoint"),
+            file=sys.stderr,
+        )
+    return checkpoint
 
 
 def model_folder(name: str) -> str:
     """Where transformers finds a model: of a run folder the newest, all else as it is.
 
     Raises:
-        UserError: the run has no checkpoint yet.
+        UserError: the run has no checkpoint yet, or its newest is damaged.
     """
     run = Path(name).expanduser()
     if not (run / "data.json").is_file():  # no run folder
@@ -83,6 +145,10 @@ def model_folder(name: str) -> str:
     folder = run / MERGED if (run / MERGED).is_dir() else last_checkpoint(run)
     if folder is None:
         raise UserError(f"--model {name}: no checkpoint in this run folder")
+    if folder.name != MERGED and (fault := damage(folder)) is not None:
+        others = sorted((x for x in checkpoints(run) if x != folder), key=checkpoint_step)
+        offer = f"; the one before it is {others[-1]}" if others else ""
+        raise UserError(f"--model {name}: {folder.name} is damaged ({fault}){offer}")
     return str(folder.resolve())
 
 
@@ -96,7 +162,8 @@ def load_run(run: Path, kind: type[C]) -> C:
     if not (run / "config.json").is_file():
         raise UserError(f"--resume {run}: not a run folder, config.json is missing")
     config = kind.load(run / "config.json")
-    checkpoint = last_checkpoint(run)
+    distributed.join()
+    checkpoint = distributed.on_main(lambda: sound_checkpoint(run))
     if checkpoint is None:
         raise UserError(f"--resume {run}: no checkpoint in this run folder; start again with a new --out")
     if checkpoint_step(checkpoint) >= config.steps:
@@ -115,4 +182,6 @@ def record_data(facts: dict[str, Any], file: Path) -> None:
             raise UserError(
                 f"--resume {file.parent}: the data have changed since this run began; start a new run"
             )
-    file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    new = file.with_suffix(".new")  # of a process that is killed here, nobody finds half a file
+    new.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    os.replace(new, file)

@@ -25,6 +25,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
     FullyShardedDataParallelPlugin,
 )
 from rich.console import Console
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import (
@@ -36,6 +37,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from lorapre import coverage, gradient_release
 from lorapre_recipes import distributed
@@ -43,14 +45,28 @@ from lorapre_recipes.config import RunConfig, UserError
 from lorapre_recipes.footprint import FLOAT32
 from lorapre_recipes.optim import state_bytes
 from lorapre_recipes.report import Metric, Summary, plot_curves, summary_table
-from lorapre_recipes.runs import PARTIAL, last_checkpoint, prepare_folder
+from lorapre_recipes.runs import (
+    PARTIAL,
+    checkpoint_step,
+    checkpoints,
+    last_checkpoint,
+    prepare_folder,
+    write_manifest,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
+KEPT = 2  # checkpoints: should the last one be damaged, there is another
+
+
 class Diverged(RuntimeError):
     """The loss is not a number any more."""
+
+
+class NotWritten(RuntimeError):
+    """A checkpoint could not be written."""
 
 
 def train(
@@ -91,6 +107,7 @@ def train(
     Raises:
         UserError: the run cannot start.
         Diverged: the loss became infinite or not a number.
+        NotWritten: a checkpoint could not be written.
     """
     start = time.perf_counter()
     clock = Clock()
@@ -187,7 +204,6 @@ def training_arguments(config: RunConfig, out: Path, **changes: Any) -> Training
         eval_steps=config.eval_every,
         prediction_loss_only=True,
         save_steps=config.save_every,
-        save_total_limit=1,
         report_to=list(config.report_to) or "none",
         disable_tqdm=False,
         ddp_timeout=round(distributed.TIMEOUT.total_seconds()),
@@ -285,18 +301,42 @@ class RecipeTrainer(Trainer):
 
         What is called checkpoint-N is complete, whenever a process or the machine's owner kills the run.
         """
+        run, name = self.metrics_file.parent, f"checkpoint-{self.state.global_step}"
         self._saving = True
-        super()._save_checkpoint(model, trial)
-        self._saving = False
-        distributed.barrier()
+        try:
+            super()._save_checkpoint(model, trial)
+            distributed.barrier()
+            if distributed.is_main():
+                write_manifest(run / PARTIAL / name)
+        except (Exception, CheckpointException) as error:
+            if distributed.is_lost_contact(error):
+                raise
+            free = shutil.disk_usage(run).free / 2**20
+            if distributed.processes() == 1:
+                shutil.rmtree(run / PARTIAL, ignore_errors=True)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise NotWritten(
+                f"{name} could not be written ({reason}); the disk has {free:,.0f} MiB left"
+            ) from error
+        finally:
+            self._saving = False
         if distributed.is_main():
-            run = self.metrics_file.parent
-            old = list(run.glob("checkpoint-*"))
-            name = f"checkpoint-{self.state.global_step}"
             (run / PARTIAL / name).rename(run / name)
-            for checkpoint in old:  # out of the way before it is incomplete
-                checkpoint.rename(run / PARTIAL / checkpoint.name)
+            for old in sorted(checkpoints(run), key=checkpoint_step)[:-KEPT]:
+                old.rename(run / PARTIAL / old.name)  # out of the way before it is incomplete
             shutil.rmtree(run / PARTIAL)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write what the Trainer writes, but for training_args.bin: a pickle, which nothing here reads."""
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Raises UserError where the state in the checkpoint does not fit the optimizer."""
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise UserError(f"--resume: {checkpoint} does not fit this run ({error})") from error
 
     def compute_loss(
         self,

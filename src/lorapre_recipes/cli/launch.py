@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shlex
@@ -69,7 +70,7 @@ def launch(recipe: Callable[..., Any], config: C, run: Path, *, resume: bool) ->
     """
     from lorapre_recipes import distributed
     from lorapre_recipes.corpus import StreamLost
-    from lorapre_recipes.training import Diverged
+    from lorapre_recipes.training import Diverged, NotWritten
 
     name = f"lorapre {recipe.__module__.rpartition('.')[2]}"
     if launched_with_fsdp() and not config.fsdp:
@@ -86,7 +87,7 @@ def launch(recipe: Callable[..., Any], config: C, run: Path, *, resume: bool) ->
         if distributed.is_main():
             print(f"{name}: {error}", file=sys.stderr)
         return 1
-    except StreamLost as error:
+    except (StreamLost, NotWritten) as error:
         print(f"\n{name}: {error}; {how_to_go_on(name, run)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -94,6 +95,9 @@ def launch(recipe: Callable[..., Any], config: C, run: Path, *, resume: bool) ->
             print(f"\n{name}: interrupted; {how_to_go_on(name, run)}", file=sys.stderr)
         return 130
     except BaseException as error:  # the checkpoint's own error is no Exception
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"\n{name}: {error}; {how_to_go_on(name, run)}", file=sys.stderr)
+            return 1
         if not distributed.is_lost_contact(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].partition(". ")[0]
