@@ -38,6 +38,7 @@ Adapter = Literal["lora", "rslora", "dora", "lora+"]
 Variant = Literal["paper", "calibrated", "subspace"]
 Compress = Literal["both", "first", "second"]
 Precision = Literal["fp32", "bf16"]
+TaskName = Literal["gsm8k", "math-500"]  # of `lorapre evaluate`
 
 LOW_RANK: tuple[OptimizerName, ...] = ("lorapre-adamw", "lorapre-muon")
 PROJECTED: tuple[OptimizerName, ...] = ("galore", "galore-muon", "fira", "apollo")
@@ -142,14 +143,14 @@ class RunConfig:
         for name, optimizers in ONLY_FOR.items():
             value = getattr(self, name)
             if value is None and self.optimizer in optimizers:
-                raise UserError(f"{flag(name)}: {self.optimizer} needs a value")
+                raise UserError(f"{flag(name)}: {self.method} needs a value")
             if value is not None and self.optimizer not in optimizers:
                 raise UserError(
-                    f"{flag(name)}: {self.optimizer} has no such option; leave it out, "
-                    f"or use --optimizer {' or '.join(optimizers)}"
+                    f"{flag(name)}: {self.method} has no such option; leave it out "
+                    f"(those that have it: {', '.join(optimizers)})"
                 )
         if self.stochastic_rounding and self.optimizer not in LOW_RANK:
-            raise UserError(f"--stochastic-rounding: {self.optimizer} has no such option; leave it out")
+            raise UserError(f"--stochastic-rounding: {self.method} has no such option; leave it out")
         if self.stochastic_rounding and self.dtype != "bf16":
             raise UserError("--stochastic-rounding: float32 weights need none; give --dtype bf16 with it")
         if self.release and self.optimizer not in LOW_RANK:

@@ -7,6 +7,7 @@ tokens.
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +72,9 @@ def finetune(
     set_seed(config.seed)
     base = load_model(config.model, folder, DTYPES[config.dtype])
     check_length(base, config)
+    if config.gradient_checkpointing:
+        old = "gradient_checkpointing_enable"  # before transformers 5.23
+        getattr(base, "activation_checkpointing_enable", getattr(base, old))({"use_reentrant": False})
     freeze_(base, config)
     model, optimizer = with_optimizer(base, config)
     data = load_examples(config, tokenizer)
@@ -88,7 +92,6 @@ def finetune(
         command=command,
         callbacks=callbacks,
         eval_items=labels_per_batch(data.validation, config.batch_size),
-        gradient_checkpointing=config.gradient_checkpointing,
         include_num_input_tokens_seen="all" if config.packing else "non_padding",
     )
     if isinstance(model, PeftModel):
@@ -157,18 +160,18 @@ def with_optimizer(
     if config.adapter is None:
         return model, build_optimizer(model, config, parse_rules(config.rules))
     assert config.rank is not None
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=ALPHA * config.rank,
+        target_modules="all-linear",  # but for the head
+        use_rslora=config.adapter == "rslora",
+        use_dora=config.adapter == "dora",
+    )
     try:
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                task_type="CAUSAL_LM",
-                r=config.rank,
-                lora_alpha=ALPHA * config.rank,
-                target_modules="all-linear",  # but for the head
-                use_rslora=config.adapter == "rslora",
-                use_dora=config.adapter == "dora",
-            ),
-        )
+        with warnings.catch_warnings():  # peft 0.21 reads an attribute that transformers 5.23 has renamed
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"--method {config.adapter}: {one_line(error)}") from error
     options: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
