@@ -193,8 +193,8 @@ def test_one_that_breaks_down_does_not_end_the_others(
     options = ["--preset", "tiny", "--optimizers", "adamw:lr=1e30", "--optimizers", "sgd", "--jobs", 1]
     code, stdout, _ = lorapre("compare", *options, "--out", out)
     assert code == 0
-    row = next(line for line in (out / "report.md").read_text().splitlines() if "1e30 |" in line)
-    assert "the loss is" in row
+    row = next(line for line in (out / "report.md").read_text().splitlines() if "the loss is" in line)
+    assert row.startswith("| adamw |")
     assert "1 runs ended without a figure" in stdout.replace("\n", " ")
 
 

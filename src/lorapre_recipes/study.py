@@ -70,6 +70,17 @@ class Contender:
     best: list[Run]
 
     @property
+    def title(self) -> str:
+        """The optimizer in words, with what its own options say beyond that."""
+        config = self.runs[0].config
+        described = {"variant", "compress", "rank", *SWEPT[:2]}
+        _, _, options = self.name.partition(":")
+        others = [option for option in options.split(",") if option and option.split("=")[0] not in described]
+        several = len({run.config.rank for run in self.runs}) > 1
+        words = label(config) if several else describe_optimizer(config)
+        return ", ".join([words, *others])
+
+    @property
     def loss(self) -> float:
         """Mean over seeds, in nats per token; infinite where no run ended with a number."""
         return statistics.fmean(run.loss for run in self.best) if self.best else math.inf
@@ -210,21 +221,21 @@ def rows(contenders: Sequence[Contender]) -> list[list[str]]:
     for contender in sorted(contenders, key=lambda each: each.loss):
         if not contender.best:
             reason = next((run.reason for run in contender.runs if run.reason), "no run has ended")
-            cells.append([contender.name, "-", (reason or "").partition(";")[0], "", "", "", "", ""])
+            cells.append([contender.title, "-", (reason or "").partition(";")[0], "", "", "", "", ""])
             continue
         config = contender.best[0].config
         spread = "" if contender.spread is None else f" ± {contender.spread:.4f}"
         peak = contender.best[0].summary.get("peak_bytes")
         cells.append(
             [
-                contender.name,
+                contender.title,
                 f"{statistics.fmean(math.exp(run.loss) for run in contender.best):.2f}",
                 f"{contender.loss:.4f}{spread}",
                 str(len(contender.best)),
                 f"{config.lr:g} x {config.scale:g}" + "*" * bool(contender.at_edge),
                 f"{contender.mean('state_bytes') / 2**20:.2f}",
                 "" if peak is None else f"{peak / 2**20:,.0f}",
-                f"{contender.mean('optimizer_share'):.0%}",
+                f"{contender.mean('optimizer_share'):.1%}",
             ]
         )
     return cells
@@ -312,7 +323,7 @@ def draw_curves(axes: Any, contenders: Sequence[Contender], x: str) -> bool:
         if y == "loss":
             points = smoothed(points)
         if points:
-            axes.plot(*zip(*points, strict=True), label=contender.name, linewidth=1.3)
+            axes.plot(*zip(*points, strict=True), label=contender.title, linewidth=1.3)
             ends.append([value for _, value in points])
     if not ends:
         return False
@@ -347,7 +358,7 @@ def draw_state(axes: Any, contenders: Sequence[Contender]) -> bool:
                 marker="o",
                 linestyle="",
                 capsize=3,
-                label=contender.name,
+                label=contender.title,
             )
             drawn = True
     axes.set_xlabel("optimizer state (MiB)")
@@ -389,10 +400,13 @@ def draw_sensitivity(axes: Any, contenders: Sequence[Contender], name: str) -> b
                 best[run.values[name]] = min(best.get(run.values[name], math.inf), run.loss)
         points = sorted((value, loss) for value, loss in best.items() if math.isfinite(loss))
         if len(best) > 1 and points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=contender.name)
+            axes.plot(*zip(*points, strict=True), marker="o", label=contender.title)
             drawn = True
-    if name in LOGARITHMIC:
+    if name in LOGARITHMIC and drawn:
         axes.set_xscale("log")
+        tried = sorted({run.values[name] for each in contenders for run in each.runs if name in run.values})
+        axes.set_xticks(tried, [f"{value:g}" for value in tried])
+        axes.minorticks_off()
     axes.set_xlabel(name)
     axes.set_ylabel("validation loss (nats per token)")
     return drawn
