@@ -7,12 +7,12 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-BENCH_INSTALLED := $(VENV)/.installed-bench
 SOURCES := $(wildcard src tests benchmarks)
+OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-gpu bench lint format clean
+.PHONY: help quickstart test test-gpu test-oldest bench docs audit lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -34,12 +34,22 @@ test-gpu: $(INSTALLED)  ## run what has kernels of its own on the GPU, if there 
 		print('torch sees no GPU: the kernels run in the interpreter of Triton, what needs a GPU is skipped')"
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
 
-$(BENCH_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[recipes,bench]'
+# Extras of pyproject.toml that only one target needs.
+$(INSTALLED)-%: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$*]'
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[recipes,dev]'
+	touch $@
+
+# Gigabytes: there may be no build of an old torch without CUDA (see constraints-oldest.txt).
+test-oldest: $(OLDEST)/.installed  ## run the tests with the oldest dependencies that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 $(ARGS)
+
 # What needs a GPU says "not measured" without one. Leave the machine alone meanwhile: these are timings.
-bench: $(BENCH_INSTALLED)  ## measure time and memory beside other optimizers, in some minutes
+bench: $(INSTALLED)-bench  ## measure time and memory beside other optimizers, in some minutes
 	$(BIN)/python benchmarks/step_time.py --model llama-60m --ranks 16 128
 	$(BIN)/python benchmarks/step_time.py --model llama-60m --ranks 16 --dtype bf16
 	$(BIN)/python benchmarks/step_time.py --model llama-1b --ranks 64 256 --dtype bf16 --device cuda
@@ -47,6 +57,12 @@ bench: $(BENCH_INSTALLED)  ## measure time and memory beside other optimizers, i
 	$(BIN)/python benchmarks/memory.py --model llama-3.1-8b --ranks 256 --dtype bf16 --device cuda
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/report.py
+
+docs: $(INSTALLED)-docs  ## build the site in site/; a warning or a link that leads nowhere is an error
+	$(BIN)/mkdocs build --strict --quiet $(ARGS)
+
+audit: $(INSTALLED)-audit  ## look the pinned packages up in the database of known vulnerabilities
+	$(BIN)/python .ci/audit.py
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check $(SOURCES)
@@ -58,5 +74,5 @@ format: $(INSTALLED)  ## apply the style
 	$(BIN)/ruff format $(SOURCES)
 
 clean:  ## remove the virtual environment, caches and build products (keeps runs/)
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
