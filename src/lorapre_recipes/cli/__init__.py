@@ -20,6 +20,7 @@ except ModuleNotFoundError as error:  # `pip install lorapre` brings this script
 
 from lorapre_recipes.cli.arithmetic import arithmetic
 from lorapre_recipes.cli.compare import compare
+from lorapre_recipes.cli.evaluate import evaluate
 from lorapre_recipes.cli.finetune import finetune
 from lorapre_recipes.cli.plan import plan
 from lorapre_recipes.cli.pretrain import pretrain
@@ -32,7 +33,7 @@ app = App(
     version=lambda: version("lorapre"),
     default_parameter=Parameter(negative=()),  # no --no-x and --empty-x beside each option
 )
-for command in (pretrain, finetune, compare, report, plan, arithmetic):
+for command in (pretrain, finetune, evaluate, compare, report, plan, arithmetic):
     app.command(command)
 
 

@@ -1,0 +1,309 @@
+"""Answer questions with a model and score the answers: `lorapre evaluate`.
+
+Generation, extraction of the answer from what is generated, and scoring are lm-eval's: its own task, whose
+questions, prompt and length are replaced. The prompt is that of `lorapre finetune`, without examples.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import lm_eval  # type: ignore[import-untyped]
+import torch
+from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
+from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from lorapre_recipes.config import TaskName, UserError
+from lorapre_recipes.finetune import collator, load_model, load_tokenizer
+from lorapre_recipes.finetune_data import IGNORED, Example, encode, read_examples
+from lorapre_recipes.report import duration
+from lorapre_recipes.runs import model_folder
+from lorapre_recipes.training import describe_device
+
+MAX_NEW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark: lm-eval's task, and what it takes the questions from.
+
+    Args:
+        data: the dataset on the Hugging Face hub.
+        path: of the task's file below lm_eval/tasks.
+        question: the name that the task has for questions.
+        answer: the name that it has for worked answers.
+        final: what it finds the final answer in them by; an answer without it would count as wrong.
+    """
+
+    data: str
+    path: str
+    question: str
+    answer: str
+    final: str
+
+
+TASKS: dict[TaskName, Task] = {
+    "gsm8k": Task("openai/gsm8k:main", "gsm8k/gsm8k.yaml", "question", "answer", r"#### \S+$"),
+    "math-500": Task(
+        "HuggingFaceH4/MATH-500", "minerva_math/minerva_math500.yaml", "problem", "solution", r"\\boxed"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of it."""
+
+    model: str
+    task: str
+    data: str
+    examples: int
+    metrics: dict[str, float]  # lm-eval's, by metric and filter: shares of the examples
+    errors: dict[str, float]  # their standard errors
+    answer_loss: float | None  # nats per token of the answers; None where no example fits the model
+    answer_tokens: int
+    too_long: int  # examples that the loss leaves out
+    max_new_tokens: int
+    batch_size: int
+    seconds: float
+    device: str
+    versions: dict[str, str]
+    generations: list[dict[str, str]]
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+
+def evaluate(
+    model: str,
+    task: TaskName,
+    *,
+    data: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    out: Path | None = None,
+) -> Evaluation:
+    """Score a model's answers, take the loss of the right ones, print a table and write it as JSON.
+
+    Args:
+        model: a name on the Hugging Face hub, a folder, or a run folder.
+        task: what to evaluate on.
+        data: a JSONL file or a dataset on the hub in place of the task's own.
+        limit: take the first of the examples only.
+        batch_size: examples in a batch.
+        max_new_tokens: length of an answer; default MAX_NEW_TOKENS, or less where the model reads less.
+        out: the JSON file; default evaluation-TASK.json in the model's folder.
+
+    Raises:
+        UserError: no such model or data, answers that the task cannot score, or questions too long.
+    """
+    start = time.perf_counter()
+    for name, value in (("limit", limit), ("batch-size", batch_size), ("max-new-tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: must be at least 1, not {value}")
+    out = check_writable(out or default_file(model, task))
+    data = data or TASKS[task].data
+    examples = task_examples(task, data, limit)
+    folder = model_folder(model)
+    tokenizer = load_tokenizer(model, folder)
+    weights = load_model(model, folder, "auto")
+    if torch.accelerator.is_available():
+        weights.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+    weights.eval()  # type: ignore[no-untyped-call]
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about options that are ours
+    lm = HFLM(pretrained=weights, tokenizer=tokenizer, batch_size=batch_size)
+    max_new_tokens = answer_length(lm.max_length, examples, tokenizer, max_new_tokens)
+    metrics, errors, texts = score(lm, task, examples, max_new_tokens)
+    loss, tokens, too_long = answer_loss(weights, tokenizer, examples, batch_size, lm.max_length)
+    result = Evaluation(
+        model=model,
+        task=task,
+        data=data,
+        examples=len(examples),
+        metrics=metrics,
+        errors=errors,
+        answer_loss=loss,
+        answer_tokens=tokens,
+        too_long=too_long,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seconds=time.perf_counter() - start,
+        device=describe_device(weights.device),
+        versions={"python": platform.python_version()}
+        | {name: version(name) for name in ("lm_eval", "torch", "transformers")},
+        generations=[
+            {"question": example.question, "answer": example.answer, "generated": text}
+            for example, text in zip(examples, texts, strict=True)
+        ],
+    )
+    result.save(out)
+    console = Console()
+    console.print(result_table(result))
+    console.print(f"Written to {out}", soft_wrap=True)
+    return result
+
+
+def default_file(model: str, task: TaskName) -> Path:
+    """`evaluation-TASK.json` in a local model's folder, or here with the model's name in it."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder / f"evaluation-{task}.json"
+    return Path(f"evaluation-{task}-{model.replace('/', '--')}.json")
+
+
+def check_writable(out: Path) -> Path:
+    """The file, where it can be written. Raises UserError: better now than after hours."""
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out}: no file can be written there")
+    return out
+
+
+def task_examples(task: TaskName, data: str, limit: int | None) -> list[Example]:
+    """The examples, with answers that the task can score. Raises UserError."""
+    examples = list(read_examples(data, split="test"))[:limit]
+    if not examples:
+        raise UserError(f"--data {data}: there are no examples")
+    for number, example in enumerate(examples, start=1):
+        if not re.search(TASKS[task].final, example.answer):
+            wanted = "end in '#### ' and a number" if task == "gsm8k" else "hold its result in '\\boxed{}'"
+            raise UserError(f"--data {data}: answer {number} cannot be scored, for {task} it must {wanted}")
+    return examples
+
+
+def answer_length(
+    reads: int, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, wanted: int | None
+) -> int:
+    """How many tokens an answer may have, so that no question is cut. Raises UserError.
+
+    Args:
+        reads: how many tokens the model can read.
+        examples: with the questions.
+        tokenizer: of the model.
+        wanted: number of tokens, or None for MAX_NEW_TOKENS or what there is room for.
+    """
+    longest = max(len(tokenizer(example.prompt)["input_ids"]) for example in examples)
+    room = reads - longest
+    if room < 1:
+        raise UserError(f"--data: its longest question has {longest} tokens, and the model reads {reads}")
+    if wanted is not None and wanted > room:
+        raise UserError(
+            f"--max-new-tokens {wanted}: the model reads {reads} tokens, and the longest question has "
+            f"{longest}; give at most {room}"
+        )
+    return wanted or min(MAX_NEW_TOKENS, room)
+
+
+def score(
+    lm: lm_eval.api.model.LM, task: TaskName, examples: Sequence[Example], max_new_tokens: int
+) -> tuple[dict[str, float], dict[str, float], list[str]]:
+    """Let lm-eval generate and score: metrics, their standard errors where there are any, and the texts.
+
+    The examples go through a file, and the task through one that includes lm-eval's: the form in which it
+    takes tasks from users. Nothing is fetched.
+    """
+    names = TASKS[task]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "examples.jsonl"
+        rows = ({names.question: question, names.answer: answer} for question, answer in examples)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        changed = {
+            "include": str(Path(lm_eval.__file__).parent / "tasks" / names.path),
+            "task": task,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": folder},
+            "training_split": None,
+            "fewshot_split": None,
+            "fewshot_config": None,
+            "num_fewshot": 0,
+            "doc_to_text": Example(f"{{{{{names.question}}}}}", "").prompt,
+            "generation_kwargs": {
+                "until": [Example("", "").prompt.partition(" ")[0]],  # the next question
+                "do_sample": False,
+                "max_gen_toks": max_new_tokens,
+            },
+        }
+        config = Path(folder) / "task.yaml"
+        config.write_text(json.dumps(changed), encoding="utf-8")  # which is YAML, too
+        # Not simple_evaluate, which also lists every package of the machine.
+        results = lm_eval.evaluate(lm, TaskManager(include_defaults=False).load([str(config)]))
+    metrics, errors = {}, {}
+    for key, value in results["results"][task].items():
+        metric, comma, chosen = key.partition(",")
+        name = metric.replace("_", " ") + ("" if chosen == "none" else f", {chosen}")
+        if comma and metric.endswith("_stderr"):
+            if isinstance(value, float):  # else there is none
+                errors[name.replace(" stderr", "")] = float(value)
+        elif comma:
+            metrics[name] = float(value)
+    texts = {sample["doc_id"]: sample["resps"][0][0] for sample in results["samples"][task]}
+    return metrics, errors, [texts[number] for number in range(len(examples))]
+
+
+@torch.no_grad()
+def answer_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[Example],
+    batch_size: int,
+    reads: int,
+) -> tuple[float | None, int, int]:
+    """The loss of the right answers, as `lorapre finetune` takes it.
+
+    Returns:
+        Nats per token of answers and end tokens (None where no example fits), the number of these tokens, and
+        that of the examples left out because the model cannot read so much.
+    """
+    rows = [encode(example, tokenizer) for example in examples]
+    fitting = sorted(
+        (row for row in rows if len(row["input_ids"]) <= reads), key=lambda row: len(row["labels"])
+    )
+    collate = collator(tokenizer, packing=False)
+    total, count = 0.0, 0
+    for first in tqdm(range(0, len(fitting), batch_size), desc="answer-token loss", leave=False):
+        batch = {
+            name: value.to(model.device)
+            for name, value in collate(fitting[first : first + batch_size]).items()
+        }
+        labels = int((batch["labels"][:, 1:] != IGNORED).sum())
+        total += float(model(**batch).loss) * labels
+        count += labels
+    return (total / count if count else None), count, len(rows) - len(fitting)
+
+
+def result_table(result: Evaluation) -> Table:
+    """The table, at most 80 columns wide."""
+    table = Table(
+        title=f"{result.task}, {result.examples:,} examples", show_header=False, title_justify="left"
+    )
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for name, value in result.metrics.items():
+        error = f"± {result.errors[name]:.1%} (standard error)" if name in result.errors else ""
+        table.add_row(name, f"{value:.1%}", error)
+    if result.answer_loss is not None:
+        left_out = f", without {result.too_long:,} too long" if result.too_long else ""
+        table.add_row("answer-token loss", f"{result.answer_loss:.4f}", f"nats{left_out}")
+    table.add_row("length of an answer", f"{result.max_new_tokens:,}", "new tokens at most, greedy")
+    table.add_row("wall time", duration(result.seconds), result.device)
+    return table
