@@ -4,6 +4,7 @@ import json
 import random
 import re
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lorapre_recipes import cli
-from lorapre_recipes.arithmetic import LARGEST, make_equation, make_problem, write_task
+from lorapre_recipes.arithmetic import LARGEST, make_equations, make_problem, write_task
 
 EQUATION = re.compile(r"(\d+)([+*-])(\d+)=(\d+)")
 
@@ -49,12 +50,11 @@ def test_answers_are_worked_out_from_the_numbers_of_the_question() -> None:
             assert 0 < int(result) <= LARGEST
         assert set(re.findall(r"\d+", problem.question)) <= used
         lengths.add(len(equations))
-    assert lengths >= {2, 3, 4}
+    assert lengths >= {1, 2, 3, 4}
 
 
 def test_equations_hold() -> None:
-    drawn = random.Random(0)
-    assert all(holds(make_equation(drawn)) for _ in range(500))
+    assert all(map(holds, islice(make_equations(random.Random(0)), 500)))
 
 
 def test_files_share_no_question_and_depend_on_the_seed_alone(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_files_share_no_question_and_depend_on_the_seed_alone(tmp_path: Path) ->
     train, test, text = (read(tmp_path / "a" / file) for file in files[:3])
     assert (len(train), len(test), len(text)) == (300, 50, 40)
     questions = [row["question"] for row in train + test]
-    stories = [line for row in text for line in row["text"].split("\n") if " " in line]
+    stories = [line for row in text for line in row["text"].split("\n") if "?" in line]
     assert len({*questions, *stories}) == len(questions) + len(stories)
     assert "####" not in a[2]  # no answers to learn the task from before
 

@@ -10,9 +10,9 @@ works it out, one equation a line, and ends as GSM8K's do:
     29-9=20 plums
     #### 20
 
-The text to pre-train on has stories and questions of the same kind, without answers, and equations without
-stories: a model that has read it knows the words and how to calculate, but not what the one has to do with
-the other.
+The text to pre-train on has stories and questions of the same kind, followed by the numbers in them but not
+by an answer, and equations without stories, each going on from the last: a model that has read it knows the
+words and how to calculate, but not what the one has to do with the other.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ from lorapre_recipes.tokens import END_OF_DOCUMENT
 
 LARGEST = 60  # of any number in a problem
 VOCABULARY = 384  # tokens: bytes, and what words the task has
-STEPS = (2, 3)  # what happens in a story, at least and at most
+STEPS = (1, 3)  # what happens in a story, at least and at most
 
 NAMES = ("Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Tom", "Zoe")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "plums", "shells", "stamps")
@@ -95,18 +96,13 @@ def fill(sentence: str, n: int, k: int = 0) -> str:
     return sentence.replace("{n}", str(n)).replace("{k}", str(k))
 
 
-def make_equation(random: random.Random) -> str:
-    """One of the equations that answers are made of."""
-    kind = random.choice("+-*2")
-    if kind == "*":
-        a, b = random.randint(2, 9), random.randint(2, 9)
-        return f"{a}*{b}={a * b}"
-    if kind == "2":
-        a = random.randint(1, LARGEST // 2)
-        return f"2*{a}={2 * a}"
-    total = random.randint(2, LARGEST)
-    part = random.randint(1, total - 1)
-    return f"{part}+{total - part}={total}" if kind == "+" else f"{total}-{part}={total - part}"
+def make_equations(random: random.Random) -> Iterator[str]:
+    """Equations as in answers, without end, now and then from a new number on."""
+    while True:
+        count = random.randint(2, LARGEST // 2)
+        for _ in range(random.randint(*STEPS)):
+            _, lines, count = make_event(count, random)
+            yield from lines
 
 
 # Files
@@ -122,14 +118,15 @@ def problems(random: random.Random, seen: set[str]) -> Iterator[Problem]:
 
 
 def texts(random: random.Random, seen: set[str]) -> Iterator[str]:
-    """Documents to pre-train on, without end: a page of equations, or some stories with their questions."""
-    stories = problems(random, seen)
+    """Documents to pre-train on, without end: by turns a page of equations, and of stories with numbers."""
+    stories, equations = problems(random, seen), make_equations(random)
     while True:
-        yield "\n".join(make_equation(random) for _ in range(EQUATIONS))
-        yield "\n".join(next(stories).question for _ in range(STORIES))
+        yield "\n".join(itertools.islice(equations, EQUATIONS))
+        questions = (problem.question for problem in itertools.islice(stories, STORIES))
+        yield "\n".join(f"{question}\n{' '.join(re.findall('[0-9]+', question))}" for question in questions)
 
 
-EQUATIONS, STORIES = 32, 2  # in a document
+EQUATIONS, STORIES = 24, 3  # in a document
 
 
 def write_task(out: Path, *, train: int, test: int, text: int, seed: int) -> None:
