@@ -178,17 +178,17 @@ def test_what_has_no_weight_decay_is_what_the_trainer_says(tmp_path: Path, name:
 
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_the_trainer_does_what_a_loop_does(tmp_path: Path, factory: str) -> None:
-    # With warm-up, cosine, accumulation, clipping (which bites: the norm is above 1) and weight decay.
+    # With warm-up, cosine, accumulation, clipping (which bites) and weight decay.
     model = llama(attention_dropout=0.0)
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     made = trainer(
-        tmp_path, factory, model=model, gradient_accumulation_steps=2, max_grad_norm=0.5, weight_decay=0.1,
+        tmp_path, factory, model=model, gradient_accumulation_steps=2, max_grad_norm=0.3, weight_decay=0.1,
         lr_scheduler_type="cosine", warmup_steps=2, adam_beta2=0.95,
     )  # fmt: skip
     batches = list(made.get_train_dataloader())
     made.train()
     norms = [entry["grad_norm"] for entry in made.state.log_history if "grad_norm" in entry]
-    assert min(norms) > 0.5
+    assert min(norms) > 0.3
 
     copy = llama(attention_dropout=0.0)
     copy.load_state_dict(expected)
@@ -201,14 +201,14 @@ def test_the_trainer_does_what_a_loop_does(tmp_path: Path, factory: str) -> None
     for step in range(6):
         for batch in batches[2 * step : 2 * step + 2]:
             (copy(**batch).loss / 2).backward()
-        nn.utils.clip_grad_norm_(copy.parameters(), 0.5)
+        nn.utils.clip_grad_norm_(copy.parameters(), 0.3)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
     for name, p in made.model.named_parameters():
         moved = (p - expected[name]).norm()
         assert moved > 0.01, name
-        assert (p - copy.get_parameter(name)).norm() < 1e-4 * moved, name
+        assert (p - copy.get_parameter(name)).norm() < 1e-3 * moved, name  # Newton-Schulz is in bfloat16
 
 
 @pytest.mark.parametrize(
