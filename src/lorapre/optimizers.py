@@ -16,6 +16,11 @@ from lorapre.moments import VARIANTS, adam, muon
 
 __all__ = ["LoRAPreAdamW", "LoRAPreMuon"]
 
+# What state_dict saves: names, shapes and meaning of its tensors. A release that changes it counts this up
+# and reads the older ones; tests/data has a checkpoint of each. It is saved as an option of every group:
+# torch.distributed.checkpoint keeps those too.
+STATE_FORMAT = 1
+
 
 class LoRAPreOptimizer(Optimizer):
     """What both optimizers share. Use `LoRAPreAdamW` or `LoRAPreMuon`."""
@@ -110,6 +115,9 @@ class LoRAPreOptimizer(Optimizer):
             state.extend(own[name] for name in shapes)
         return False
 
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults | {"state_format": STATE_FORMAT})
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may set any option of the constructor for itself.
 
@@ -177,13 +185,20 @@ class LoRAPreOptimizer(Optimizer):
         The factors keep their float32 whatever the weights' dtype.
 
         Raises:
-            ValueError: the state of a parameter does not fit it, its rank or its variant. The message names
-                the parameter and what was found and expected, and the optimizer is as it was.
+            ValueError: the state of a parameter does not fit it, its rank or its variant, or a newer lorapre
+                has written it. The message names the parameter and what was found and expected, and the
+                optimizer is as it was.
         """
         loaded: list[tuple[Tensor, dict[str, Any]]] = []
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             saved_groups, state = state_dict["param_groups"], state_dict["state"]
+            found = max((g.get("state_format", STATE_FORMAT) for g in saved_groups), default=STATE_FORMAT)
+            if found > STATE_FORMAT:
+                raise ValueError(
+                    f"state_dict has state format {found}, of a newer lorapre; this one reads formats up to "
+                    f"{STATE_FORMAT}: update lorapre"
+                )
             if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
                 return state_dict  # torch refuses, with its own message
             for saved, group in zip(saved_groups, self.param_groups, strict=True):
@@ -476,7 +491,7 @@ def _merge(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
             theirs = ("betas", "eps") if own["rank"] is None else ("betas", "eps", "weight_decay")
             saved = {f"adamw_{k}" if k in theirs else k: v for k, v in saved.items()} | {"dense_ratio": 1.0}
         saved = {k: v for k, v in saved.items() if k in own or k == "initial_lr"}
-    return {**own, **saved}
+    return {**own, **saved, "state_format": STATE_FORMAT}
 
 
 def _check_fit(
