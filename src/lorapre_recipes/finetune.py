@@ -28,11 +28,11 @@ from transformers import (
 )
 
 from lorapre_recipes import distributed
-from lorapre_recipes.config import FinetuneConfig, UserError, parse_patterns, parse_rules
+from lorapre_recipes.config import FinetuneConfig, UserError, parse_rules
 from lorapre_recipes.corpus import one_line
 from lorapre_recipes.finetune_data import labels_per_batch, load_examples
 from lorapre_recipes.footprint import DTYPES
-from lorapre_recipes.optim import build_optimizer
+from lorapre_recipes.optim import build_optimizer, freeze
 from lorapre_recipes.report import Summary
 from lorapre_recipes.runs import MERGED, PARTIAL, model_folder
 from lorapre_recipes.training import check_machine, check_processes, train
@@ -75,7 +75,7 @@ def finetune(
     if config.gradient_checkpointing:
         old = "gradient_checkpointing_enable"  # before transformers 5.23
         getattr(base, "activation_checkpointing_enable", getattr(base, old))({"use_reentrant": False})
-    freeze_(base, config)
+    freeze(base, config.freeze)
     model, optimizer = with_optimizer(base, config)
     data = load_examples(config, tokenizer)
     summary = train(
@@ -139,18 +139,6 @@ def check_length(model: PreTrainedModel, config: FinetuneConfig) -> None:
         raise UserError(
             f"--sequence-length {config.sequence_length}: the model reads at most {longest} tokens"
         )
-
-
-def freeze_(model: PreTrainedModel, config: FinetuneConfig) -> None:
-    """Freeze the parameters in whose names a pattern is found. Raises UserError where none is, or all are."""
-    for pattern in parse_patterns("freeze", config.freeze):
-        found = [parameter for name, parameter in model.named_parameters() if pattern.search(name)]
-        if not found:
-            raise UserError(f"--freeze {pattern.pattern!r}: found in the name of no parameter")
-        for parameter in found:
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("--freeze: leaves nothing to train")
 
 
 def with_optimizer(

@@ -29,6 +29,7 @@ from lorapre_recipes.config import (
     UserError,
     Variant,
     flag,
+    parse_rules,
 )
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,6 +51,8 @@ class Settings:
     compress: Compress | None = None
     dtype: Precision = "fp32"
     release: bool = False  # gradients in the backward pass
+    rules: tuple[str, ...] = ()  # PATTERN=RANK
+    freeze: tuple[str, ...] = ()  # patterns
 
     def __post_init__(self) -> None:
         """Refuse what cannot be. Raises UserError naming the option."""
@@ -58,6 +61,9 @@ class Settings:
                 raise UserError(f"{flag(name)}: {self.optimizer} has no such option; leave it out")
         if self.release and self.optimizer not in LOW_RANK:
             raise UserError(f"--release: {self.optimizer} has no such option; leave it out")
+        if self.rules and self.optimizer not in LOW_RANK:
+            raise UserError(f"--rules: {self.optimizer} has no such option; leave it out")
+        parse_rules(self.rules)
         if self.optimizer in LOW_RANK and self.rank is None:
             raise UserError(f"--rank: {self.optimizer} needs a value")
         if self.rank is not None and self.rank < 1:
@@ -83,7 +89,10 @@ class Settings:
             options.append(f"{self.compress} moment only")
         if self.release:
             options.append("gradients released")
-        return ", ".join(options)
+        lines = [", ".join(options)]
+        for what, patterns in (("rules", self.rules), ("frozen", self.freeze)):
+            lines += [f"{what}: {', '.join(patterns)}"] * bool(patterns)
+        return "\n".join(lines)
 
 
 _COUNT = r"[1-9]\d{0,5}"
@@ -166,6 +175,7 @@ class Weight:
         state: names and shapes of the state tensors of the whole.
         state_item: bytes of an element of the state, steps aside.
         tp_dim: the dimension that tensor parallelism divides, None where it replicates.
+        frozen: whether it has neither gradient nor state.
     """
 
     name: str
@@ -177,6 +187,7 @@ class Weight:
     state: Mapping[str, tuple[int, ...]]
     state_item: int
     tp_dim: int | None
+    frozen: bool
 
     def cuts(self, mesh: Mesh) -> tuple[Cut, ...]:
         """How `mesh` divides the weight: FSDP2 cuts rows, after tensor parallelism where that does too."""
@@ -254,7 +265,9 @@ def memory(weights: Iterable[Weight], settings: Settings, mesh: Mesh = ONE_GPU) 
     """What a GPU of `mesh` holds in a training step."""
     weights, item = list(weights), settings.item
     held = sum(weight.held(mesh) for weight in weights) * item
-    gradients, transient = held, step_transient(weights, settings, mesh)
+    weights = [weight for weight in weights if not weight.frozen]
+    gradients = sum(weight.held(mesh) for weight in weights) * item
+    transient = step_transient(weights, settings, mesh)
     if settings.release:  # one gradient at a time, from when it is complete until its weight is updated
         gradients, transient = max(
             ((weight.held(mesh) * item, step_transient([weight], settings, mesh)) for weight in weights),
@@ -422,7 +435,9 @@ def fsdp_traffic(weights: Iterable[Weight], mesh: Mesh, item: int) -> float:
     """Bytes that FSDP2 itself sends from a GPU in a step, whatever the optimizer.
 
     Weights are gathered in the forward and again in the backward pass (reshard_after_forward=True), gradients
-    are scattered, and HSDP all-reduces the shards of gradients over replicas.
+    of those that train are scattered, and HSDP all-reduces the shards of gradients over replicas.
     """
+    weights = list(weights)
     held = sum(weight.held(mesh) for weight in weights) * item
-    return 3 * (mesh.shards - 1) * held + ring(held, [mesh.replicas])
+    gradients = sum(weight.held(mesh) for weight in weights if not weight.frozen) * item
+    return (mesh.shards - 1) * (2 * held + gradients) + ring(gradients, [mesh.replicas])

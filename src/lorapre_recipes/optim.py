@@ -17,7 +17,7 @@ from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, param_groups
 from lorapre.groups import Rule
 from lorapre_recipes.allocations import storage_bytes, tensors_in
-from lorapre_recipes.config import LOW_RANK, RunConfig, UserError
+from lorapre_recipes.config import LOW_RANK, RunConfig, UserError, parse_patterns
 
 Groups = list[dict[str, Any]]
 
@@ -136,6 +136,18 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
     matrices = [{"params": group["params"], "lr": config.lr * config.scale} for group in matrices]
     rest = [{"params": group["params"], "lr": config.lr} for group in rest]
     return BUILDERS[config.optimizer](matrices, rest, config)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze the parameters in whose names a pattern is found. Raises UserError where none is, or all are."""
+    for pattern in parse_patterns("freeze", patterns):
+        found = [parameter for name, parameter in model.named_parameters() if pattern.search(name)]
+        if not found:
+            raise UserError(f"--freeze {pattern.pattern!r}: found in the name of no parameter")
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("--freeze: leaves nothing to train")
 
 
 def _grouped(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
 from lorapre.groups import is_low_rank, state_shapes
-from lorapre_recipes.config import LOW_RANK, UserError
+from lorapre_recipes.config import LOW_RANK, UserError, parse_rules
 from lorapre_recipes.footprint import (
     DTYPES,
     FLOAT32,
@@ -27,6 +27,7 @@ from lorapre_recipes.footprint import (
     most_row_shards,
     optimizer_traffic,
 )
+from lorapre_recipes.optim import freeze
 from lorapre_recipes.report import short
 from lorapre_recipes.shapes import meta_model
 
@@ -49,17 +50,19 @@ def routed(model: PreTrainedModel, settings: Settings) -> list[Weight]:
     """The parameters of a model with the state that the optimizer makes for them.
 
     Raises:
-        UserError: no matrix would be factorised.
+        UserError: no matrix would be factorised, or a pattern is found nowhere.
     """
+    freeze(model, settings.freeze)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             groups = _groups(model, settings)
     except (ValueError, UserWarning) as error:
-        raise UserError(f"--rank {settings.rank}: {error}") from error
+        option = "--rules" if str(error).startswith("rules:") else f"--rank {settings.rank}"
+        raise UserError(f"{option}: {error}") from error
     dims = _tp_dims(model)
     weights = [
-        _weight(name, tuple(parameter.shape), dims.get(name), index, group, settings)
+        _weight(name, parameter, dims.get(name), index, group, settings)
         for index, group in enumerate(groups)
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     ]
@@ -69,27 +72,29 @@ def routed(model: PreTrainedModel, settings: Settings) -> list[Weight]:
 
 def _groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """The optimizer's groups with all their options; for the dense optimizers, rank 1 marks the matrices."""
+    rules = parse_rules(settings.rules)
     if settings.optimizer == "lorapre-adamw":
         adamw = LoRAPreAdamW(
-            param_groups(model, rank=settings.rank),
+            param_groups(model, rank=settings.rank, rules=rules),
             variant=settings.variant or "calibrated",
             compress=settings.compress or "both",
         )
         return adamw.param_groups
     if settings.optimizer == "lorapre-muon":
-        muon = LoRAPreMuon(param_groups(model, rank=settings.rank), variant=settings.variant or "calibrated")
-        return muon.param_groups
+        groups = param_groups(model, rank=settings.rank, rules=rules)
+        return LoRAPreMuon(groups, variant=settings.variant or "calibrated").param_groups
     return LoRAPreAdamW(param_groups(model, rank=1 if settings.optimizer == "muon" else None)).param_groups
 
 
 def _weight(
     name: str,
-    shape: tuple[int, ...],
+    parameter: nn.Parameter,
     tp_dim: int | None,
     index: int,
     group: dict[str, Any],
     settings: Settings,
 ) -> Weight:
+    shape = tuple(parameter.shape)
     matrix = is_low_rank(shape, group["rank"], group["flatten"])
     low_rank = matrix and settings.optimizer in LOW_RANK
     if settings.optimizer in LOW_RANK:
@@ -108,6 +113,7 @@ def _weight(
         state=state,
         state_item=FLOAT32 if settings.optimizer in LOW_RANK else settings.item,
         tp_dim=tp_dim,
+        frozen=not parameter.requires_grad,
     )
 
 
@@ -171,22 +177,27 @@ def render(name: str, settings: Settings, meshes: Sequence[Mesh] = ()) -> str:
     if meshes:
         sections.append(traffic_table(weights, settings, meshes))
     if meshes and settings.optimizer in LOW_RANK:
-        sections.append(share_table(weights, settings, meshes))
+        sections.append(share_table(trained(weights), settings, meshes))
     if meshes:
         sections.append(notes(settings, meshes))
     return "\n\n".join(sections)
 
 
+def trained(weights: Iterable[Weight]) -> list[Weight]:
+    """Those that are not frozen."""
+    return [weight for weight in weights if not weight.frozen]
+
+
 def memory_table(weights: Sequence[Weight], settings: Settings, meshes: Sequence[Mesh]) -> str:
     """Bytes of weights, gradients, state and what a step adds, whole and per GPU."""
     columns = [memory(weights, settings, mesh) for mesh in (ONE_GPU, *meshes)]
-    matrices = sum(weight.matrix for weight in weights)
+    matrices = sum(weight.matrix for weight in trained(weights))
     route = "low rank" if settings.optimizer in LOW_RANK else "Muon's"
     state: list[Row] = [("optimizer state", *(size(m.state) for m in columns))]
     if settings.optimizer != "adamw":
         state += [
             (f"  {route}, {matrices} weights", *(size(m.matrices) for m in columns)),
-            (f"  dense, {len(weights) - matrices} weights", *(size(m.dense) for m in columns)),
+            (f"  dense, {len(trained(weights)) - matrices} weights", *(size(m.dense) for m in columns)),
         ]
     body: list[Row] = [
         ("weights", *(size(m.weights) for m in columns)),
@@ -207,6 +218,7 @@ def traffic_table(weights: Sequence[Weight], settings: Settings, meshes: Sequenc
     if settings.optimizer == "adamw":  # elementwise
         nothing: Row = ("AdamW", *("0 B" for _ in meshes))
         return table("Sent in a step", [*map(str, meshes)], [nothing, own])
+    weights = trained(weights)
     sent = [optimizer_traffic(weights, settings, mesh) for mesh in meshes]
     matrices = [weight for weight in weights if weight.matrix]
     body: list[Row] = [

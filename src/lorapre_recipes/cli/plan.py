@@ -15,6 +15,8 @@ def plan(
     compress: Compress | None = None,
     dtype: Precision = "fp32",
     release: bool = False,
+    rules: list[str] | None = None,
+    freeze: list[str] | None = None,
     mesh: list[str] | None = None,
 ) -> None:
     """Compute memory and traffic of a training step of a model, without loading its weights.
@@ -31,6 +33,9 @@ def plan(
         compress: which moments are low rank (lorapre-adamw only). Default: both.
         dtype: of weights and gradients.
         release: lorapre.gradient_release, which frees each gradient at once (lorapre-* only).
+        rules: PATTERN=RANK or PATTERN=dense, for parameters in whose names the regular expression is found:
+            embed_tokens=8. May be repeated; the first match wins (lorapre-* only).
+        freeze: parameters in whose names this regular expression is found do not train. May be repeated.
         mesh: GPUs: fsdp=8 (FSDP2), hsdp=4x8 (four replicas of eight shards), tp=8 (tensor parallel), or
             both kinds with a comma: fsdp=128,tp=8. May be given three times, to compare.
     """
@@ -38,6 +43,13 @@ def plan(
     from lorapre_recipes.plan import render
 
     settings = Settings(
-        optimizer=optimizer, rank=rank, variant=variant, compress=compress, dtype=dtype, release=release
+        optimizer=optimizer,
+        rank=rank,
+        variant=variant,
+        compress=compress,
+        dtype=dtype,
+        release=release,
+        rules=tuple(rules or ()),
+        freeze=tuple(freeze or ()),
     )
     print(render(model, settings, [Mesh.parse(text) for text in mesh or ()]))
