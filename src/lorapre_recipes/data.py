@@ -13,7 +13,7 @@ import datasets  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorapre_recipes.config import PretrainConfig, UserError
 from lorapre_recipes.corpus import Corpus, hash_documents, read_corpus, take_characters
@@ -134,7 +134,12 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
 def tokenizer_of(config: PretrainConfig, corpus: Corpus, run: Path | None) -> PreTrainedTokenizerFast:
     """The tokenizer of a run that goes on, the one that the config names, or one trained on the corpus."""
     if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer if run is None else str(run), config.sequence_length)
+        # Not AutoTokenizer for a run: it would take the run's config.json for a model's.
+        return load_tokenizer(
+            config.tokenizer if run is None else str(run),
+            config.sequence_length,
+            AutoTokenizer if run is None else PreTrainedTokenizerFast,
+        )
     if run is not None:
         trained = Tokenizer.from_file(str(run / "tokenizer.json"))
     else:

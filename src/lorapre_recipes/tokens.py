@@ -25,10 +25,12 @@ PADDING = -100  # in place of a token; it is what losses of torch and transforme
 Sequence = npt.NDArray[np.int32]
 
 
-def load_tokenizer(name: str, length: int) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    name: str, length: int, kind: type[AutoTokenizer | PreTrainedTokenizerFast] = AutoTokenizer
+) -> PreTrainedTokenizerFast:
     """A tokenizer from a folder or the Hugging Face Hub. Raises UserError where it cannot serve."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, model_max_length=length)
+        tokenizer = kind.from_pretrained(name, model_max_length=length)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
             f"--tokenizer {name}: neither a folder with a tokenizer nor found on the Hugging Face Hub "
