@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ PlannedOptimizer = Literal["lorapre-adamw", "lorapre-muon", "adamw", "muon"]
 # How to fine-tune: an optimizer of all weights, or adapters of peft.
 Method = Literal["lorapre-adamw", "lorapre-muon", "adamw", "galore", "lora", "rslora", "dora", "lora+"]
 Adapter = Literal["lora", "rslora", "dora", "lora+"]
-Variant = Literal["paper", "calibrated", "subspace"]
+Variant = Literal["paper", "calibrated", "subspace", "split"]
 Compress = Literal["both", "first", "second"]
 Precision = Literal["fp32", "bf16"]
 TaskName = Literal["gsm8k", "math-500"]  # of `lorapre evaluate`
@@ -63,6 +64,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 class UserError(ValueError):
     """A mistake of the user's. The message is one line: which argument, what is wrong, what is right."""
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that nobody ever finds half written, should the process be killed."""
+    new = file.with_name(file.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, file)
 
 
 def flag(name: str) -> str:
@@ -202,7 +210,7 @@ class RunConfig:
 
     def save(self, path: Path) -> None:
         """Write every field as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lorapre_recipes.config import RunConfig
+from lorapre_recipes.config import RunConfig, write_whole
 
 Metric = dict[str, Any]  # one line of metrics.jsonl
 
@@ -41,7 +41,7 @@ class Summary:
 
     def save(self, path: Path) -> None:
         """Write every field as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
 def describe_optimizer(config: RunConfig) -> str:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from importlib.metadata import version
@@ -31,7 +30,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from lorapre_recipes import distributed
-from lorapre_recipes.config import RunConfig, UserError
+from lorapre_recipes.config import RunConfig, UserError, write_whole
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -166,7 +165,7 @@ def load_run(run: Path, kind: type[C]) -> C:
     checkpoint = distributed.on_main(lambda: sound_checkpoint(run))
     if checkpoint is None:
         raise UserError(f"--resume {run}: no checkpoint in this run folder; start again with a new --out")
-    if checkpoint_step(checkpoint) >= config.steps:
+    if checkpoint_step(checkpoint) >= config.steps and (run / "summary.json").is_file():
         raise UserError(f"--resume {run}: nothing to do, the run has finished its {config.steps} steps")
     return config
 
@@ -182,6 +181,4 @@ def record_data(facts: dict[str, Any], file: Path) -> None:
             raise UserError(
                 f"--resume {file.parent}: the data have changed since this run began; start a new run"
             )
-    new = file.with_suffix(".new")  # of a process that is killed here, nobody finds half a file
-    new.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    os.replace(new, file)
+    write_whole(file, json.dumps(facts, indent=2) + "\n")

@@ -168,9 +168,9 @@ def train(
     )
     if not distributed.is_main():
         return summary
-    summary.save(out / "summary.json")
     (out / "coverage.txt").write_text(f"{state}\n", encoding="utf-8")
     plot_curves(metrics, config, summary.parameters, out / "curves.png")
+    summary.save(out / "summary.json")  # the last: where it is, a run has ended
     console = Console()
     console.print(summary_table(summary, config))
     console.print(f"Run folder: {out}", soft_wrap=True)
