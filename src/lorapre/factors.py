@@ -456,9 +456,42 @@ def match_means(
     p, q = shards.size(B.shape[-2], A.shape[-1])
     (G,) = shards.sum_columns(gram(A.mT))
     now = (matmul(B, G) * B).sum(-1) / q
-    rows = torch.where(now > 0, (row / now).sqrt(), 0)[..., None]
+    rows = _root_of_ratio(row, now)[..., None]
     now = (matmul(shards.gram(B * rows), A) * A).sum(-2) / p
-    return rows, torch.where(now > 0, (column / now).sqrt(), 0)[..., None, :]
+    return rows, _root_of_ratio(column, now)[..., None, :]
+
+
+def rank_one_rest(
+    B: Tensor, A: Tensor, keep: Tensor, row: Tensor, column: Tensor, shards: Shards = WHOLE
+) -> tuple[Tensor, Tensor]:
+    """Vectors whose outer product has the means that keep (B A)**2 leaves of `row` and `column`.
+
+    Where it leaves less than nothing, nothing is left. Only Grams are formed.
+
+    Args:
+        B: (..., p, r).
+        A: (..., r, q).
+        keep: (..., 1), how much of the square counts.
+        row: (..., p), means of a non-negative matrix over each row.
+        column: (..., q), its means over each column.
+        shards: how to sum over other processes.
+
+    Returns:
+        Of the rows (..., p, 1), and of the columns (..., 1, q).
+    """
+    p, q = shards.size(B.shape[-2], A.shape[-1])
+    (G,) = shards.sum_columns(gram(A.mT))
+    rows = (row - keep * (matmul(B, G) * B).sum(-1) / q).clamp(min=0)
+    columns = (column - keep * (matmul(shards.gram(B), A) * A).sum(-2) / p).clamp(min=0)
+    (total,) = shards.sum_rows(rows.sum(-1, keepdim=True))
+    ratio = columns / (total / p)
+    return rows[..., None], torch.where(ratio.isfinite(), ratio, 0)[..., None, :]
+
+
+def _root_of_ratio(wanted: Tensor, now: Tensor) -> Tensor:
+    """sqrt(wanted / now), and zero where that is no number, or none that float32 has."""
+    ratio = wanted / now
+    return torch.where((now > 0) & ratio.isfinite(), ratio.sqrt(), 0)
 
 
 def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:

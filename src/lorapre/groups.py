@@ -66,11 +66,11 @@ def state_shapes(group: Mapping[str, Any], shape: Sequence[int]) -> dict[str, tu
     if "momentum" in group:  # Muon has no second moment
         return shapes | m_factors
     v_factors = {"v_B": (*batch, p, rank), "v_A": (*batch, rank, q)}
-    if group.get("variant") == "subspace":
-        v_factors |= {"v_row": (*batch, p), "v_col": (*batch, q)}
+    means = {"v_row": (*batch, p), "v_col": (*batch, q)}
+    second = {"subspace": v_factors | means, "split": means}.get(group.get("variant", ""), v_factors)
     compress = group.get("compress")
     shapes |= {"exp_avg": moment} if compress == "second" else m_factors
-    return shapes | ({"exp_avg_sq": moment} if compress == "first" else v_factors)
+    return shapes | ({"exp_avg_sq": moment} if compress == "first" else second)
 
 
 def param_groups(

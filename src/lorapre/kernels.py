@@ -67,6 +67,15 @@ class Dense(NamedTuple):
     correction: Numbers
 
 
+class Split(NamedTuple):
+    """A second moment keep (B A)**2 + row column + fresh g**2, with B and A of the first."""
+
+    keep: Numbers
+    fresh: Numbers
+    row: Tensor  # (N, p)
+    column: Tensor  # (N, q)
+
+
 class RowSweep(NamedTuple):
     """What `row_sweep` gathers, float32; moments in the order m, v, dense ones left out."""
 
@@ -108,7 +117,7 @@ def why_not(weights: Matrices, grads: Matrices, rank: int) -> str | None:
 
 
 def row_sweep(
-    weights: Matrices, grads: Matrices, first: Factors | Dense, second: Factors | Dense, *,
+    weights: Matrices, grads: Matrices, first: Factors | Dense, second: Factors | Dense | Split, *,
     decay: Numbers, lr: Numbers, eps: float, sign: float = 1.0, finite: Tensor | None = None,
     keys: Tensor | None = None, origin: tuple[int, int] = (0, 0), width: int | None = None,
     row_sums: bool = False,
@@ -145,15 +154,15 @@ def row_sweep(
     if fused and probed:
         probes = [_contiguous(x, _narrow_type(grads[0])) for x in probes]
     table, aligned = _table(weights, grads, *_arrays(first), *_arrays(second), *probes)
-    scales = (second.row, second.column) if isinstance(second, Factors) else (None, None)
+    scales = (None, None) if isinstance(second, Dense) else (second.row, second.column)
     with torch.cuda.device_of(table):
         _row_sweep[(-(-p // BM), splits, n)](
             table, *_numbers(first, n, device), *_numbers(second, n, device), _vector(decay, n, device),
             _vector(lr, n, device), finite, *scales, keys, TAt, sums,
             p, q, r, _stride(weights[0]), _stride(grads[0]), span, *origin, width or q, float(sign), eps,
             W=_tl(weights[0].dtype), **kinds, FIRST=isinstance(first, Factors),
-            SECOND=isinstance(second, Factors), FUSED=fused, PROBED=probed, ALIGNED=aligned,
-            BM=BM, BN=BN, R=R, num_warps=warps, num_stages=stages,
+            SECOND=isinstance(second, Factors), SPLIT=isinstance(second, Split), FUSED=fused,
+            PROBED=probed, ALIGNED=aligned, BM=BM, BN=BN, R=R, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if fused:
         return RowSweep(_sum(TAt), None if sums is None else _sum(sums))
@@ -291,7 +300,7 @@ def _count(tensors: Matrices) -> int:
     return sum(1 if x.ndim == 2 else x.shape[0] for x in tensors)
 
 
-def _rank(*moments: Factors | Dense) -> int:
+def _rank(*moments: Factors | Dense | Split) -> int:
     ranks = {x.B[0].shape[-1] for x in moments if isinstance(x, Factors)}
     assert len(ranks) == 1, "the factorised moments of a weight have one rank"
     return ranks.pop()
@@ -301,8 +310,10 @@ def _contiguous(matrices: Matrices | None, dtype: torch.dtype = torch.float32) -
     return matrices and [x.to(dtype).contiguous() for x in matrices]
 
 
-def _packed(moment: Factors | Dense) -> Factors | Dense:
-    """The moment with factors as the kernels read them, which solvers do not always return."""
+def _packed(moment: Any) -> Any:
+    """The moment with factors and vectors as the kernels read them, which solvers do not always return."""
+    if isinstance(moment, Split):
+        return moment._replace(row=moment.row.contiguous(), column=moment.column.contiguous())
     if isinstance(moment, Dense):
         assert all(x.is_contiguous() and x.dtype == torch.float32 for x in moment.ema)
         return moment
@@ -311,13 +322,17 @@ def _packed(moment: Factors | Dense) -> Factors | Dense:
     return moment._replace(B=B, A=A, row=row, column=column, probe=_contiguous(moment.probe))
 
 
-def _arrays(moment: Factors | Dense) -> tuple[Matrices | None, Matrices | None]:
+def _arrays(moment: Factors | Dense | Split) -> tuple[Matrices | None, Matrices | None]:
+    if isinstance(moment, Split):
+        return None, None
     return (moment.B, moment.A) if isinstance(moment, Factors) else (moment.ema, None)
 
 
-def _numbers(moment: Factors | Dense, n: int, device: torch.device) -> tuple[Tensor, Tensor | None, float]:
+def _numbers(
+    moment: Factors | Dense | Split, n: int, device: torch.device
+) -> tuple[Tensor, Tensor | None, float]:
     """(keep or correction, fresh, 1 - beta)."""
-    if isinstance(moment, Factors):
+    if not isinstance(moment, Dense):
         return _vector(moment.keep, n, device), _vector(moment.fresh, n, device), 0.0
     return _vector(moment.correction, n, device), None, 1 - moment.beta
 
@@ -427,7 +442,7 @@ def _row_sweep(
     table, keep_m, fresh_m, weight_m, keep_v, fresh_v, weight_v, decay, lr, finite, row, column, keys,
     TAt, sums, p, q, r, w_stride, g_stride, span, row0, column0, width, sign, eps,
     W: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, FUSED: tl.constexpr, PROBED: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, SPLIT: tl.constexpr, FUSED: tl.constexpr, PROBED: tl.constexpr,
     ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """BM rows of matrix n by `span` columns; see `row_sweep` and the table of blocks."""
@@ -474,9 +489,13 @@ def _row_sweep(
                 m_sum = _add(m_sum, g, tl.trans(P), D, PRECISION, INTERPRETED)
             else:
                 m = _product(mB, mA, i, j, p, q, r, BM, BN, R, PRECISION)
+            old_m = m
             m = tl.load(keep_m + n) * m + tl.load(fresh_m + n) * g
 
-        if not SECOND:
+        if SPLIT:
+            v = tl.load(keep_v + n) * old_m * old_m + tl.load(fresh_v + n) * g * g
+            v += scale[:, None] * tl.load(column + n * q + j, mask=j < q, other=0.0)[None, :]
+        elif not SECOND:
             at = vB + i.to(tl.int64)[:, None] * q + j[None, :]
             old = tl.load(at, mask=inside, other=0.0)
             new = old + weight_v * (g * g - old)

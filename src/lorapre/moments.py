@@ -25,13 +25,14 @@ class Variant(NamedTuple):
 
     tracker: type[Tracker]
     start: Literal["printed", "sketch", "random"]  # of A; B starts at zero
-    second: Literal["printed", "ramp", "means"]  # what corrects the second moment
+    second: Literal["printed", "ramp", "means", "split"]  # how the second moment is corrected, or made
 
 
 VARIANTS = {
     "paper": Variant(factors.Printed, start="printed", second="printed"),
     "calibrated": Variant(factors.Newton, start="sketch", second="ramp"),
     "subspace": Variant(factors.Subspace, start="random", second="means"),
+    "split": Variant(factors.Subspace, start="random", second="split"),
 }
 
 
@@ -167,9 +168,6 @@ class Product:
         product = matmul(B, A)
         return list((product.square_() if self.square else product).unbind())
 
-    def store(self, members: slice, rows: slice, columns: slice, tiles: list[Tensor]) -> None:
-        """The factors follow by themselves."""
-
 
 class Means:
     """v_row (N, p) and v_col (N, q): the EMAs of the means of g**2 over rows and columns."""
@@ -190,8 +188,37 @@ class Means:
         shards = self.batch.shards
         p, q = shards.size(self.batch.p, self.batch.q)
         (rows,), (columns,) = shards.sum_columns(self.row_sums), shards.sum_rows(self.column_sums)
-        self.batch.write("v_row", torch.lerp(self.row, rows / q, 1 - self.beta2))
-        self.batch.write("v_col", torch.lerp(self.column, columns / p, 1 - self.beta2))
+        # Squares of what is above 1e19 are infinite, and an EMA would stay so for ever.
+        largest = torch.finfo(self.row.dtype).max
+        self.batch.write("v_row", torch.lerp(self.row, (rows / q).clamp(max=largest), 1 - self.beta2))
+        self.batch.write("v_col", torch.lerp(self.column, (columns / p).clamp(max=largest), 1 - self.beta2))
+
+
+class Split:
+    """The second moment as E g**2 = (E g)**2 + Var g: the square of the first, and a rank-one rest.
+
+    It has no factors of its own. The rest has the means over rows and columns that (E g)**2 leaves of those
+    of g**2, and is never negative: an estimate of E g**2 below (E g)**2 would make steps of any size
+    (docs/maths.md, "The second moment, split").
+    """
+
+    def __init__(self, batch: Batch, first: Product, means: Means, betas: tuple[float, float]) -> None:
+        """`first` holds the debiased mean; both moments are of before the step."""
+        gathered = rules.debias(betas[1], batch.t - 1)
+        past = rules.debias(betas[0], batch.t - 1)
+        # Of the square of the EMA, which `tiles` gets, and of the square of B A.
+        self.keep = torch.where(batch.t > 1, gathered / past.square(), 0).to(first.B.dtype)
+        self.gathered = gathered.to(first.B.dtype)
+        self.row, self.column = factors.rank_one_rest(
+            first.B, first.A, self.gathered[:, None], means.row, means.column, batch.shards
+        )
+
+    def tiles(self, m: list[Tensor], members: slice, rows: slice, columns: slice) -> list[Tensor]:
+        """Before the step, (rows, columns) of each member, whose first moments are m."""
+        rest = zip(self.keep[members], self.row[members, rows], self.column[members, :, columns], strict=True)
+        return [
+            torch.addcmul(row * column, x * keep, x) for x, (keep, row, column) in zip(m, rest, strict=True)
+        ]
 
 
 def adam(
@@ -216,18 +243,24 @@ def adam(
     followed = trackings(batch, variant.tracker, rates, stack=GPU_BATCH if launches else 0)
     of = {name: tracking for tracking in followed for name in tracking.names}
     first = Product(of["m"], "m") if "m" in of else Dense(batch, "exp_avg")
-    second = Product(of["v"], "v") if "v" in of else Dense(batch, "exp_avg_sq")
+    second: Product | Dense | Split
+    if "exp_avg_sq" in batch.state:
+        second = Dense(batch, "exp_avg_sq")
+    elif "v" in of:
+        second = Product(of["v"], "v")
     if isinstance(first, Product) and debiased:
         # It follows the debiased EMA, where the rule starts from the EMA.
         first.rows = rules.debias(beta1, batch.t - 1)[:, None, None].to(first.B.dtype)
     correction: Tensor | None = None
-    means: Means | None = None
+    means = Means(batch, beta2) if "v_row" in batch.state else None
+    if "v" not in of and means is not None:
+        assert isinstance(first, Product)
+        second = Split(batch, first, means, betas)
     if isinstance(second, Product) and variant.second == "ramp":
         # The product ramps up to the root of v: its square is behind the EMA of g**2.
         ramp = factors.ramp(1 - beta2**0.25, batch.t - 1)
         correction = beta2 * ramp.square() + (1 - beta2)
-    elif isinstance(second, Product) and variant.second == "means":
-        means = Means(batch, beta2)
+    elif isinstance(second, Product) and means is not None:
         second.rows, second.columns = factors.match_means(
             second.B, second.A, means.row, means.column, batch.shards
         )
@@ -242,15 +275,20 @@ def adam(
 
     def update(members: slice, rows: slice, columns: slice, g: Tensor) -> None:
         g = g.to(batch.dtype)
-        m, v = first.tiles(members, rows, columns), second.tiles(members, rows, columns)
+        m = first.tiles(members, rows, columns)
+        if isinstance(second, Split):
+            v = second.tiles(m, members, rows, columns)
+        else:
+            v = second.tiles(members, rows, columns)
         for k, i in enumerate(range(members.start, members.stop)):
             w = batch.work(batch.weights[i], rows, columns)
             if keep is not None:
                 w.mul_(keep[i])
             rule.step_(i, w, g[k].contiguous(), m[k].to(w.dtype), v[k].to(w.dtype))
             batch.store_weight(i, rows, columns, w)
-        first.store(members, rows, columns, m)
-        second.store(members, rows, columns, v)
+        for moment, tiles in ((first, m), (second, v)):
+            if isinstance(moment, Dense):
+                moment.store(members, rows, columns, tiles)
         if means is not None:
             means.gather(members, rows, columns, g)
 
@@ -334,7 +372,7 @@ def sweep(
 
 
 def _kernel_sweeps(
-    batch: Batch, followed: list[Tracking], first: Product | Dense, second: Product | Dense,
+    batch: Batch, followed: list[Tracking], first: Product | Dense, second: Product | Dense | Split,
     means: Means | None, *, betas: tuple[float, float], correction: Tensor | None, lr: float | Tensor,
     eps: float, decay: float | Tensor,
 ) -> None:  # fmt: skip
@@ -344,7 +382,7 @@ def _kernel_sweeps(
     (beta1, beta2), c1 = betas, rules.debias(betas[0], batch.t)
     c2 = rules.debias(beta2, batch.t) if correction is None else correction
     m: kernels.Factors | kernels.Dense
-    v: kernels.Factors | kernels.Dense
+    v: kernels.Factors | kernels.Dense | kernels.Split
     probes: dict[str, list[Tensor]] = {}
     for tracking in followed:
         probe = tracking.tracker.probe()
@@ -357,6 +395,9 @@ def _kernel_sweeps(
     if isinstance(second, Product):
         row, column = (x if x is None else x.flatten(1) for x in (second.rows, second.columns))
         v = kernels.Factors([second.B], [second.A], beta2 / c2, (1 - beta2) / c2, row, column, probes["v"])
+    elif isinstance(second, Split):
+        row, column = (x.flatten(1) for x in (second.row * (beta2 / c2)[:, None, None], second.column))
+        v = kernels.Split(second.gathered * beta2 / c2, (1 - beta2) / c2, row, column)
     else:
         v = kernels.Dense(second.stored, beta2, c2)
     same: dict[str, Any] = dict(sign=float(batch.sign), finite=batch.finite)

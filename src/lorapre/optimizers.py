@@ -249,8 +249,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         weight_decay: decoupled, as in AdamW.
         rank: r, or None for dense AdamW.
         scale: factor on the update of the factorised weights alone (the paper trains with 0.25).
-        variant: "calibrated", "paper" (as printed) or "subspace"; docs/maths.md has the differences.
-        compress: which moments are factorised: "both", "first" or "second".
+        variant: "calibrated", "paper" (as printed), "subspace" or "split"; docs/maths.md has the differences.
+        compress: which moments are factorised: "both", "first" or (but for "split") "second".
         maximize: ascend instead.
         nonfinite: what a NaN or infinite gradient does: "propagate" as in torch, or "skip" the step of that
             weight, which is counted in its state as `skipped` without waiting for the device.
@@ -264,7 +264,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         ValueError: an option is out of range; the message names it.
 
     State of a factorised weight, all float32: `step`, `m_B` (p, r), `m_A` (r, q), `v_B`, `v_A`; in the
-    subspace variant `v_row` (p) and `v_col` (q); of an uncompressed moment `exp_avg` or `exp_avg_sq`.
+    subspace variant also `v_row` (p) and `v_col` (q), in the split variant these two instead of `v_B` and
+    `v_A`; of an uncompressed moment `exp_avg` or `exp_avg_sq`.
     Fused experts (E, p, q) are E matrices, and their factors have E in front; a convolution is the matrix
     (out, in * k * k).
     """
@@ -297,7 +298,9 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         super()._check(group)
         _require_betas(group, "betas")
         _require_number(group, "scale", group["scale"])
-        _require_choice(group, "compress", "both", "first", "second")
+        # "split" makes the second moment of the first one's factors.
+        both = ("both", "first") if group["variant"] == "split" else ("both", "first", "second")
+        _require_choice(group, "compress", *both)
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> Callable[[], None]:
         return adam(
@@ -325,7 +328,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
         adjust_lr_fn: factor on lr by shape, as in torch.optim.Muon: None or "original" is sqrt(max(1, p /
             q)), "match_rms_adamw" is 0.2 sqrt(max(p, q)), with which AdamW's learning rates carry over.
         rank: r, or None for dense AdamW.
-        variant: "calibrated", "paper" (as printed) or "subspace"; docs/maths.md has the differences.
+        variant: "calibrated", "paper" (as printed), "subspace" or "split"; docs/maths.md has the differences.
         adamw_lr: learning rate of the dense weights, None for lr. A group with `rank=None` takes it as its lr
             unless it names its own. Dense weights inside a factorised group keep the ratio adamw_lr / lr that
             they start with, so that one schedule serves both.
