@@ -225,7 +225,7 @@ def test_hub_validation_split(hub: Hub) -> None:
     assert list(read.validation) == ["Held out. " * 20] * 9
 
 
-@pytest.mark.parametrize("breaks", [[0], [15], [15, 15], [9, 10, 39]])
+@pytest.mark.parametrize("breaks", [[0], [15], [15, 15], [9, 10, 39], [15, 15, 17, 17]])
 def test_a_broken_stream_is_taken_up_where_it_broke(breaks: list[int], hub: Hub) -> None:
     read = read_corpus(config("owner/corpus"))
     whole = list(read.train)
@@ -255,6 +255,18 @@ def test_a_buffer_shuffles_a_stream(hub: Hub, monkeypatch: pytest.MonkeyPatch) -
     numbers = [int(text.split()[1][:-1]) for text in read.train]
     assert sorted(numbers) == list(range(40))
     assert sum(b != a + 1 for a, b in itertools.pairwise(numbers)) > 20
+
+
+def test_the_shards_of_a_stream_are_shuffled_too(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "STREAM_BUFFER", 1)
+    read = read_corpus(config("owner/corpus", validation_split="validation"))
+    assert read.set_epoch is not None
+    firsts = []
+    for epoch in range(8):
+        read.set_epoch(epoch)
+        firsts.append(TEXTS.index(next(iter(read.train))))
+    assert {first % 10 for first in firsts} == {0}
+    assert len(set(firsts)) > 1
 
 
 def test_stream_without_text_ends(tmp_path: Path) -> None:
