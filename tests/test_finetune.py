@@ -156,7 +156,7 @@ def test_each_method_trains_resumes_and_leaves_a_model(
     assert code == 0
     assert losses(cut) == losses(whole)
     validation = [row["validation_loss"] for row in losses(whole) if "validation_loss" in row]
-    assert validation[-1] < 5.7 < torch.tensor(384.0).log()  # where an untrained model is
+    assert validation[-1] < 5.9 < torch.tensor(384.0).log()  # where an untrained model is
 
     assert Path(model_folder(str(whole))).parent == whole
     trained, resumed, before = (weights(x) for x in (model_folder(str(whole)), model_folder(str(cut)), base))
@@ -202,7 +202,7 @@ def test_options_change_no_loss_and_resume(name: str, tiny: Tiny, tmp_path: Path
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
     # Adam makes a step of full size of the rounding errors of gradients that are almost zero.
-    tolerance = {"bf16": 1e-2, "packing": 1e-3}.get(name, 1e-5)
+    tolerance = {"bf16": 2e-2, "packing": 1e-3}.get(name, 1e-5)
     for row, plain in zip(losses(tmp_path / "whole"), losses(tmp_path / "plain"), strict=True):
         for key in {"loss", "validation_loss"} & plain.keys():
             assert row[key] == pytest.approx(plain[key], rel=tolerance)

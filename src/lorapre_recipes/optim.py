@@ -251,6 +251,8 @@ def _sgd(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
 def _projected(name: str) -> Callable[[Groups, Groups, RunConfig], Optimizer]:
     def build(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
         make = _package("pytorch_optimizer", name, "pytorch_optimizer")
+        # Their state holds objects of this class, and torch.load refuses what it does not know.
+        torch.serialization.add_safe_globals([importlib.import_module(make.__module__).GaLoreProjector])
         options = {
             "rank": config.rank,
             "update_proj_gap": config.refresh,

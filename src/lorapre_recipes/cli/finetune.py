@@ -111,10 +111,12 @@ def finetune(
     if resume is not None:
         run = old_run(resume, out, changes)
     else:
-        settle_path(changes, "data")
-        settle_path(changes, "model")
         chosen = changes.pop("method", "lorapre-adamw")
         config = get_preset(changes.pop("preset", "metamath100k"))(chosen).replace(**changes)
+        paths = {"data": config.data, "model": config.model}
+        settle_path(paths, "data")
+        settle_path(paths, "model")
+        config = config.replace(**paths)
         if launched_with_fsdp():
             raise UserError("lorapre finetune: runs on one process; start it without accelerate launch")
         run = new_run(out, config)
