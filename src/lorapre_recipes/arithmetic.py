@@ -3,12 +3,13 @@
 A problem is a story about a number of things that grows, shrinks and multiplies, and a question. Its answer
 works it out, one equation a line, and ends as GSM8K's do:
 
-    Ann has 14 plums. Ann buys 3 bags of 5 plums. Ann eats 9 plums. How many plums are left?
+    Tom has 3 shells. Tom doubles the number of shells. Tom fills 5 boxes with 8 new shells each. How many
+    shells does Tom have now?
 
-    3*5=15 plums
-    14+15=29 plums
-    29-9=20 plums
-    #### 20
+    2*3=6 shells
+    5*8=40 shells
+    6+40=46 shells
+    #### 46
 
 The text to pre-train on has stories and questions of the same kind, followed by the numbers in them but not
 by an answer, and equations without stories, each going on from the last: a model that has read it knows the
