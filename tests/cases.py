@@ -37,12 +37,13 @@ class Case(NamedTuple):
 
 
 CASES = {
-    **{f"adam-{variant}": Case(LoRAPreAdamW, {"variant": variant}) for variant in ("paper", "subspace")},
+    **{f"adam-{variant}": Case(LoRAPreAdamW, {"variant": variant}) for variant in ("paper", "subspace", "split")},
     "adam-calibrated": Case(LoRAPreAdamW, {}),
     **{
         f"adam-{variant}-{compress}": Case(LoRAPreAdamW, {"variant": variant, "compress": compress})
-        for variant in ("paper", "calibrated", "subspace")
+        for variant in ("paper", "calibrated", "subspace", "split")
         for compress in ("first", "second")
+        if (variant, compress) != ("split", "second")  # it makes the second moment of the first
     },
     "adam-dense": Case(LoRAPreAdamW, {"rank": None}),
     **{f"muon-{variant}": Case(LoRAPreMuon, {"variant": variant}) for variant in ("paper", "subspace")},

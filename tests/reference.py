@@ -86,6 +86,12 @@ def scaled_square(S: Tensor, row: Tensor, column: Tensor) -> Tensor:
     return S
 
 
+def rank_one(rows: Tensor, columns: Tensor) -> Tensor:
+    """The outer product with these means over rows and columns, what is negative of them taken as zero."""
+    rows, columns = rows.clamp(min=0), columns.clamp(min=0)
+    return torch.outer(rows, columns) / rows.mean() if rows.any() else torch.outer(rows, columns)
+
+
 class AdamReference:
     """LoRA-Pre Adam (Algorithm 1) on one matrix.
 
@@ -131,6 +137,7 @@ class AdamReference:
         if self.maximize:
             g = -g
         self.t += 1
+        self.m_old = self.m_B @ self.m_A
         if self.compress == "second":
             self.dense_first_moment(g)
         else:
@@ -155,7 +162,7 @@ class AdamReference:
     def factored_first_moment(self, g: Tensor) -> None:
         beta1, t = self.betas[0], self.t
         old = self.m_B @ self.m_A
-        if self.variant == "subspace":
+        if self.variant in ("subspace", "split"):
             beta = debiased(beta1, t)
             self.m = self.m_hat = beta * old + (1 - beta) * g
             self.m_B, self.m_A = track_subspace(self.m_B, self.m_A, g, beta)
@@ -173,6 +180,14 @@ class AdamReference:
     def factored_second_moment(self, g: Tensor) -> None:
         beta2, t = self.betas[1], self.t
         old = self.v_B @ self.v_A
+        if self.variant == "split":
+            square = (1 - beta2 ** (t - 1)) * self.m_old.square()
+            rest = rank_one(self.v_row - square.mean(1), self.v_col - square.mean(0))
+            self.v = beta2 * (square + rest) + (1 - beta2) * g.square()
+            self.v_hat = self.v / (1 - beta2**t)
+            self.v_row = beta2 * self.v_row + (1 - beta2) * g.square().mean(1)
+            self.v_col = beta2 * self.v_col + (1 - beta2) * g.square().mean(0)
+            return
         if self.variant == "subspace":
             S = scaled_square(old, self.v_row, self.v_col)
             self.v = beta2 * S + (1 - beta2) * g.square()

@@ -700,4 +700,5 @@ def test_a_regression_problem_is_solved(case: Case) -> None:
 
 def test_the_table_has_a_row_for_every_variant_of_both_classes() -> None:
     rows = {(case.cls, case.options.get("variant", "calibrated")) for case in CASES.values()}
-    assert rows == {(cls, variant) for cls in (LoRAPreAdamW, LoRAPreMuon) for variant in moments.VARIANTS}
+    every = {(cls, variant) for cls in (LoRAPreAdamW, LoRAPreMuon) for variant in moments.VARIANTS}
+    assert rows == every - {(LoRAPreMuon, "split")}  # Muon has no second moment

@@ -92,8 +92,8 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 LOW_RANK = [
-    *({"variant": variant} for variant in ("paper", "calibrated", "subspace")),
-    *({"variant": variant, "compress": "first"} for variant in ("calibrated", "subspace")),
+    *({"variant": variant} for variant in ("paper", "calibrated", "subspace", "split")),
+    *({"variant": variant, "compress": "first"} for variant in ("calibrated", "subspace", "split")),
     *({"variant": variant, "compress": "second"} for variant in ("calibrated", "subspace")),
     *({"optimizer": "lorapre-muon", "variant": variant} for variant in ("paper", "calibrated", "subspace")),
 ]

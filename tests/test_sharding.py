@@ -31,8 +31,8 @@ from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, sharding
 from lorapre.factors import Shards
 
 STEPS = 20
-VARIANTS = ["adam-paper", "adam-calibrated", "adam-subspace"]
-COMPRESS = [f"{variant}-{moment}" for variant in VARIANTS for moment in ("first", "second")]
+VARIANTS = ["adam-paper", "adam-calibrated", "adam-subspace", "adam-split"]
+COMPRESS = [name for name in CASES if name.startswith("adam-") and name.endswith(("-first", "-second"))]
 MUON = ["muon-paper", "muon-calibrated", "muon-subspace", "muon-nesterov"]
 
 # Uneven on 2, 3 and 4 processes, two of one shape; experts, a convolution; dense: a matrix, vector, scalar.
@@ -429,8 +429,8 @@ def check_traffic() -> None:
     for name in (*VARIANTS, *COMPRESS):
         for placement, side in ((S0, q), (S1, p)):
             counted = traffic(name, [placement], (p, q), 3, r)
-            moments = 1 if name in COMPRESS else 2
-            vectors = p + q if "subspace" in name else 2 * 2  # the means of the second moment; else norms
+            moments = 1 if name in COMPRESS or name == "adam-split" else 2
+            vectors = p + q + 1 if name.startswith(("adam-subspace", "adam-split")) else 2 * 2  # the means of the second moment; else norms
             assert counted.operations() == {"allreduce"}
             assert counted.elements() / 3 <= moments * (r * side + 3 * r * r) + vectors, (name, placement)
             assert counted.elements() / 3 >= moments * r * side  # it does count

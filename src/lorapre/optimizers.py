@@ -328,7 +328,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
         adjust_lr_fn: factor on lr by shape, as in torch.optim.Muon: None or "original" is sqrt(max(1, p /
             q)), "match_rms_adamw" is 0.2 sqrt(max(p, q)), with which AdamW's learning rates carry over.
         rank: r, or None for dense AdamW.
-        variant: "calibrated", "paper" (as printed), "subspace" or "split"; docs/maths.md has the differences.
+        variant: "calibrated", "paper" (as printed) or "subspace"; docs/maths.md has the differences.
         adamw_lr: learning rate of the dense weights, None for lr. A group with `rank=None` takes it as its lr
             unless it names its own. Dense weights inside a factorised group keep the ratio adamw_lr / lr that
             they start with, so that one schedule serves both.
@@ -394,6 +394,8 @@ class LoRAPreMuon(LoRAPreOptimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
+        # "split" tells the second moment from the variance, and Muon has neither.
+        _require_choice(group, "variant", *(variant for variant in VARIANTS if variant != "split"))
         momentum, coefficients = group["momentum"], group["ns_coefficients"]
         _require(group, "momentum", _is_number(momentum) and 0 <= momentum < 1, "a number in [0, 1)")
         _require(group, "ns_coefficients", _are_numbers(coefficients, 3), "three numbers")

@@ -79,6 +79,8 @@ class Settings:
         """The moments that have factors."""
         if self.optimizer == "lorapre-muon":
             return ("m",)
+        if self.variant == "split":  # its second moment has none
+            return ("m",)
         return {"first": ("m",), "second": ("v",)}.get(self.compress or "both", ("m", "v"))
 
     def __str__(self) -> str:
@@ -296,7 +298,7 @@ def step_transient(weights: Sequence[Weight], settings: Settings, mesh: Mesh) ->
         return 0 if item == FLOAT32 else DENSE_SCRATCH
     largest = max(weight.held(mesh) * item for weight in weights)
     scratch = max(SCRATCH, round(SCRATCH_SHARE * largest))
-    if settings.variant in ("paper", "subspace"):
+    if settings.variant in ("paper", "subspace", "split"):
         scratch += max(
             (factor_copies(weight, settings, mesh) for weight in weights if weight.rank), default=0
         )
@@ -349,7 +351,7 @@ def summed(variant: str, moment: str, means: bool, r: int, p: int, q: int) -> tu
 
     B (p, r) and A (r, q) are what is held here. Over rows travel L^T T (r, q) and L^T L or Q^T B (r, r); over
     columns T A^T (p, r) and A A^T (r, r). The subspace tracker adds three triangles of Y^T Y in `orth` and,
-    for a second moment with `means`, what `match_means` needs. The norms of B and, where there is a gauge, of
+    for a second moment with `means`, what `match_means` or `rank_one_rest` needs. The norms of B and, where there is a gauge, of
     A are summed as one float64 each.
     """
     triangle = r * (r + 1) // 2
@@ -359,8 +361,8 @@ def summed(variant: str, moment: str, means: bool, r: int, p: int, q: int) -> tu
     if variant == "calibrated":
         return rows + FLOAT64, columns + FLOAT64
     rows += FLOAT32 * 3 * triangle
-    if means and moment == "v":
-        rows += FLOAT32 * (triangle + q)
+    if means and moment == ("m" if variant == "split" else "v"):
+        rows += FLOAT32 * (triangle + q + (variant == "split"))  # the mean of what is left of the rows
         columns += FLOAT32 * (r * r + p)
     return rows + FLOAT64, columns + FLOAT64
 
