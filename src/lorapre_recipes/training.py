@@ -69,6 +69,10 @@ class NotWritten(RuntimeError):
     """A checkpoint could not be written."""
 
 
+class Finished(Exception):
+    """There is no step left to take: the run was cut off after its last checkpoint."""
+
+
 def train(
     config: RunConfig,
     out: Path,
@@ -134,7 +138,10 @@ def train(
     trainer.remove_callback(ProgressCallback)
     for callback in (Progress(), Bookkeeping(trainer), *callbacks):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=str(last_checkpoint(out)) if resume else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(last_checkpoint(out)) if resume else None)
+    except Finished:
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
     metrics = [row for entry in trainer.state.log_history if (row := metric(entry)) is not None]
     last = next(row for row in reversed(metrics) if "validation_loss" in row)
@@ -147,7 +154,7 @@ def train(
     held, adamw_held = distributed.largest(state_bytes(optimizer), adamw_bytes)
     summary = Summary(
         optimizer=config.method,
-        parameters=model.num_parameters(),
+        parameters=model.num_parameters() - sum(p.numel() for p in adapters),
         trained_parameters=model.num_parameters(only_trainable=True),
         adapter_bytes=sum(p.numel() * p.element_size() for p in adapters),
         steps=config.steps,
@@ -392,6 +399,11 @@ class Bookkeeping(TrainerCallback):
             clock.steps = timed[-1]["timed_steps"]
             clock.step_seconds = timed[-1]["step_seconds"]
             clock.optimizer_seconds = timed[-1]["optimizer_seconds"]
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take no step more than there are: the trainer takes one before it looks. Raises Finished."""
+        if state.global_step >= state.max_steps:
+            raise Finished
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Start the clock."""
