@@ -78,7 +78,7 @@ def protocol(method: Method, **fields: Any) -> FinetuneConfig:
         variant="calibrated" if optimizer in ONLY_FOR["variant"] else None,
         compress="both" if optimizer in ONLY_FOR["compress"] else None,
         refresh=min(200, fields["steps"] // 4) if optimizer in ONLY_FOR["refresh"] else None,
-        betas=(0.9, 0.999),
+        betas=(0.9, 0.95),
         eps=1e-8,
         momentum=0.95,
         weight_decay=0.0,
