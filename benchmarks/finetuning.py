@@ -44,10 +44,16 @@ NEW_TOKENS = 80
 ENDS = "embed_tokens|lm_head"
 Row = dict[str, Any]
 CONTENDERS: dict[str, Row] = {
-    "lorapre-adamw": {"method": "lorapre-adamw", "rules": (f"{ENDS}=8",), "lrs": (1e-3, 3e-3, 1e-2)},
-    "lora": {"method": "lora", "lrs": (3e-3, 1e-2, 3e-2)},
-    "lora, beta2 0.999": {"method": "lora", "betas": (0.9, 0.999), "lrs": (3e-3, 1e-2, 3e-2)},
-    "lorapre-adamw, ends frozen": {"method": "lorapre-adamw", "freeze": (ENDS,), "lrs": (1e-3, 3e-3, 1e-2)},
+    "lorapre-adamw": {"method": "lorapre-adamw", "rules": (f"{ENDS}=8",), "lrs": (3e-3, 5e-3, 1e-2)},
+    "lora": {"method": "lora", "lrs": (5e-3, 1e-2, 2e-2)},
+    "lora, beta2 0.999": {"method": "lora", "betas": (0.9, 0.999), "lrs": (5e-3, 1e-2, 2e-2)},
+    "lorapre-adamw, calibrated": {
+        "method": "lorapre-adamw",
+        "variant": "calibrated",
+        "rules": (f"{ENDS}=8",),
+        "lrs": (1e-3, 3e-3, 5e-3),
+    },
+    "lorapre-adamw, ends frozen": {"method": "lorapre-adamw", "freeze": (ENDS,), "lrs": (3e-3, 5e-3, 1e-2)},
     "rslora": {"method": "rslora", "lrs": (1e-3, 3e-3, 1e-2)},
     "dora": {"method": "dora", "lrs": (3e-3, 1e-2, 3e-2)},
     "lora+": {"method": "lora+", "lrs": (1e-3, 3e-3, 1e-2)},
