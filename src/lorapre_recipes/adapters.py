@@ -24,6 +24,7 @@ def insert_adapters(model: nn.Module, config: PretrainConfig) -> None:
     """Give every matrix that LoRA-Pre would factorise an adapter of peft, and freeze the matrix."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    assert config.rank is not None
     matrices = [
         name.removesuffix(".weight")
         for group in param_groups(model, rank=1)
@@ -61,6 +62,6 @@ def merge_(model: nn.Module, optimizer: Optimizer) -> None:
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.get_base_layer().weight.add_(layer.get_delta_weight(NAME))  # type: ignore[operator]
-            layer.reset_lora_parameters(NAME, True)
-            for factor in (layer.lora_A[NAME].weight, layer.lora_B[NAME].weight):
-                optimizer.state.pop(factor, None)
+            layer.reset_lora_parameters(NAME, True)  # type: ignore[no-untyped-call]
+            for factors in (layer.lora_A, layer.lora_B):
+                optimizer.state.pop(factors[NAME].get_parameter("weight"), None)
