@@ -37,7 +37,10 @@ class Case(NamedTuple):
 
 
 CASES = {
-    **{f"adam-{variant}": Case(LoRAPreAdamW, {"variant": variant}) for variant in ("paper", "subspace", "split")},
+    **{
+        f"adam-{variant}": Case(LoRAPreAdamW, {"variant": variant})
+        for variant in ("paper", "subspace", "split")
+    },
     "adam-calibrated": Case(LoRAPreAdamW, {}),
     **{
         f"adam-{variant}-{compress}": Case(LoRAPreAdamW, {"variant": variant, "compress": compress})

@@ -430,7 +430,8 @@ def check_traffic() -> None:
         for placement, side in ((S0, q), (S1, p)):
             counted = traffic(name, [placement], (p, q), 3, r)
             moments = 1 if name in COMPRESS or name == "adam-split" else 2
-            vectors = p + q + 1 if name.startswith(("adam-subspace", "adam-split")) else 2 * 2  # the means of the second moment; else norms
+            means = name.startswith(("adam-subspace", "adam-split"))  # of the second moment; else norms
+            vectors = p + q + 1 if means else 2 * 2
             assert counted.operations() == {"allreduce"}
             assert counted.elements() / 3 <= moments * (r * side + 3 * r * r) + vectors, (name, placement)
             assert counted.elements() / 3 >= moments * r * side  # it does count

@@ -1,7 +1,7 @@
 """Pre-training through adapters, as Table 1 of the paper has them beside full-rank methods: LoRA and ReLoRA.
 
-The matrices of attention and MLP stay as they were drawn and learn through B A of a rank; embeddings, head and
-norms train in full. ReLoRA adds B A to the weights every `refresh` steps and begins anew.
+The matrices of attention and MLP stay as they were drawn and learn through B A of a rank; embeddings, head
+and norms train in full. ReLoRA adds B A to the weights every `refresh` steps and begins anew.
 """
 
 from __future__ import annotations

@@ -351,8 +351,8 @@ def summed(variant: str, moment: str, means: bool, r: int, p: int, q: int) -> tu
 
     B (p, r) and A (r, q) are what is held here. Over rows travel L^T T (r, q) and L^T L or Q^T B (r, r); over
     columns T A^T (p, r) and A A^T (r, r). The subspace tracker adds three triangles of Y^T Y in `orth` and,
-    for a second moment with `means`, what `match_means` or `rank_one_rest` needs. The norms of B and, where there is a gauge, of
-    A are summed as one float64 each.
+    where means are kept, what `match_means` or `rank_one_rest` needs. The norms of B and, where there is a
+    gauge, of A are summed as one float64 each.
     """
     triangle = r * (r + 1) // 2
     rows, columns = FLOAT32 * (r * q + r * r), FLOAT32 * (p * r + r * r)
