@@ -336,7 +336,9 @@ class RecipeTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write what the Trainer writes, but for training_args.bin: a pickle, which nothing here reads."""
         super()._save(output_dir, state_dict)
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        folder = output_dir or self.args.output_dir
+        assert folder is not None
+        (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Raises UserError where the state in the checkpoint does not fit the optimizer."""
