@@ -32,6 +32,8 @@ from cyclopts import App, Parameter
 from matplotlib.ticker import LogLocator, NullLocator
 from torch.profiler import ProfilerActivity, profile
 
+from lorapre_recipes.config import Variant
+
 COLUMNS = [
     Column("series", "varied"),
     Column("shape", "shape"),
@@ -58,7 +60,7 @@ def main(
     size: int = 2000,
     rank: int = 64,
     optimizer: Literal["adamw", "muon"] = "adamw",
-    variant: Literal["calibrated", "paper", "subspace"] = "calibrated",
+    variant: Variant = "calibrated",
     dtype: Literal["fp32", "bf16"] = "fp32",
     device: str = "cpu",
     fit_from: Annotated[tuple[int, int], Parameter(show_default=True)] = (1024, 64),
