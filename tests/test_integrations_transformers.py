@@ -182,15 +182,17 @@ def test_the_trainer_does_what_a_loop_does(tmp_path: Path, factory: str) -> None
     model = llama(attention_dropout=0.0)
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     made = trainer(
-        tmp_path, factory, model=model, gradient_accumulation_steps=2, max_grad_norm=0.3, weight_decay=0.1,
+        tmp_path, factory, model=model, gradient_accumulation_steps=2, max_grad_norm=0.2, weight_decay=0.1,
         lr_scheduler_type="cosine", warmup_steps=2, adam_beta2=0.95,
     )  # fmt: skip
     made.model_accepts_loss_kwargs = False  # the mean of means, and not over the tokens of all batches
     batches = list(made.get_train_dataloader())
     made.train()
     norms = [entry["grad_norm"] for entry in made.state.log_history if "grad_norm" in entry]
-    assert min(norms) > 0.3
+    assert min(norms) > 0.2
 
+    # transformers 5.2 divides by the accumulated batches twice: 2 there, 1 since that was mended.
+    twice = made.accelerator.gradient_accumulation_steps
     copy = llama(attention_dropout=0.0)
     copy.load_state_dict(expected)
     cls = {"adamw": LoRAPreAdamW, "muon": LoRAPreMuon}[factory]
@@ -201,8 +203,8 @@ def test_the_trainer_does_what_a_loop_does(tmp_path: Path, factory: str) -> None
     scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 2, 6)
     for step in range(6):
         for batch in batches[2 * step : 2 * step + 2]:
-            (copy(**batch).loss / 2).backward()
-        nn.utils.clip_grad_norm_(copy.parameters(), 0.3)
+            (copy(**batch).loss / 2 / twice).backward()
+        nn.utils.clip_grad_norm_(copy.parameters(), 0.2)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
