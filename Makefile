@@ -12,7 +12,7 @@ OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-gpu test-oldest bench docs audit lint format clean
+.PHONY: help quickstart test stress test-gpu test-oldest bench docs audit lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -28,6 +28,11 @@ quickstart: $(INSTALLED)  ## pre-train a small Llama on CPU (options: make quick
 # One torch thread per worker: two workers with two threads each would fight over two cores.
 test: $(INSTALLED)  ## run the tests (options: make test ARGS="-k groups")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Processes killed at random, damaged files, full disks, and gradients drawn anew; a failure prints its example.
+stress: $(INSTALLED)  ## the long version of the tests of faults and of odd gradients, in about an hour
+	OMP_NUM_THREADS=1 $(BIN)/python tests/stress.py --kills 50 --damages 30 --full-disks 10
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
 
 test-gpu: $(INSTALLED)  ## run what has kernels of its own on the GPU, if there is one
 	@$(BIN)/python -c "import torch; print('on', torch.cuda.get_device_name()) if torch.cuda.is_available() else \

@@ -1,0 +1,337 @@
+"""Runs that are killed, run out of disk or find damaged checkpoints: `lorapre pretrain` in other processes.
+
+    python tests/stress.py --kills 50 --damages 40 --full-disks 20
+
+prints what it has tried and what was lost; test_faults.py runs a few of each. Counts and their command are in
+docs/reliability.md.
+"""
+
+import argparse
+import errno
+import json
+import multiprocessing
+import multiprocessing.process
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from lorapre_recipes import cli, presets, pretrain
+from lorapre_recipes.pretrain import collate
+from lorapre_recipes.report import read_metrics
+from lorapre_recipes.runs import MANIFEST, PARTIAL, checkpoint_step, checkpoints, damage, last_checkpoint
+from recipes_main import arm, tiny
+
+STEPS, SAVED_EVERY = 24, 3
+TEXTS = [f"Document {i}: the {i * i} quick brown foxes jump over {i} lazy dogs. " * 4 for i in range(40)]
+SECONDS = 900  # a hang is a failure
+
+
+class Runs:
+    """A folder of runs on one small corpus; each command runs in a fresh process that has all imported."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
+        (folder / "corpus.jsonl").write_text("".join(lines), encoding="utf-8")
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["lorapre_recipes.pretrain", "lorapre_recipes.cli"])
+        start = time.monotonic()
+        assert self.run(*self.arguments("whole")) == 0, self.log()
+        self.seconds = time.monotonic() - start
+
+    def arguments(self, out: str, *more: str) -> tuple[str, ...]:
+        """The command that begins a run, or goes on with it."""
+        if (run := self.folder / out).is_dir() and last_checkpoint(run) is not None:
+            return ("--resume", out)
+        shutil.rmtree(run, ignore_errors=True)  # nothing to go on from
+        return ("--preset", "tiny", "--data", "corpus.jsonl", "--out", out, *more)
+
+    def start(self, *arguments: str, **limits: Any) -> multiprocessing.process.BaseProcess:
+        """Begin `lorapre pretrain` with these arguments."""
+        process = self.context.Process(target=command_line, args=(self.folder, arguments), kwargs=limits)
+        process.start()
+        return process
+
+    def run(self, *arguments: str, **limits: Any) -> int | None:
+        """The exit code of `lorapre pretrain` with these arguments."""
+        process = self.start(*arguments, **limits)
+        process.join(SECONDS)
+        return process.exitcode
+
+    def log(self) -> str:
+        """What the last command printed."""
+        return (self.folder / "log.txt").read_text(encoding="utf-8")
+
+    def assert_equals_whole(self, out: str) -> None:
+        """The losses and the weights are those of the run that nothing happened to, bit for bit."""
+        run, whole = self.folder / out, self.folder / "whole"
+        assert losses(run) == losses(whole)
+        one, two = (load_file(x / f"checkpoint-{STEPS}" / "model.safetensors") for x in (run, whole))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+    def cut_off(self, out: str, *more: str) -> Path:
+        """A run that was killed between its last two checkpoints."""
+        process = self.start(*self.arguments(out, *more), kill_at=STEPS - 2)
+        process.join(SECONDS)
+        assert process.exitcode == -9, self.log()
+        run = self.folder / out
+        assert {checkpoint_step(checkpoint) for checkpoint in checkpoints(run)} == {STEPS - 6, STEPS - 3}
+        return run
+
+
+def command_line(
+    folder: Path,
+    arguments: tuple[str, ...],
+    *,
+    kill_at: int | None = None,
+    file_size: int | None = None,
+    fail_at: int | None = None,
+) -> None:
+    """What a process runs.
+
+    It may be killed at the start of a step, find that no file grows beyond some bytes, and that the loader
+    fails at some batch.
+    """
+    os.chdir(folder)
+    os.environ["LORAPRE_CACHE"] = str(folder / "cache")
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if kill_at is not None:
+        arm("0", "step", str(kill_at))
+    if fail_at is not None:
+        pretrain.collate = Failing(fail_at)
+    if file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
+    torch.set_num_threads(1)
+    presets.PRESETS["tiny"] = lambda optimizer: tiny(
+        optimizer, steps=STEPS, log_points=STEPS, checkpoints=STEPS // SAVED_EVERY
+    )
+    sys.argv = ["lorapre", "pretrain", *arguments]
+    sys.exit(cli.main())
+
+
+class Failing:
+    """Makes batches, and fails at one of them."""
+
+    def __init__(self, batch: int) -> None:
+        self.left = batch
+
+    def __call__(self, rows: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "corpus.jsonl")
+        return collate(rows)
+
+
+def losses(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without the times."""
+    return [
+        {name: value for name, value in row.items() if not name.endswith("seconds")}
+        for row in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+# --- kills
+
+
+def kill(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
+    """Kill runs `count` times, at any moment or in a checkpoint, and let them go on until they have ended."""
+    counts: Counter[str] = Counter()
+    number, before = 0, 0
+    while True:
+        out = f"killed-{number}"
+        process = runs.start(*runs.arguments(out))
+        run = runs.folder / out
+        if counts["killed"] < count:
+            in_checkpoint = chance.random() < 0.5
+            process.join(chance.uniform(0, runs.seconds))
+            while in_checkpoint and process.is_alive() and not (run / PARTIAL).exists():
+                time.sleep(0.001)
+            if in_checkpoint:
+                process.join(chance.uniform(0, 0.1))
+            process.kill()
+        process.join(SECONDS)
+        ended = (run / "summary.json").is_file()
+        assert process.exitcode == -9 or (process.exitcode == 0 and ended), runs.log()
+        counts["killed"] += process.exitcode != 0
+        if ended:
+            runs.assert_equals_whole(out)
+            counts["runs that ended, equal to the run never killed"] += 1
+            if counts["killed"] >= count:
+                return counts
+            number, before = number + 1, 0
+            continue
+        assert all(damage(checkpoint) is None for checkpoint in checkpoints(run))
+        last = last_checkpoint(run)
+        step = 0 if last is None else checkpoint_step(last)
+        assert step >= before  # nothing is lost but the steps since the last checkpoint
+        before = step
+        if last is None:
+            counts["killed before the first checkpoint was complete"] += 1
+        elif (run / PARTIAL).exists():
+            counts["killed while a checkpoint was written or removed"] += 1
+        else:
+            counts["killed at another moment"] += 1
+
+
+# --- damage
+
+
+def truncate(file: Path, chance: random.Random) -> None:
+    os.truncate(file, chance.randrange(file.stat().st_size))
+
+
+def flip(file: Path, chance: random.Random) -> None:
+    """Flip one bit."""
+    content = bytearray(file.read_bytes())
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    file.write_bytes(content)
+
+
+def remove(file: Path, chance: random.Random) -> None:
+    file.unlink()
+
+
+DAMAGES = {"truncated": truncate, "flipped": flip, "removed": remove}
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+def spoil(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
+    """Damage a file of the last checkpoint, `count` times; each time the run goes on from the one before."""
+    counts: Counter[str] = Counter()
+    cut = runs.cut_off("cut")
+    last = f"checkpoint-{STEPS - 3}"
+    for number in range(count):
+        run = shutil.copytree(cut, runs.folder / f"spoiled-{number}")
+        name, how = FILES[number % len(FILES)], [*DAMAGES][number // len(FILES) % len(DAMAGES)]
+        DAMAGES[how](run / last / name, chance)
+        assert runs.run("--resume", run.name) == 0, runs.log()
+        assert f"lorapre: {run.name}/{last} is damaged ({name} " in runs.log()
+        assert f"the run goes on from {run.name}/checkpoint-{STEPS - 6}" in runs.log()
+        runs.assert_equals_whole(run.name)
+        shutil.rmtree(run)
+        counts[f"files {how}, named, and the run gone on with from the checkpoint before"] += 1
+    return counts
+
+
+def spoil_unread(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
+    """Damage any file of a checkpoint, the manifest too, `count` times; each time the damage is found."""
+    counts: Counter[str] = Counter()
+    checkpoint = runs.folder / "whole" / f"checkpoint-{STEPS}"
+    files = sorted(file for file in checkpoint.iterdir() if file.name != MANIFEST)
+    for _ in range(count):
+        file, how = chance.choice(files), chance.choice([*DAMAGES])
+        content = file.read_bytes()
+        DAMAGES[how](file, chance)
+        found = damage(checkpoint)
+        assert found is not None
+        assert found.startswith(file.name)
+        file.write_bytes(content)
+        counts[f"files {how}, named"] += 1
+    assert damage(checkpoint) is None
+    return counts
+
+
+# --- a loader that fails
+
+
+def fail(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
+    """Let the loader raise, at another batch each time; the run goes on afterwards."""
+    counts: Counter[str] = Counter()
+    for number in range(count):
+        out = f"failed-{number}"
+        batch = chance.randrange(2, STEPS)
+        assert runs.run(*runs.arguments(out), fail_at=batch) == 1
+        assert "Input/output error: 'corpus.jsonl'" in runs.log()
+        assert all(damage(checkpoint) is None for checkpoint in checkpoints(runs.folder / out))
+        assert runs.run(*runs.arguments(out)) == 0, runs.log()
+        runs.assert_equals_whole(out)
+        counts["loaders that failed, and the run gone on with"] += 1
+    return counts
+
+
+# --- a full disk
+
+
+def fill(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
+    """Let the disk be full in a checkpoint, at another byte each time; the run goes on when there is room."""
+    counts: Counter[str] = Counter()
+    sizes = [(runs.folder / "whole" / f"checkpoint-{STEPS}" / name).stat().st_size for name in FILES[:2]]
+    for number in range(count):
+        out = f"full-{number}"
+        # Everything but weights and optimizer is smaller.
+        code = runs.run(*runs.arguments(out), file_size=chance.randrange(max(sizes) // 2, max(sizes)))
+        assert_not_written(runs, out, code)
+        runs.run(*runs.arguments(out))
+        runs.assert_equals_whole(out)
+        counts["files that could not grow, said in one line, and the run gone on with"] += 1
+    return counts
+
+
+def fill_disk(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
+    """The same with a disk of its own. Needs root."""
+    counts: Counter[str] = Counter()
+    whole = runs.folder / "whole"
+    least = 2 * sum(file.stat().st_size for file in (whole / f"checkpoint-{STEPS}").iterdir())
+    disk = runs.folder / "disk"
+    disk.mkdir()
+    for _ in range(count):
+        size = chance.randrange(least // 2, least * 3 // 2)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(disk)], check=True)
+        try:
+            assert_not_written(runs, "disk/run", runs.run(*runs.arguments("disk/run")))
+            subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+            runs.run(*runs.arguments("disk/run"))
+            runs.assert_equals_whole("disk/run")
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+        counts["disks full, said in one line, and the run gone on with"] += 1
+    return counts
+
+
+def assert_not_written(runs: Runs, out: str, code: int | None) -> None:
+    assert code == 1, runs.log()
+    line = runs.log().splitlines()[-1]
+    assert line.startswith("lorapre pretrain: checkpoint-"), runs.log()
+    assert "could not be written" in line
+    assert "Traceback" not in runs.log()
+    assert not (runs.folder / out / PARTIAL).exists()  # the room is free again
+    there = last_checkpoint(runs.folder / out) is not None
+    assert (f"go on with: lorapre pretrain --resume {out}" in line) == there
+    assert all(damage(checkpoint) is None for checkpoint in checkpoints(runs.folder / out))
+
+
+def main() -> None:
+    """Run all and print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--damages", type=int, default=30)
+    parser.add_argument("--full-disks", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Runs(Path(folder))
+        parts = [(kill, options.kills), (spoil, options.damages), (spoil_unread, 10 * options.damages)]
+        parts += [(fail, options.full_disks), (fill, options.full_disks)]
+        if os.geteuid() == 0 and sys.platform == "linux":
+            parts += [(fill_disk, options.full_disks)]
+        for part, count in parts:
+            for what, number in part(runs, count, chance).items():
+                print(f"{number:>6}  {what}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
