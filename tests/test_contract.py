@@ -4,6 +4,7 @@ A table: the rows are `cases.CASES`, the columns are the tests below.
 """
 
 import copy
+import gc
 import math
 import pickle
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from cases import (
     CASES,
     FACTORISED,
     LOW_RANK,
+    RANK,
     SHAPES,
     Case,
     assert_near,
@@ -34,6 +36,8 @@ from cases import (
 )
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, moments
 from lorapre import batch as batch_module
+from lorapre.factors import gaussian
+from reference import AdamReference, MuonReference, first_A
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 factorised = pytest.mark.parametrize("case", [CASES[name] for name in FACTORISED], ids=FACTORISED)
@@ -696,6 +700,104 @@ def test_a_regression_problem_is_solved(case: Case) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+# --- the mathematics
+
+
+@every_case
+def test_steps_are_those_of_the_reference(case: Case) -> None:
+    """One weight; test_reference.py has the shapes and options."""
+    (p,) = params = parameters([(12, 20)])
+    initial = p.detach().clone()
+    optimizer = case.make(params)
+    gradients = [gradient((12, 20), step, 0) for step in range(10)]
+    options = {name: value for name, value in case.options.items() if name != "rank"}
+    reference: Any
+    if case.options.get("rank", RANK) is None:
+        reference = DenseReference(initial)
+    else:
+        variant, first = case.options.get("variant", "calibrated"), gradients[0]
+        starts = [
+            first_A(variant, gaussian(RANK, 20, seed=i), gaussian(12, RANK, seed=2 + i), T)
+            for i, T in enumerate((first, first.abs()))
+        ]
+        if case.cls is LoRAPreAdamW:
+            reference = AdamReference(initial, *starts, lr=0.01, weight_decay=0.1, **options)
+        else:
+            reference = MuonReference(initial, starts[0], lr=0.01, weight_decay=0.1, **options)
+    for g in gradients:
+        p.grad = g.clone()
+        optimizer.step()
+        reference.step(g)
+    distance = (p.detach() - reference.weight).norm() / (reference.weight - initial).norm()
+    # Newton-Schulz runs in bfloat16.
+    assert distance < (1e-3 if "betas" in optimizer.defaults or "dense" in str(reference) else 0.02)
+
+
+class DenseReference:
+    """torch.optim.AdamW in float64."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.double()
+        self.optimizer = torch.optim.AdamW([self.weight], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def step(self, g: Tensor) -> None:
+        self.weight.grad = g.double()
+        self.optimizer.step()
+
+
+# --- over time, and elsewhere
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "compress" not in case.options])
+def test_a_thousand_steps_hold_no_more_memory_than_ten(name: str) -> None:
+    params = parameters([(6, 10)])
+    optimizer = CASES[name].make(params)
+    set_gradients(params, 0)
+    held = []
+    for steps in (10, 990):
+        for _ in range(steps):
+            optimizer.step()
+        held.append(holdings())
+    (count, size, objects), (later_count, later_size, later_objects) = held
+    assert (later_count, later_size) == (count, size)
+    assert later_objects <= objects + 100  # not one for ten steps
+
+
+def holdings() -> tuple[int, int, int]:
+    """How many tensors there are, their bytes, and how many objects of any kind."""
+    gc.collect()
+    objects = gc.get_objects()
+    tensors = [x for x in objects if issubclass(type(x), Tensor)]  # proxies would answer isinstance
+    return len(tensors), sum(x.nbytes for x in tensors), len(objects)
+
+
+DEVICES = [
+    pytest.param("cpu"),
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+    ),
+]
+
+
+@every_case
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("before", [0, 2], ids=["made", "stepped"])
+def test_a_model_may_move_to_its_device_after_the_optimizer_was_made_and_stepped(
+    case: Case, device: str, before: int
+) -> None:
+    model, expected = (nn.ParameterList(parameters()) for _ in range(2))
+    optimizer, reference = case.make(model.parameters()), case.make(expected.parameters())
+    train(optimizer, list(model), before)
+    train(reference, list(expected), 4)
+    model.to(device)
+    for step in range(before, 4):
+        for index, p in enumerate(model):
+            p.grad = gradient(p.shape, step, index).to(device)
+        optimizer.step()
+    assert {value.device.type for own in state(optimizer) for value in own.values()} == {device}
+    assert_near([p.cpu() for p in weights(model)], weights(expected), 1e-4 if device == "cpu" else 1e-3)
 
 
 def test_the_table_has_a_row_for_every_variant_of_both_classes() -> None:

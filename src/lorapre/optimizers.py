@@ -104,6 +104,8 @@ class LoRAPreOptimizer(Optimizer):
             if not _waits(p):
                 continue
             own = self.state[p]
+            if own and own["step"].device != p.device:  # the model has been moved
+                own.update({name: value.to(p.device) for name, value in own.items()})
             shapes = state_shapes(group, p.shape)
             if "step" not in own:
                 with torch.autocast(p.device.type, enabled=False):
@@ -123,7 +125,7 @@ class LoRAPreOptimizer(Optimizer):
 
         Args:
             param_group: `params` (tensors or (name, tensor) pairs) and options; `rank=None` means dense
-            AdamW.
+                AdamW.
 
         Raises:
             ValueError: an option is out of range, or a parameter is complex; the message names it.
