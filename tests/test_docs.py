@@ -1,19 +1,63 @@
-"""Every Python block in README and docs runs, and prints what the text block after it says."""
+"""Every code block in the documentation runs, or is held to what it names.
+
+| fence                 | what a test does with it                                                         |
+|-----------------------|----------------------------------------------------------------------------------|
+| python                | runs it, after the blocks above it on the page                                   |
+| python title="NAME"   | writes it to NAME, for a command below                                           |
+| text                  | looks for it in what the page has printed so far                                 |
+| bash                  | parses every command; runs what starts a file of the page                        |
+| console, `$ lorapre`  | runs the command and compares; without `$` it is the record of a long run        |
+
+Another language, or a command that nobody has said how to check, is an error.
+"""
 
 import contextlib
+import importlib
 import io
+import os
 import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from cyclopts import App
+
+from lorapre_recipes import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCS = ROOT / "docs"
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(DOCS.rglob("*.md")),
+    *sorted((ROOT / "benchmarks" / "results").glob("*.md")),
+]
+BLOCK = re.compile(r"^(`{3,})(\w*)(?: title=\"([^\"]+)\")?([^\n]*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 
-
 OPTIONAL = {"timm"}  # needs the torchvision of torch's build, which is not on PyPI for the CPU
+RERUN_ELSEWHERE = {"scaling.md"}  # tests/test_recipes_plan.py
+LAUNCHERS = {"torchrun", "accelerate"}
+
+
+class Block(NamedTuple):
+    language: str
+    title: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page. Another fence than the table above has is an error."""
+    found = []
+    for _, language, title, rest, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+        assert language in ("python", "text", "bash", "console"), f"a block of {language!r}: how to check it?"
+        assert not rest, f"a fence with {rest!r}"
+        found.append(Block(language, title, text))
+    return found
 
 
 @pytest.mark.filterwarnings(
@@ -29,8 +73,10 @@ def test_code_blocks_run_and_print_what_is_shown(
     names: dict[str, object] = {}
     printed = io.StringIO()
     missing = set()
-    for language, text in BLOCK.findall(page.read_text()):
-        if language == "python":
+    for language, title, text in blocks(page):
+        if title:
+            (tmp_path / title).write_text(text, encoding="utf-8")
+        elif language == "python":
             try:
                 with contextlib.redirect_stdout(printed):
                     exec(compile(text, str(page), "exec"), names)
@@ -45,6 +91,164 @@ def test_code_blocks_run_and_print_what_is_shown(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_what_the_programs_take(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    files = [block for block in blocks(page) if block.title]
+    for block in files:
+        (tmp_path / block.title).write_text(block.text, encoding="utf-8")
+    for language, _, text in blocks(page):
+        if language == "bash":
+            for command in commands(text):
+                check(command, [block.title for block in files], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in RERUN_ELSEWHERE], ids=lambda page: page.name
+)
+def test_commands_print_what_is_shown(page: Path) -> None:
+    """Where it fails: python docs/console.py PAGE."""
+    text = page.read_text(encoding="utf-8")
+    if "```console\n$ " in text:
+        assert runpy.run_path(str(DOCS / "console.py"))["rerun"](text) == text
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "lorapre pretrain --no-such-option",
+        "lorapre no-such-command",
+        "make no-such-target",
+        "pip install -c constraints.txt -e '.[no-such-extra]'",
+        "pip install -c no-such-file -e .",
+        "python benchmarks/step_time.py --no-such-option 3",
+        "python benchmarks/departures.py --no-such-option",
+        "python no-such-script.py",
+        "torchrun --nproc-per-node 2 -m lorapre_recipes pretrain --no-such-option",
+        "torchrun --no-such-option -m lorapre_recipes pretrain",
+        "accelerate launch --config_file no-such-file -m lorapre_recipes pretrain",
+        "no-such-program",
+    ],
+)
+def test_a_wrong_command_is_found(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    with pytest.raises((Exception, SystemExit)):
+        check(shlex.split(command), [], tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_resolve(page: Path) -> None:
-    for target in LINK.findall(page.read_text()):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def test_the_start_page_has_no_figures_but_the_readme_s() -> None:
+    number = re.compile(r"(?<![\w.(/-])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    start = (DOCS / "index.md").read_text(encoding="utf-8").partition("## In three lines")[0]
+    assert {*number.findall(start)} <= {*number.findall(readme)}
+
+
+def test_the_mathematics_names_functions_and_tests_that_exist() -> None:
+    text = (DOCS / "maths.md").read_text(encoding="utf-8")
+    table = text.partition("## Equation, function, test")[2].partition("\n\n[`tests/")[0]
+    rows = [row.split("|")[3:5] for row in table.splitlines() if row.startswith("| ")][1:]
+    assert len(rows) > 10
+    for functions, tests in rows:
+        assert re.findall(r"\[`test_\w+\.py`\]", tests)  # the test of links looks whether they exist
+        for module, name, file in re.findall(r"\[`(\w+)\.([\w.]+)`\]\((.*?)\)", functions):
+            assert file == f"../src/lorapre/{module}.py"
+            found: object = importlib.import_module(f"lorapre.{module}")
+            for part in name.split("."):
+                found = getattr(found, part)
+
+
+# Commands
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The commands of a bash block, as words."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+def check(command: Sequence[str], files: Sequence[str], folder: Path) -> None:
+    """Fail where a command names an option, a target or a file that is not there; run one of `files`."""
+    program, *arguments = [word for word in command if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+    program = program.removeprefix(".venv/bin/")
+    if program == "lorapre":
+        parse(cli.app, arguments)
+    elif program == "make":
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        assert {word for word in arguments if "=" not in word} <= targets
+    elif program == "pip":
+        check_pip(arguments)
+    elif program in LAUNCHERS:
+        check_launch(program, arguments, files, folder)
+    elif program in ("python", "python3"):
+        check_python(arguments)
+    elif program == "pip-audit":
+        pass
+    elif program in ("git", "cd"):
+        assert arguments[0] in ("clone", "lorapre")
+    else:
+        raise AssertionError(f"how to check {program!r}?")
+
+
+def parse(app: App, arguments: Sequence[str]) -> None:
+    """Let the command line of an app take the arguments, without running it."""
+    app.parse_args([*arguments], exit_on_error=False, print_error=False)
+
+
+def check_pip(arguments: Sequence[str]) -> None:
+    assert arguments[0] == "install"
+    section = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    extras = {*re.findall(r"^(\w+) = \[", section.partition("\n[project")[0], re.MULTILINE)}
+    for option, word in zip(arguments, [*arguments[1:], ""], strict=True):
+        if option == "-c":
+            assert (ROOT / word).is_file()
+        if wanted := re.search(r"\[(.*)\]", option):
+            assert {*wanted[1].split(",")} <= extras
+
+
+def check_python(arguments: Sequence[str]) -> None:
+    script, *options = arguments
+    if script == "-m":
+        assert options[0] in ("pytest", "venv")
+        return
+    assert (ROOT / script).is_file()
+    if script.startswith("benchmarks/"):
+        module = importlib.import_module(Path(script).stem)
+        if hasattr(module, "app"):
+            parse(module.app, options)
+            return
+    assert not any(option.startswith("-") for option in options)
+    assert all((ROOT / option).exists() for option in options)
+
+
+def check_launch(program: str, arguments: Sequence[str], files: Sequence[str], folder: Path) -> None:
+    """Of torchrun and accelerate: the options, and what they start."""
+    if program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        launched = get_args_parser().parse_args([*arguments])
+    else:
+        from accelerate.commands.launch import launch_command_parser
+
+        assert arguments[0] == "launch"
+        launched = launch_command_parser().parse_args([*arguments[1:]])
+        assert (ROOT / launched.config_file).is_file()
+    if launched.training_script in files:
+        run = [sys.executable, "-m", "torch.distributed.run", *arguments]
+        done = subprocess.run(
+            run, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+    else:
+        assert launched.training_script == "lorapre_recipes"
+        parse(cli.app, launched.training_script_args)
