@@ -64,7 +64,7 @@ bench: $(INSTALLED)-bench  ## measure time and memory beside other optimizers, i
 	$(BIN)/python benchmarks/report.py
 
 docs: $(INSTALLED)-docs  ## build the site in site/; a warning or a link that leads nowhere is an error
-	$(BIN)/mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
 
 audit: $(INSTALLED)-audit  ## look the pinned packages up in the database of known vulnerabilities
 	$(BIN)/python .ci/audit.py
