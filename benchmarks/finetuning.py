@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from cyclopts import App
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -225,10 +226,12 @@ def table(out: Path, part: Part) -> Table:
     title, columns = f"{part.name}, {part.steps} steps", ["method", "lr", "seeds"]
     if part.tests:
         title += f"; exact match before: {read(out, part='before')[0]['exact_match']:.1%}"
-        columns.append("exact match")
-    shown = Table(title=title, title_justify="left")
+        columns.append("match, %")
+    shown = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1)
+    )
     for number, column in enumerate([*columns, "answer loss", "state", "adapters"]):
-        shown.add_column(column, justify="right" if number else "left")
+        shown.add_column(column, justify="right" if number else "left", no_wrap=True)
     for name in part.contenders:
         if not read(out, part=part.name, name=name):
             continue
@@ -236,9 +239,9 @@ def table(out: Path, part: Part) -> Table:
         rows = read(out, part=part.name, name=name, lr=lr)
         cells = [name, f"{lr:g}", str(len(rows))]
         if part.tests:
-            cells.append(spread([100 * row["exact_match"] for row in rows], ".1f") + " %")
-        cells.append(spread([row["loss"] for row in rows], ".4f"))
-        cells += [f"{rows[0][size] / 1024:,.0f} KiB" for size in ("state_bytes", "adapter_bytes")]
+            cells.append(spread([100 * row["exact_match"] for row in rows], ".1f"))
+        cells.append(spread([row["loss"] for row in rows], ".3f"))
+        cells += [f"{rows[0][size] / 1024:,.0f} K" for size in ("state_bytes", "adapter_bytes")]
         shown.add_row(*cells)
     return shown
 

@@ -195,7 +195,7 @@ def test_one_that_breaks_down_does_not_end_the_others(
     assert code == 0
     row = next(line for line in (out / "report.md").read_text().splitlines() if "the loss is" in line)
     assert row.startswith("| adamw |")
-    assert "1 runs ended without a figure" in stdout.replace("\n", " ")
+    assert "Runs that ended without a figure: 1" in stdout.replace("\n", " ")
 
 
 def test_a_process_of_its_own(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def commands(folder: Path) -> list[str]:
 
 # The table
 
-COLUMNS = ("optimizer", "perplexity", "loss", "seeds", "lr x scale", "state MiB", "peak MiB", "step %")
+COLUMNS = ("optimizer", "ppl", "loss", "seeds", "lr x scale", "state", "peak", "step")
 
 
 def rows(contenders: Sequence[Contender]) -> list[list[str]]:
@@ -244,14 +244,15 @@ def rows(contenders: Sequence[Contender]) -> list[list[str]]:
 def notes(contenders: Sequence[Contender]) -> list[str]:
     """What the table does not say by itself."""
     texts = [
-        "Validation loss in nats per token, mean and standard deviation over seeds; step %: share of "
-        "optimizer.step in the time of the training steps; peak: of the whole process."
+        "ppl, loss: validation perplexity and loss (nats per token), mean and standard deviation over "
+        "seeds; state, peak: of the optimizer and of the whole process, MiB; step: share of optimizer.step "
+        "in the training steps' time."
     ]
     if any(contender.at_edge for contender in contenders):
         texts.append("* the best value tried is at the edge of the sweep: a better one may lie beyond.")
     broken = sum(run.reason is not None for contender in contenders for run in contender.runs)
     if broken:
-        texts.append(f"{broken} runs ended without a figure (ended.json in their folders says why).")
+        texts.append(f"Runs that ended without a figure: {broken}; ended.json in their folders says why.")
     return texts
 
 
@@ -259,7 +260,7 @@ def table(contenders: Sequence[Contender]) -> Table:
     """The table for a terminal."""
     made = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for i, column in enumerate(COLUMNS):
-        made.add_column(column, justify="right" if i else "left", overflow="fold")
+        made.add_column(column, justify="right" if i else "left", overflow="fold", no_wrap=bool(i))
     for cells in rows(contenders):
         made.add_row(*cells)
     return made
