@@ -429,6 +429,7 @@ def test_the_papers_recipe() -> None:
         (["--data", "broken.jsonl"], "broken.jsonl: line 3 is not JSON"),
         (["--data", "latin.jsonl"], "latin.jsonl: not UTF-8 text (byte 1)"),
         (["--model", "no/model"], "--model no/model"),
+        (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
         (["--model", "no-matrix"], "--rank: no trainable parameter gets low-rank momenta"),
         (["--model", "no-matrix", "--method", "lora"], "--method lora"),
         (["--model", "unfinished"], "unfinished: no checkpoint in this run folder"),

@@ -136,11 +136,13 @@ def model_folder(name: str) -> str:
     """Where transformers finds a model: of a run folder the newest, all else as it is.
 
     Raises:
-        UserError: the run has no checkpoint yet, or its newest is damaged.
+        UserError: there is no such folder, the run has no checkpoint yet, or its newest is damaged.
     """
     run = Path(name).expanduser()
-    if not (run / "data.json").is_file():  # no run folder
-        return name
+    if not run.exists() and name.startswith((".", "/", "~")):
+        raise UserError(f"--model {name}: there is no such folder")
+    if not (run / "data.json").is_file():  # a model's folder, or a name on the hub
+        return str(run) if run.exists() else name
     folder = run / MERGED if (run / MERGED).is_dir() else last_checkpoint(run)
     if folder is None:
         raise UserError(f"--model {name}: no checkpoint in this run folder")
