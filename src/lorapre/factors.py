@@ -481,8 +481,9 @@ def rank_one_rest(
     """
     p, q = shards.size(B.shape[-2], A.shape[-1])
     (G,) = shards.sum_columns(gram(A.mT))
-    rows = (row - keep * (matmul(B, G) * B).sum(-1) / q).clamp(min=0)
-    columns = (column - keep * (matmul(shards.gram(B), A) * A).sum(-2) / p).clamp(min=0)
+    # Infinities of both signs, of squares above 1e38, sum up to NaN: then nothing is known to be left.
+    rows = (row - keep * (matmul(B, G) * B).sum(-1) / q).clamp(min=0).nan_to_num(nan=0.0)
+    columns = (column - keep * (matmul(shards.gram(B), A) * A).sum(-2) / p).clamp(min=0).nan_to_num(nan=0.0)
     (total,) = shards.sum_rows(rows.sum(-1, keepdim=True))
     ratio = columns / (total / p)
     return rows[..., None], torch.where(ratio.isfinite(), ratio, 0)[..., None, :]
