@@ -63,8 +63,9 @@ bench: $(INSTALLED)-bench  ## measure time and memory beside other optimizers, i
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/report.py
 
+# Not --quiet, under which --strict sees no warnings.
 docs: $(INSTALLED)-docs  ## build the site in site/; a warning or a link that leads nowhere is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 audit: $(INSTALLED)-audit  ## look the pinned packages up in the database of known vulnerabilities
 	$(BIN)/python .ci/audit.py
