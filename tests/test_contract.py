@@ -770,7 +770,7 @@ def holdings() -> tuple[int, int, int]:
     gc.collect()
     objects = gc.get_objects()
     tensors = [x for x in objects if issubclass(type(x), Tensor)]  # proxies would answer isinstance
-    return len(tensors), sum(x.nbytes for x in tensors), len(objects)
+    return len(tensors), sum(x.numel() * x.element_size() for x in tensors), len(objects)
 
 
 DEVICES = [
