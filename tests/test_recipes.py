@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
 
 from lorapre_recipes import cli, presets
-from lorapre_recipes.config import CHOICES, OptimizerName, PretrainConfig, UserError
+from lorapre_recipes.config import OptimizerName, PretrainConfig, UserError
 from lorapre_recipes.optim import WithAdamW, build_optimizer
 from lorapre_recipes.presets import llama_tiny
 from lorapre_recipes.pretrain import build_model, pretrain
