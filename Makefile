@@ -30,9 +30,9 @@ test: $(INSTALLED)  ## run the tests (options: make test ARGS="-k groups")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 # Processes killed at random, damaged files, full disks, and gradients drawn anew; a failure prints its example.
-stress: $(INSTALLED)  ## the long version of the tests of faults and of odd gradients, in about an hour
+stress: $(INSTALLED)  ## the long version of the tests of faults and of odd gradients, in some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tests/stress.py --kills 50 --damages 30 --full-disks 10
-	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
 
 test-gpu: $(INSTALLED)  ## run what has kernels of its own on the GPU, if there is one
 	@$(BIN)/python -c "import torch; print('on', torch.cuda.get_device_name()) if torch.cuda.is_available() else \

@@ -150,6 +150,17 @@ def test_orth_survives_columns_at_any_small_angle(r: int) -> None:
             assert max(outside(y, q) for y, q in zip(Y, Q, strict=True)) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["ones", "unit vectors", "normal"])
+def test_orth_completes_a_basis_of_few_rows(kind: str) -> None:
+    """Saw teeth did not: all-ones gradients of a (4, 36) weight at rank 3 made a NaN."""
+    for p in range(3, 25):
+        for r in range(1, p - 1):
+            for k in (1, (r + 1) // 2):
+                C = {"ones": torch.ones(p, k), "unit vectors": torch.eye(p)[:, :k], "normal": torch.randn(p, k)}
+                Y = C[kind] @ torch.randn(k, r)
+                assert gram_error(factors.orth(Y)) < 1e-2, (p, r, k)
+
+
 def test_orth_of_a_batch_is_orth_of_each_matrix() -> None:
     kinds = [Y for Y in difficult(torch.float32).values() if Y.shape == (60, 16)]
     together = factors.orth(torch.stack(kinds))

@@ -533,12 +533,15 @@ def _waves(
 ) -> Tensor:
     """`part` of the rows of (n, r) for `like` (..., n, r): columns in general position, of unit length.
 
-    Saw teeth of incommensurable frequencies, a function of the index of the row in the whole, of `total`.
+    Sines of incommensurable frequencies, a function of the index of the row in the whole, of `total`. Any
+    r <= n of them are independent: sin(i x) is sin(x) times a polynomial of degree i - 1 in cos(x). Saw teeth
+    are not, since a few rows of two slow ones are straight lines.
     """
     n, r = like.shape[-2:]
     i = (indices(n, like.device)[part] + 1).to(like.dtype)
     frequency = torch.frac(math.sqrt(2) * torch.arange(1, r + 1, dtype=like.dtype, device=like.device))
-    return torch.outer(frequency, i).mT.frac_().sub_(0.5).mul_(math.sqrt(12 / total))
+    phase = torch.outer(frequency, i).mT.frac_()
+    return phase.mul_(2 * math.pi).sin_().mul_(math.sqrt(2 / total))
 
 
 def _inverse(size: Tensor) -> Tensor:
