@@ -156,7 +156,11 @@ def test_orth_completes_a_basis_of_few_rows(kind: str) -> None:
     for p in range(3, 25):
         for r in range(1, p - 1):
             for k in (1, (r + 1) // 2):
-                C = {"ones": torch.ones(p, k), "unit vectors": torch.eye(p)[:, :k], "normal": torch.randn(p, k)}
+                C = {
+                    "ones": torch.ones(p, k),
+                    "unit vectors": torch.eye(p)[:, :k],
+                    "normal": torch.randn(p, k),
+                }
                 Y = C[kind] @ torch.randn(k, r)
                 assert gram_error(factors.orth(Y)) < 1e-2, (p, r, k)
 
