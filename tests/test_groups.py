@@ -156,7 +156,7 @@ def test_experts_in_a_list():
 
 def test_vit():
     model = transformer("ViTForImageClassification", **tiny(image_size=32, patch_size=8, num_labels=24))
-    assert low_rank(model) == matching(model, r"layers\.\d.*(proj|fc\d)\.weight")
+    assert low_rank(model) == matching(model, r"layers?\.\d.*(proj|fc\d|query|key|value|dense)\.weight")
 
 
 def test_convnext():

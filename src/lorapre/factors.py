@@ -124,10 +124,10 @@ def _parts(X: Tensor) -> tuple[Tensor, ...]:
     return torch.split(X, max(64, 2**18 // max(1, X.shape[-1])), -2)
 
 
-def norm(X: Tensor, total: Callable[..., tuple[Tensor, ...]] = WHOLE.sum_rows) -> Tensor:
+def norm(X: Tensor, shards: Shards = WHOLE, *, columns: bool = False) -> Tensor:
     """Frobenius norm (..., 1, 1) of X (..., n, r); exact where the squares would leave float32's range.
 
-    `total` sums over the processes that hold the rest of X.
+    Other processes of `shards` may hold other rows of X, or other columns.
     """
     if X.numel() == 0:  # an empty shard
         size = X.new_zeros((*X.shape[:-2], 1, 1))
@@ -140,14 +140,15 @@ def norm(X: Tensor, total: Callable[..., tuple[Tensor, ...]] = WHOLE.sum_rows) -
             for part in _parts(X)
         ]
         size = sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0)
-    if total not in (WHOLE.sum_rows, WHOLE.sum_columns):
+    if shards.count > 1:
+        total = shards.sum_columns if columns else shards.sum_rows
         size = total(size.double().square())[0].sqrt()
     return size.to(X.dtype)
 
 
 def unit(B: Tensor, shards: Shards = WHOLE) -> Tensor:
     """B / ||B||_F, (..., p, r), and zero where B is zero."""
-    size = norm(B, shards.sum_rows)
+    size = norm(B, shards)
     return B / torch.where(size > 0, size, 1)
 
 
@@ -157,7 +158,7 @@ def gauge_(B: Tensor, A: Tensor, shards: Shards = WHOLE, before: Tensor | None =
     Where A is zero, or has left the range of its type, the product becomes zero and A what it was `before`,
     or the first r unit vectors, so that the factor always has directions.
     """
-    size = norm(A, shards.sum_columns) / math.sqrt(A.shape[-2])
+    size = norm(A, shards, columns=True) / math.sqrt(A.shape[-2])
     alive = (size >= torch.finfo(A.dtype).tiny) & size.isfinite()
     A.mul_(torch.where(alive, 1 / size, 0))
     if before is not None:
@@ -172,9 +173,9 @@ def start(sketch: Tensor, fallback: Tensor, shards: Shards = WHOLE) -> Tensor:
 
     Where the sketch is zero or not finite, `fallback` (r, q) takes its place, at the same scale.
     """
-    size = norm(sketch, shards.sum_columns)
+    size = norm(sketch, shards, columns=True)
     A = torch.where((size > 0) & size.isfinite(), sketch, fallback)
-    return A * (math.sqrt(A.shape[-2]) / norm(A, shards.sum_columns))
+    return A * (math.sqrt(A.shape[-2]) / norm(A, shards, columns=True))
 
 
 def ramp(gamma: float, t: Tensor) -> Tensor:
@@ -329,7 +330,7 @@ class Newton(Tracker):
         self.B[members, rows].lerp_(matmul(TAt, self._root[members]), self.rate[members])
 
     def _turn(self) -> None:
-        self._size = norm(self.B, self.shards.sum_rows)
+        self._size = norm(self.B, self.shards)
         self._unit = _inverse(self._size)
 
     def basis(self, members: slice, rows: slice) -> Tensor:

@@ -61,9 +61,11 @@ class Tracking:
         self.sums: list[tuple[slice, Tensor]] = []
         self.probe: Tensor | None = None
 
-    def of(self, name: str, members: slice = ALL) -> slice:
-        """Where members of a moment are among the k N."""
+    def of(self, name: str, members: slice | None = None) -> slice:
+        """Where members of a moment, or all of them, are among the k N."""
         start = self.names.index(name) * self.batch.N
+        if members is None:  # not ALL as the default: torch.compile of torch 2.9 takes no slice there
+            return slice(start, start + self.batch.N)
         return slice(
             start + (members.start or 0), start + (self.batch.N if members.stop is None else members.stop)
         )

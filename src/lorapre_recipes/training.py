@@ -468,7 +468,8 @@ def metric(entry: dict[str, Any]) -> Metric | None:
     return {"step": entry["step"], "tokens": entry["tokens"]} | {
         new: entry[old]
         for old, new in names.items()
-        if old != "grad_norm" or math.isfinite(entry[old])  # there is none where gradients are released
+        # There is none where gradients are released, nor from an older Trainer without clipping.
+        if old != "grad_norm" or math.isfinite(entry.get(old, math.nan))
     }
 
 
