@@ -68,7 +68,7 @@ docs: $(INSTALLED)-docs  ## build the site in site/; a warning or a link that le
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 audit: $(INSTALLED)-audit  ## look the pinned packages up in the database of known vulnerabilities
-	$(BIN)/python .ci/audit.py
+	$(BIN)/python .ci/audit.py $(ARGS)
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check $(SOURCES)

@@ -15,7 +15,6 @@ from lorapre import LoRAPreAdamW, factors
 from lorapre.factors import DAMPING, Newton, Printed, Subspace, Tracker, track
 
 BETA = 0.9
-GAMMA = 1 - math.sqrt(BETA)
 
 
 class BothAtOnce(Printed):

@@ -11,8 +11,10 @@
 Another language, or a command that nobody has said how to check, is an error.
 """
 
+import ast
 import contextlib
 import importlib
+import inspect
 import io
 import os
 import re
@@ -20,13 +22,16 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from cyclopts import App
 
+import lorapre
+from lorapre.integrations.registry import RoutedAdamW, RoutedMuon
+from lorapre.integrations.transformers import lorapre_adamw, lorapre_muon
 from lorapre_recipes import cli
 
 ROOT = Path(__file__).parent.parent
@@ -143,6 +148,56 @@ def test_a_wrong_command_is_found(
 def test_links_between_pages_resolve(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+# Equations, the rule of a file format and the directives of mkdocstrings; what is code has a fence.
+INDENTED = {"maths.md", "scaling.md", "optimizers.md", "internals.md", "integrations.md"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_code_hides_in_a_block_without_a_fence(page: Path) -> None:
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    assert "```" not in text
+    assert "~~~" not in text
+    assert page.name in INDENTED or not re.search(r"^\n(?: {4}|\t)\S", text, re.MULTILINE)
+
+
+def public() -> dict[str, list[str]]:
+    """What docs/compatibility.md calls public, by module."""
+    folder = ROOT / "src" / "lorapre" / "integrations"
+    names = {f"lorapre.integrations.{file.stem}" for file in folder.glob("[a-z]*.py")}
+    return {"lorapre": lorapre.__all__} | {
+        name: ast.literal_eval(re.findall(r"^__all__ = (.*)", text, re.MULTILINE)[0])
+        for name in sorted(names)
+        for text in [(folder / f"{name.rpartition('.')[2]}.py").read_text(encoding="utf-8")]
+    }
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = (page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    shown = {name for page in pages for name in re.findall(r"^::: (\S+)", page, re.MULTILINE)}
+    for module, names in public().items():
+        assert module in shown or {f"{module}.{name}" for name in names} <= shown, module
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(getattr(lorapre, name) for name in lorapre.__all__),
+        RoutedAdamW,
+        RoutedMuon,
+        lorapre_adamw,
+        lorapre_muon,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_the_reference_explains_every_argument(function: Callable[..., object]) -> None:
+    text = inspect.getdoc(function) or ""
+    arguments = text.partition("\nArgs:\n")[2].partition("\n\n")[0]
+    explained = re.findall(r"^    (\w+):", arguments, re.MULTILINE)
+    assert explained == list(inspect.signature(function).parameters)
+    assert inspect.isclass(function) or "\nReturns:\n" in text
+    assert "\nRaises:\n" in text or function is lorapre.coverage
 
 
 def test_the_start_page_has_no_figures_but_the_readme_s() -> None:

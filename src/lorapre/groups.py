@@ -112,6 +112,7 @@ def param_groups(
         one.
 
     Raises:
+        TypeError: `model` is no `nn.Module`.
         ValueError: a rank that is neither None nor a positive integer, a malformed rule, a rule that no
             parameter reaches, or what `strict` forbids.
 

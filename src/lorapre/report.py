@@ -125,6 +125,9 @@ def coverage(optimizer: torch.optim.Optimizer) -> Coverage:
 
     Args:
         optimizer: any torch optimizer.
+
+    Returns:
+        A `Coverage`: one `Row` for each parameter, the totals in bytes, and a table as its `str()`.
     """
     rows = []
     for number, group in enumerate(optimizer.param_groups):
