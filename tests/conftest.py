@@ -1,6 +1,8 @@
 """Settings that every test shares."""
 
 import os
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,3 +19,26 @@ torch.set_num_threads(1)
 def seed() -> None:
     """Every test starts from the same random state, alone or in the suite."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizers and token files go where all tests of a session find them, not into the user's cache."""
+    monkeypatch.setenv("LORAPRE_CACHE", str(tmp_path_factory.getbasetemp() / "lorapre-cache"))
+
+
+@pytest.fixture
+def lorapre(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line: (exit code, stdout, stderr)."""
+    from lorapre_recipes import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["lorapre", *map(str, arguments)])
+        code = cli.main()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

@@ -13,30 +13,12 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from lorapre_recipes import cli, presets, training
 from lorapre_recipes.config import OptimizerName, PretrainConfig
-from lorapre_recipes.presets import llama_tiny
+from tiny_runs import tiny_config
 
 
 def tiny(optimizer: OptimizerName = "lorapre-adamw", **changes: Any) -> PretrainConfig:
-    config = llama_tiny(optimizer)
-    return config.replace(
-        **{
-            "preset": "tiny",
-            "vocab_size": 300,
-            "sequence_length": 16,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "layers": 2,
-            "heads": 2,
-            "rank": None if config.rank is None else 4,
-            "steps": 12,
-            "batch_size": 6,
-            "eval_sequences": 12,
-            "log_points": 12,
-            "evaluations": 3,
-            "checkpoints": 3,
-            **changes,
-        }
-    )
+    """Batches that two and three processes can divide."""
+    return tiny_config(optimizer, **({"batch_size": 6, "eval_sequences": 12} | changes))
 
 
 def die() -> None:

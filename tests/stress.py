@@ -8,7 +8,8 @@ docs/reliability.md.
 
 import argparse
 import errno
-import json
+import itertools
+import math
 import multiprocessing
 import multiprocessing.process
 import os
@@ -20,20 +21,30 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from cases import CASES, assert_near, parameters, set_gradients, state, weights
+from lorapre.optimizers import STATE_FORMAT
 from lorapre_recipes import cli, presets, pretrain
 from lorapre_recipes.pretrain import collate
-from lorapre_recipes.report import read_metrics
-from lorapre_recipes.runs import MANIFEST, PARTIAL, checkpoint_step, checkpoints, damage, last_checkpoint
+from lorapre_recipes.runs import (
+    MANIFEST,
+    PARTIAL,
+    checkpoint_step,
+    checkpoints,
+    damage,
+    last_checkpoint,
+    write_manifest,
+)
 from recipes_main import arm, tiny
+from tiny_runs import losses, write_corpus
 
 STEPS, SAVED_EVERY = 24, 3
-TEXTS = [f"Document {i}: the {i * i} quick brown foxes jump over {i} lazy dogs. " * 4 for i in range(40)]
 SECONDS = 900  # a hang is a failure
 
 
@@ -42,8 +53,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
-        (folder / "corpus.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_corpus(folder)
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["lorapre_recipes.pretrain", "lorapre_recipes.cli"])
         start = time.monotonic()
@@ -133,14 +143,6 @@ class Failing:
         if self.left == 0:
             raise OSError(errno.EIO, os.strerror(errno.EIO), "corpus.jsonl")
         return collate(rows)
-
-
-def losses(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the times."""
-    return [
-        {name: value for name, value in row.items() if not name.endswith("seconds")}
-        for row in read_metrics(run / "metrics.jsonl")
-    ]
 
 
 # --- kills
@@ -246,6 +248,101 @@ def spoil_unread(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
     return counts
 
 
+# --- checkpoints of others
+
+
+def of_another_run(*options: str) -> Callable[[Runs, Path], None]:
+    """Put the checkpoint of a run with these options in place of one."""
+
+    def change(runs: Runs, checkpoint: Path) -> None:
+        other = runs.folder / f"other{''.join(options)}"
+        if not other.is_dir():
+            runs.cut_off(other.name, *options)
+        shutil.rmtree(checkpoint)
+        shutil.copytree(other / checkpoint.name, checkpoint)
+
+    return change
+
+
+def of_a_newer_version(_: Runs, checkpoint: Path) -> None:
+    file = checkpoint / "optimizer.pt"
+    saved = torch.load(file, weights_only=True)
+    for group in saved["param_groups"]:
+        group["state_format"] = STATE_FORMAT + 1
+    torch.save(saved, file)
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint)
+
+
+# What is put in place of the last checkpoint, and what the line says of it.
+OTHERS: dict[str, tuple[Callable[[Runs, Path], None], str]] = {
+    "rank": (of_another_run("--rank", "2"), "saved was Adam (rank=2, variant='calibrated', compress='both')"),
+    "variant": (of_another_run("--variant", "split"), "saved was Adam (rank=4, variant='split'"),
+    "optimizer": (of_another_run("--optimizer", "lorapre-muon"), "saved was Muon (rank=4"),
+    "version": (of_a_newer_version, f"state format {STATE_FORMAT + 1}, of a newer lorapre"),
+}
+
+
+def exchange(runs: Runs, count: int, chance: random.Random, kinds: Iterable[str] = OTHERS) -> Counter[str]:
+    """Put the checkpoint of another run in place of the last one, `count` times; each time it is refused."""
+    counts: Counter[str] = Counter()
+    cut = runs.cut_off("cut-to-exchange")
+    for number, kind in zip(range(count), itertools.cycle(kinds)):
+        run = shutil.copytree(cut, runs.folder / f"exchanged-{number}")
+        last = run / f"checkpoint-{STEPS - 3}"
+        change, message = OTHERS[kind]
+        change(runs, last)
+        before = (run / "metrics.jsonl").read_text()
+        assert runs.run("--resume", run.name) == 2, runs.log()
+        (line,) = runs.log().splitlines()
+        assert line.startswith(f"lorapre: --resume: {run.name}/{last.name} does not fit this run ("), line
+        assert message in line
+        assert (run / "metrics.jsonl").read_text() == before
+        shutil.rmtree(last)
+        shutil.copytree(cut / last.name, last)
+        assert runs.run("--resume", run.name) == 0, runs.log()
+        runs.assert_equals_whole(run.name)
+        shutil.rmtree(run)
+        counts[f"checkpoints of another {kind}, refused in one line"] += 1
+    return counts
+
+
+# --- what a user gets wrong
+
+NUMBERS = ("-1", "0", "nan", "inf", "-inf", "1e400", "1e-400", "", "x", "1,5")
+WORDS = ("", "x", "-", "--", "../..", "a\nb", "\u00e9")
+OPTIONS = {
+    **dict.fromkeys(("--steps", "--batch-size", "--accumulation", "--lr", "--scale", "--rank"), NUMBERS),
+    **dict.fromkeys(("--optimizer", "--variant", "--compress", "--precision", "--dtype", "--preset"), WORDS),
+    **dict.fromkeys(("--report-to", "--tokenizer", "--resume"), WORDS),
+    "--seed": ("-1", "nan", "1e400", "", "x"),
+    "--data": ("none.txt", "", "-", ".", "empty.txt", "bytes.txt", "cut.jsonl", "list.jsonl", "folder"),
+}
+
+
+def mistake(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
+    """Give options and data that are wrong, `count` times; each time it is one line, exit code 2."""
+    counts: Counter[str] = Counter()
+    (runs.folder / "empty.txt").touch()
+    (runs.folder / "bytes.txt").write_bytes(bytes(range(256)) * 40)
+    (runs.folder / "cut.jsonl").write_text('{"text": "whole"}\n{"text": "cut o')
+    (runs.folder / "list.jsonl").write_text("[1, 2]\n")
+    (runs.folder / "folder").mkdir()
+    every = [(option, value) for option, values in OPTIONS.items() for value in values]
+    chance.shuffle(every)
+    for number, (option, value) in zip(range(count), itertools.cycle(every)):
+        out = f"mistaken-{number}"
+        begun = () if option == "--resume" else ("--preset", "tiny", "--data", "corpus.jsonl", "--out", out)
+        code = runs.run(*begun, option, value)
+        log = runs.log()
+        assert code == 2, (option, value, code, log)
+        assert log.startswith("lorapre: "), (option, value, log)
+        assert log.count("\n") == 1, (option, value, log)
+        assert not (runs.folder / out).exists(), (option, value)
+        counts["wrong options and data, said in one line"] += 1
+    return counts
+
+
 # --- a loader that fails
 
 
@@ -315,19 +412,64 @@ def assert_not_written(runs: Runs, out: str, code: int | None) -> None:
     assert all(damage(checkpoint) is None for checkpoint in checkpoints(runs.folder / out))
 
 
+# --- gradients that are no numbers
+
+
+def poison(name: str, chance: random.Random, *, steps: int = 40, start: int = 0) -> int:
+    """Put NaN and infinities into gradients at random; how many were, all skipped and counted.
+
+    The others step as if there had been no such gradient.
+    """
+    case = CASES[name]
+    params, expected = parameters(), parameters()
+    optimizer, reference = case.make(params, nonfinite="skip"), case.make(expected, nonfinite="skip")
+    skipped = [0] * len(params)
+    for step in range(start, start + steps):
+        set_gradients(params, step)
+        set_gradients(expected, step)
+        for index, (p, q) in enumerate(zip(params, expected, strict=True)):
+            if step > start and chance.random() < 0.2:
+                assert p.grad is not None
+                p.grad.view(-1)[chance.randrange(p.numel())] = chance.choice((math.nan, math.inf, -math.inf))
+                q.grad = None
+                skipped[index] += 1
+        optimizer.step()
+        reference.step()
+    assert [int(own["skipped"]) for own in state(optimizer)] == skipped
+    # Batches of other members round in another way, and the printed tracker magnifies it.
+    assert_near(weights(params), weights(expected), 1e-2 if "paper" in name else 1e-3)
+    return sum(skipped)
+
+
+def poison_all(_: Runs, count: int, chance: random.Random) -> Counter[str]:
+    """`count` series of 40 steps of every kind of optimizer."""
+    counts: Counter[str] = Counter()
+    for number, name in itertools.product(range(count), CASES):
+        counts["gradients with a NaN or an infinity, skipped"] += poison(name, chance, start=40 * number)
+    return counts
+
+
 def main() -> None:
     """Run all and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--damages", type=int, default=30)
     parser.add_argument("--full-disks", type=int, default=10)
+    parser.add_argument("--others", type=int, default=12)
+    parser.add_argument("--mistakes", type=int, default=130)
+    parser.add_argument("--bad-gradients", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder))
         parts = [(kill, options.kills), (spoil, options.damages), (spoil_unread, 10 * options.damages)]
-        parts += [(fail, options.full_disks), (fill, options.full_disks)]
+        parts += [(fail, options.full_disks), (fill, options.full_disks), (exchange, options.others)]
+        parts += [
+            (exchange, options.others),
+            (mistake, options.mistakes),
+            (poison_all, options.bad_gradients),
+        ]
         if os.geteuid() == 0 and sys.platform == "linux":
             parts += [(fill_disk, options.full_disks)]
         for part, count in parts:

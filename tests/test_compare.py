@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorapre_recipes import cli, compare, presets, study
+from lorapre_recipes import compare, presets, study
 from lorapre_recipes.adapters import insert_adapters, merge_
 from lorapre_recipes.compare import (
     Cell,
@@ -25,43 +25,19 @@ from lorapre_recipes.compare import (
 )
 from lorapre_recipes.config import CHOICES, ONLY_FOR, OptimizerName, PretrainConfig, UserError
 from lorapre_recipes.optim import GaLoreMuon, build_optimizer, state_bytes
-from lorapre_recipes.presets import llama_tiny
 from lorapre_recipes.pretrain import build_model, pretrain
 from lorapre_recipes.report import read_metrics
-
-TEXTS = [f"Document {i}: the {i * i} quick brown foxes jump over {i} lazy dogs. " * 4 for i in range(40)]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAPRE_CACHE", str(tmp_path_factory.getbasetemp() / "lorapre-cache"))
+from tiny_runs import TEXTS, Interrupt, tiny_config, write_corpus
 
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PretrainConfig]:
-    corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    short = dict(layers=1, steps=6, log_points=6, evaluations=2, checkpoints=2)
+    data = str(write_corpus(tmp_path))
 
     def preset(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
-        config = llama_tiny(optimizer)
-        return config.replace(
-            preset="tiny",
-            data=str(corpus),
-            vocab_size=300,
-            sequence_length=16,
-            hidden_size=32,
-            intermediate_size=48,
-            layers=1,
-            heads=2,
-            rank=None if config.rank is None else 4,
-            refresh=None if config.refresh is None else 2,
-            steps=6,
-            batch_size=4,
-            eval_sequences=8,
-            log_points=6,
-            evaluations=2,
-            checkpoints=2,
-        )
+        config = tiny_config(optimizer, data=data, **short)
+        return config if config.refresh is None else config.replace(refresh=2)
 
     monkeypatch.setitem(presets.PRESETS, "tiny", preset)
     return preset
@@ -80,17 +56,6 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(compare.subprocess, "run", run)
     return started
-
-
-@pytest.fixture
-def lorapre(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["lorapre", *map(str, arguments)])
-        code = cli.main()
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_a_comparison_and_its_report(tiny: Any, here: list[Any], lorapre: Any, tmp_path: Path) -> None:
@@ -163,20 +128,13 @@ def test_what_has_ended_is_not_run_again(tiny: Any, here: list[Any], lorapre: An
 def test_a_cell_that_was_killed_goes_on(
     tiny: Any, here: list[Any], lorapre: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import TrainerCallback
-
     import lorapre_recipes.pretrain as recipe
-
-    class Kill(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 5:
-                raise KeyboardInterrupt
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ["--preset", "tiny", "--optimizers", "lorapre-adamw", "--jobs", 1]
     assert lorapre("compare", *options, "--out", whole)[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "pretrain", lambda *a, **k: pretrain(*a, **k, callbacks=[Kill()]))
+        patch.setattr(recipe, "pretrain", lambda *a, **k: pretrain(*a, **k, callbacks=[Interrupt(step=5)]))
         code, _, stderr = lorapre("compare", *options, "--out", cut)
         assert code == 130
         assert f"lorapre compare --resume {cut}" in stderr

@@ -1,6 +1,13 @@
 """What users expect of any torch.optim.Optimizer, held for every class and variant.
 
-A table: the rows are `cases.CASES`, the columns are the tests below.
+A table: the rows are `cases.CASES`, the columns are the tests below and, where they fill a file, those of
+
+    test_state.py        names, types and bytes of the state, files and checkpoints, resuming bit for bit
+    test_migration.py    checkpoints of other state formats
+    test_compile.py      torch.compile: one graph, no recompilation
+    test_fuzz.py         no NaN from finite gradients, no update above its bound
+    test_faults.py       NaN and infinities at random steps
+    test_reference.py    the numbers of reference.py for shapes and options beyond the one weight here
 """
 
 import copy
@@ -750,10 +757,10 @@ class DenseReference:
 # --- over time, and elsewhere
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "compress" not in case.options])
-def test_a_thousand_steps_hold_no_more_memory_than_ten(name: str) -> None:
+@every_case
+def test_a_thousand_steps_hold_no_more_memory_than_ten(case: Case) -> None:
     params = parameters([(6, 10)])
-    optimizer = CASES[name].make(params)
+    optimizer = case.make(params)
     set_gradients(params, 0)
     held = []
     for steps in (10, 990):

@@ -1,8 +1,6 @@
 """`lorapre evaluate`: scores of answers that are known, the loss of answers, and what mistakes get."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import torch
 from lm_eval.api.model import LM
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorapre_recipes import cli
 from lorapre_recipes.evaluate import evaluate, score
 from lorapre_recipes.finetune import collator
 from lorapre_recipes.finetune_data import Example, encode
@@ -73,20 +70,6 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing may be fetched."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
-def lorapre(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Run the command line: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["lorapre", *map(str, arguments)])
-        code = cli.main()
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 class Says(LM):

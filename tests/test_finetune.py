@@ -11,16 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lorapre_recipes import cli
 from lorapre_recipes.arithmetic import make_problem, train_tokenizer
 from lorapre_recipes.config import FinetuneConfig, Method, UserError
 from lorapre_recipes.finetune import collator, finetune, load_tokenizer
 from lorapre_recipes.finetune_data import IGNORED, Example, encode, load_examples, read_examples
 from lorapre_recipes.finetune_presets import PRESETS, arithmetic, metamath100k
-from lorapre_recipes.report import read_metrics
 from lorapre_recipes.runs import last_checkpoint, load_run, model_folder
+from tiny_runs import Interrupt, losses
 
 METHODS = get_args(Method)
 # Made up, in the form of GSM8K's lines: several steps, calculator annotations, a comma in a number.
@@ -100,41 +99,8 @@ def tiny(base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     return preset
 
 
-@pytest.fixture
-def lorapre(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Run the command line: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["lorapre", *map(str, arguments)])
-        code = cli.main()
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-def losses(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the times."""
-    return [
-        {name: value for name, value in row.items() if not name.endswith("seconds")}
-        for row in read_metrics(run / "metrics.jsonl")
-    ]
-
-
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
     return {**AutoModelForCausalLM.from_pretrained(folder).state_dict()}
-
-
-class Interrupt(TrainerCallback):
-    """Ctrl-C at the end of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 # Runs

@@ -1,6 +1,5 @@
 """`lorapre plan --rules --freeze`: what a training step of a small model allocates."""
 
-import sys
 from typing import Any
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorapre import gradient_release
-from lorapre_recipes import cli
 from lorapre_recipes.allocations import peak_bytes, storage_bytes
 from lorapre_recipes.config import RunConfig, parse_rules
 from lorapre_recipes.footprint import DTYPES, Mesh, Settings, fsdp_traffic, memory, optimizer_traffic
@@ -95,12 +93,9 @@ def test_freeze_is_the_optimizers_too() -> None:
         (["--freeze", "proj"], "no trainable parameter gets low-rank momenta"),
     ],
 )
-def test_mistakes_get_one_line(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["lorapre", "plan", "llama-60m", "--rank", "8", *arguments])
-    assert cli.main() == 2
-    out, err = capsys.readouterr()
+def test_mistakes_get_one_line(arguments: list[str], message: str, lorapre: Any) -> None:
+    code, out, err = lorapre("plan", "llama-60m", "--rank", "8", *arguments)
+    assert code == 2
     assert out == ""
     assert err.count("\n") == 1
     assert message in err

@@ -13,31 +13,24 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from lorapre_recipes import cli, presets
+from lorapre_recipes import presets
 from lorapre_recipes.config import OptimizerName, PretrainConfig, UserError
 from lorapre_recipes.optim import WithAdamW, build_optimizer
 from lorapre_recipes.presets import llama_tiny
 from lorapre_recipes.pretrain import build_model, pretrain
 from lorapre_recipes.report import Summary, read_metrics, round_perplexities, smooth, summary_table
 from lorapre_recipes.runs import load_run
+from tiny_runs import TEXTS, Interrupt, losses, tiny_config, write_corpus
 
 # The peers are in test_compare.py; adapters, and state that a safe load refuses, are not for resuming.
 OPTIMIZERS = ["adamw", "muon", "lorapre-adamw", "lorapre-muon"]
-TEXTS = [f"Document {i}: the {i * i} quick brown foxes jump over {i} lazy dogs. " * 4 for i in range(40)]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAPRE_CACHE", str(tmp_path_factory.getbasetemp() / "lorapre-cache"))
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    file = tmp_path / "corpus.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return file
+    return write_corpus(tmp_path)
 
 
 Tiny = Callable[..., PretrainConfig]
@@ -48,63 +41,10 @@ def tiny(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     """The preset `tiny` for the command line, and as a function: seconds for a whole run."""
 
     def preset(optimizer: OptimizerName = "lorapre-adamw", **changes: Any) -> PretrainConfig:
-        config = llama_tiny(optimizer)
-        return config.replace(
-            **{
-                "preset": "tiny",
-                "data": str(corpus),
-                "vocab_size": 300,
-                "sequence_length": 16,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "layers": 2,
-                "heads": 2,
-                "rank": None if config.rank is None else 4,
-                "steps": 12,
-                "batch_size": 4,
-                "eval_sequences": 8,
-                "log_points": 12,
-                "evaluations": 3,
-                "checkpoints": 3,
-                **changes,
-            }
-        )
+        return tiny_config(optimizer, **({"data": str(corpus)} | changes))
 
     monkeypatch.setitem(presets.PRESETS, "tiny", preset)
     return preset
-
-
-@pytest.fixture
-def lorapre(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Run the command line: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["lorapre", *map(str, arguments)])
-        code = cli.main()
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-def losses(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the times."""
-    return [
-        {name: value for name, value in row.items() if not name.endswith("seconds")}
-        for row in read_metrics(run / "metrics.jsonl")
-    ]
-
-
-class Interrupt(TrainerCallback):
-    """Ctrl-C at the end of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 # Runs

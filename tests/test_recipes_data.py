@@ -1,10 +1,10 @@
 """`--data`: reading of each kind, the split, the tokenizer and its cache, packing."""
 
+import functools
 import itertools
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast
 
-from lorapre_recipes import cli, corpus, tokens
+from lorapre_recipes import corpus, tokens
 from lorapre_recipes import data as data_module
 from lorapre_recipes.config import PretrainConfig, UserError
 from lorapre_recipes.corpus import Corpus, StreamLost, hash_documents, read_corpus, split
 from lorapre_recipes.data import TokenStream, load_data
 from lorapre_recipes.presets import PRESETS, llama_tiny
 from lorapre_recipes.pretrain import build_model, collate, pretrain
-from lorapre_recipes.report import read_metrics
-
-TEXTS = [f"Document {i}: the {i * i} quick brown foxes jump over {i} lazy dogs. " * 4 for i in range(40)]
+from tiny_runs import TEXTS, Interrupt, losses, tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -475,68 +473,55 @@ def test_bad_tokenizers(name: str, message: str, tmp_path: Path, monkeypatch: py
 
 
 @pytest.fixture
-def lorapre(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def pretrain_tiny(monkeypatch: pytest.MonkeyPatch, lorapre: Any) -> Any:
     """Run `lorapre pretrain` on the preset `tiny`: (exit code, stdout, stderr)."""
-    small = {"hidden_size": 32, "intermediate_size": 48, "layers": 1, "heads": 2, "rank": 4}
-    short = {"steps": 6, "log_points": 6, "evaluations": 2, "checkpoints": 3, "packed": False}
-    monkeypatch.setitem(PRESETS, "tiny", lambda _: config("sotu", preset="tiny", **small, **short))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["lorapre", "pretrain", *map(str, arguments)])
-        code = cli.main()
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    short = dict(layers=1, steps=6, log_points=6, evaluations=2, packed=False)
+    monkeypatch.setitem(PRESETS, "tiny", lambda _: tiny_config(**short))
+    return functools.partial(lorapre, "pretrain")
 
 
-def losses(run: Path) -> list[object]:
-    return [
-        (row["step"], row.get("loss"), row.get("validation_loss"))
-        for row in read_metrics(run / "metrics.jsonl")
-    ]
-
-
-def test_a_run_with_a_tokenizer_of_its_own_goes_on_without_its_folder(tmp_path: Path, lorapre: Any) -> None:
-    class Cut(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 3:
-                raise KeyboardInterrupt
-
+def test_a_run_with_a_tokenizer_of_its_own_goes_on_without_its_folder(
+    tmp_path: Path, pretrain_tiny: Any
+) -> None:
     file, folder = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "tokenizer"
     tokenizer_of(TEXTS).save_pretrained(folder)
-    code, stdout, _ = lorapre(
+    code, stdout, _ = pretrain_tiny(
         *("--preset", "tiny", "--data", file, "--tokenizer", folder, "--out", tmp_path / "whole")
     )
     assert code == 0
     assert "Skipped" not in stdout
     with pytest.raises(KeyboardInterrupt):
-        pretrain(PretrainConfig.load(tmp_path / "whole" / "config.json"), tmp_path / "cut", callbacks=[Cut()])
+        pretrain(
+            PretrainConfig.load(tmp_path / "whole" / "config.json"),
+            tmp_path / "cut",
+            callbacks=[Interrupt(3)],
+        )
     shutil.rmtree(folder)
-    assert lorapre("--resume", tmp_path / "cut")[0] == 0
+    assert pretrain_tiny("--resume", tmp_path / "cut")[0] == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-def test_skipped_records_show_at_the_end_and_in_data_json(hub: Hub, tmp_path: Path, lorapre: Any) -> None:
+def test_skipped_records_show_at_the_end_and_in_data_json(
+    hub: Hub, tmp_path: Path, pretrain_tiny: Any
+) -> None:
     hub.texts[7] = hub.texts[33] = None
-    code, stdout, _ = lorapre("--preset", "tiny", "--data", "owner/corpus", "--out", tmp_path / "run")
+    code, stdout, _ = pretrain_tiny("--preset", "tiny", "--data", "owner/corpus", "--out", tmp_path / "run")
     assert code == 0
     skipped = json.loads((tmp_path / "run" / "data.json").read_text())["skipped"]
     assert skipped >= 2  # both sides pass over them
     assert f"Skipped {skipped} corrupt records of --data owner/corpus" in stdout
 
 
-def test_a_run_whose_stream_is_lost_can_go_on(hub: Hub, tmp_path: Path, lorapre: Any) -> None:
+def test_a_run_whose_stream_is_lost_can_go_on(hub: Hub, tmp_path: Path, pretrain_tiny: Any) -> None:
     new = ["--preset", "tiny", "--data", "owner/corpus", "--out"]
-    assert lorapre(*new, tmp_path / "whole", "--steps", "12")[0] == 0
+    assert pretrain_tiny(*new, tmp_path / "whole", "--steps", "12")[0] == 0
     hub.reads = 0
-    assert lorapre(*new, tmp_path / "one epoch", "--steps", "6")[0] == 0
+    assert pretrain_tiny(*new, tmp_path / "one epoch", "--steps", "6")[0] == 0
     hub.reads, hub.most_reads = 0, hub.reads
-    code, _, stderr = lorapre(*new, tmp_path / "cut", "--steps", "12")
+    code, _, stderr = pretrain_tiny(*new, tmp_path / "cut", "--steps", "12")
     assert code == 1
     assert "lorapre pretrain: --data owner/corpus: the stream broke off" in stderr
     assert f"--resume {tmp_path / 'cut'}" in stderr
     hub.most_reads = 1000
-    assert lorapre("--resume", tmp_path / "cut")[0] == 0
+    assert pretrain_tiny("--resume", tmp_path / "cut")[0] == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")

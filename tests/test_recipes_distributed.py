@@ -9,18 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from lorapre_recipes import distributed
 from lorapre_recipes.config import UserError
 from lorapre_recipes.pretrain import pretrain
-from lorapre_recipes.report import read_metrics
 from lorapre_recipes.training import check_processes
 from recipes_main import tiny
+from tiny_runs import Interrupt, losses, write_corpus
 
 ROOT = Path(__file__).parent.parent
 MAIN = str(Path(__file__).parent / "recipes_main.py")
-SECONDS = 120  # a hang is a failure
+SECONDS = 300  # a hang is a failure, a busy machine is none
 
 # The last bit of a float32 loss is 1.2e-7 of it; sums in another order differ in the last few bits.
 ROUNDING = dict(rel=3e-6)
@@ -37,8 +36,7 @@ TORCHRUN = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    texts = [f"Document {i}: the {i * i} quick brown foxes jump over {i} lazy dogs. " * 4 for i in range(40)]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_corpus(folder)
     return folder
 
 
@@ -68,28 +66,12 @@ def begin(launcher: list[str], out: str, *more: str, folder: Path, kill: str | N
     return launch(launcher, *arguments, folder=folder, kill=kill)
 
 
-def losses(run: Path) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in row.items() if not name.endswith("seconds")}
-        for row in read_metrics(run / "metrics.jsonl")
-    ]
-
-
 def assert_same_up_to_rounding(run: Path, other: Path) -> None:
     rows, others = losses(run), losses(other)
     assert len(rows) == len(others) == 15
     for row, expected in zip(rows, others, strict=True):
         assert row.pop("grad_norm", 0.0) == pytest.approx(expected.pop("grad_norm", 0.0), rel=1e-4)
         assert row == pytest.approx(expected, **ROUNDING)
-
-
-class Interrupt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")

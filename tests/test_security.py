@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers.trainer_pt_utils import safe_globals
 
-from lorapre_recipes.presets import llama_tiny
 from lorapre_recipes.pretrain import pretrain
+from tiny_runs import tiny_config, write_corpus
 
 SRC = Path(__file__).parents[1] / "src"
 FILES = sorted(SRC.rglob("*.py"))
@@ -89,13 +89,7 @@ def test_the_search_passes_what_is_safe() -> None:
 
 def test_checkpoints_hold_nothing_that_needs_unpickling(tmp_path: Path) -> None:
     """training_args.bin, which the Trainer writes, is a pickle of a class."""
-    texts = tmp_path / "corpus.txt"
-    texts.write_text("the quick brown fox jumps over the lazy dog\n\n" * 200, encoding="utf-8")
-    config = llama_tiny().replace(
-        data=str(texts), vocab_size=300, hidden_size=32, intermediate_size=48, layers=1, heads=2, rank=4,
-        batch_size=4, sequence_length=16, eval_sequences=8, steps=2, log_points=2, evaluations=1,
-        checkpoints=1,
-    )  # fmt: skip
+    config = tiny_config(data=str(write_corpus(tmp_path)), layers=1, steps=2, evaluations=1, checkpoints=1)
     pretrain(config, tmp_path / "run")
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     names = {path.name for path in checkpoint.rglob("*") if path.is_file()}
