@@ -278,7 +278,7 @@ def of_a_newer_version(_: Runs, checkpoint: Path) -> None:
 OTHERS: dict[str, tuple[Callable[[Runs, Path], None], str]] = {
     "rank": (of_another_run("--rank", "2"), "saved was Adam (rank=2, variant='calibrated', compress='both')"),
     "variant": (of_another_run("--variant", "split"), "saved was Adam (rank=4, variant='split'"),
-    "optimizer": (of_another_run("--optimizer", "lorapre-muon"), "saved was Muon (rank=4"),
+    "optimizer": (of_another_run("--optimizer", "lorapre-muon"), "saved was Muon ("),
     "version": (of_a_newer_version, f"state format {STATE_FORMAT + 1}, of a newer lorapre"),
 }
 
