@@ -54,6 +54,12 @@ def track_subspace(B: Tensor, A: Tensor, T: Tensor, beta: float) -> tuple[Tensor
     return gauged(Q, Q.T @ ema, A)
 
 
+def in_row_space(g: Tensor, A: Tensor) -> Tensor:
+    """g A^+ A, the part of g that B A can hold, with the damping of departure a."""
+    G = A @ A.T
+    return damped_solve(G, (g @ A.T).T, relative_damping(G)).T @ A
+
+
 def unit_scale(A: Tensor) -> Tensor:
     """A at the scale of the gauge."""
     return A * (math.sqrt(len(A)) / A.norm().item())
@@ -137,7 +143,7 @@ class AdamReference:
         if self.maximize:
             g = -g
         self.t += 1
-        self.m_old = self.m_B @ self.m_A
+        self.m_old, self.m_A_old = self.m_B @ self.m_A, self.m_A
         if self.compress == "second":
             self.dense_first_moment(g)
         else:
@@ -165,6 +171,8 @@ class AdamReference:
         if self.variant in ("subspace", "split"):
             beta = debiased(beta1, t)
             self.m = self.m_hat = beta * old + (1 - beta) * g
+            if self.variant == "split":
+                self.m = self.m_hat = g + beta * (old - in_row_space(g, self.m_A))
             self.m_B, self.m_A = track_subspace(self.m_B, self.m_A, g, beta)
             return
         self.m = beta1 * old + (1 - beta1) * g
@@ -181,9 +189,11 @@ class AdamReference:
         beta2, t = self.betas[1], self.t
         old = self.v_B @ self.v_A
         if self.variant == "split":
-            square = (1 - beta2 ** (t - 1)) * self.m_old.square()
+            keep = 1 - beta2 ** (t - 1)
+            square = keep * self.m_old.square()
             rest = rank_one(self.v_row - square.mean(1), self.v_col - square.mean(0))
-            self.v = beta2 * (square + rest) + (1 - beta2) * g.square()
+            news = keep * (self.m_old - in_row_space(g, self.m_A_old)).square()
+            self.v = beta2 * (square + (1 - beta2) * news + rest) + (1 - beta2) * g.square()
             self.v_hat = self.v / (1 - beta2**t)
             self.v_row = beta2 * self.v_row + (1 - beta2) * g.square().mean(1)
             self.v_col = beta2 * self.v_col + (1 - beta2) * g.square().mean(0)

@@ -151,11 +151,11 @@ def dense_bound(betas: tuple[float, float], t: int) -> float:
 
 
 def split_bound(betas: tuple[float, float], t: int) -> float:
-    """The same where v' is known to hold the square of the mean in m'."""
+    """The same where v' is known to hold shares of g**2 and of the square of what m' holds beside g."""
     beta1, beta2 = betas
     rate = beta1 * (1 - beta1 ** (t - 1)) / (1 - beta1**t)
-    old, fresh = ((x * y) / (1 - beta2**t) for x, y in ((beta2, 1 - beta2 ** (t - 1)), (1 - beta2, 1)))
-    return math.sqrt((rate**2 / old if t > 1 else 0) + (1 - rate) ** 2 / fresh)
+    old = rate**2 / (beta2 * (1 - beta2 ** (t - 1))) if t > 1 else 0
+    return math.sqrt((1 - beta2**t) * (1 + old) / (1 - beta2))
 
 
 def check(case: Case, plan: Plan) -> None:
@@ -169,7 +169,7 @@ def check(case: Case, plan: Plan) -> None:
         elif not adam:
             shape = (plan.shape[0], math.prod(plan.shape[1:])) if len(plan.shape) == 4 else plan.shape[-2:]
             bound = 1.25 * math.sqrt(max(1, shape[0] / shape[1]))
-        elif case.options.get("variant") == "split" and "compress" not in case.options:
+        elif case.options.get("variant") == "split":
             bound = split_bound(betas, t)
         else:
             beta1, beta2 = betas

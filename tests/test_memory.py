@@ -62,9 +62,12 @@ def test_a_step_of_adam_takes_eight_mebibytes_at_most(
     assert taken <= promised(params), f"{taken / MIB:.2f} MiB"
 
 
-@pytest.mark.parametrize(("variant", "factors"), [("paper", 2), ("subspace", 5)])
+@pytest.mark.parametrize(("variant", "factors"), [("paper", 2), ("subspace", 5), ("split", 7)])
 def test_the_other_variants_take_some_copies_of_their_factors_too(variant: str, factors: int) -> None:
-    """The printed tracker wants the old left factor to the end; subspace iteration makes a basis."""
+    """The printed tracker wants the old left factor to the end; subspace iteration makes a basis.
+
+    The split update wants T A^T and the old right factor to the end as well.
+    """
     params = weights((2048, 2048), 1, torch.float32)
     assert transient(params, variant=variant, rank=128) <= promised(params) + factors * 4 * 2048 * 128
 

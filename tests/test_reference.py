@@ -15,7 +15,7 @@ from reference import AdamReference, MuonReference, first_A
 VARIANTS = ["paper", "calibrated", "subspace", "split"]
 MUON = ["paper", "calibrated", "subspace"]
 COMPRESS = ["both", "first", "second"]
-MOMENTS = [(v, c) for v in VARIANTS for c in COMPRESS if (v, c) != ("split", "second")]
+MOMENTS = [(v, c) for v in VARIANTS for c in COMPRESS if v != "split" or c == "both"]
 OURS = ["calibrated", "subspace", "split"]
 RANK = 8
 STEPS = 25
@@ -305,7 +305,7 @@ def test_the_update_of_a_constant_rank_one_gradient_is_lr_at_every_step(
 
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.5, 0.6)])
 def test_no_entry_of_a_split_update_exceeds_its_bound(betas: tuple[float, float]) -> None:
-    """By Cauchy and Schwarz, since v is at least the square of m (docs/maths.md)."""
+    """By Cauchy and Schwarz, since v holds a share of the square of each part of m (docs/maths.md)."""
     gradients = noisy((24, 96), 12)
     gradients += [1e-4 * g for g in noisy((24, 96), 4)] + [1e5 * g for g in noisy((24, 96), 4)]
     gradients += [(-1) ** i * gradients[0] for i in range(4)] + [g * (g > 2) for g in noisy((24, 96), 4)]
@@ -314,22 +314,23 @@ def test_no_entry_of_a_split_update_exceeds_its_bound(betas: tuple[float, float]
     )
     beta1, beta2 = betas
     for t in range(1, len(gradients) + 1):
-        past = (beta1 * (1 - beta1 ** (t - 1))) ** 2 / (beta2 * (1 - beta2 ** (t - 1))) if t > 1 else 0
-        bound = math.sqrt((past + (1 - beta1) ** 2 / (1 - beta2)) * (1 - beta2**t)) / (1 - beta1**t)
+        rate = beta1 * (1 - beta1 ** (t - 1)) / (1 - beta1**t)
+        old = rate**2 / (beta2 * (1 - beta2 ** (t - 1))) if t > 1 else 0
+        bound = math.sqrt((1 - beta2**t) * (1 + old) / (1 - beta2))
         assert (weights[t] - weights[t - 1]).abs().max() <= bound * (1 + 1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------- limits
 
 
-@pytest.mark.parametrize("variant", OURS)
+@pytest.mark.parametrize("variant", ["calibrated", "subspace"])
 def test_adam_with_the_first_moment_in_full_sight_is_torch_adamw(variant: str) -> None:
     """Gradients C X_t with C of r columns hold no more than r directions; the second moment is dense.
 
     The subspace tracker is the dense EMA then; the calibrated one is where the gradients share their one row.
     """
     C, row = torch.randn(40, RANK), torch.randn(1, 60)
-    if variant in ("subspace", "split"):
+    if variant == "subspace":
         gradients = [C @ torch.randn(RANK, 60) for _ in range(STEPS)]
     else:
         gradients = 60 * [torch.randn(40, 1) @ row]

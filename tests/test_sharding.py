@@ -746,8 +746,10 @@ def test_an_optimizer_that_the_checkpoint_apis_initialised_trains_from_scratch(n
             optimizer.step()
             optimizer.zero_grad()
             if number == 0 and name in VARIANTS:
+                # All that "split" cannot average takes effect at once: up to 3.3 lr in its second step.
+                bound = 3.4 if name == "adam-split" and initialised else 1.01
                 for p, q in zip(model.parameters(), before, strict=True):
-                    assert (p - q).abs().max() <= 1.01 * (0.003 + 0.003 * 0.1 * q.abs().max())
+                    assert (p - q).abs().max() <= bound * 0.003 + 1.01 * 0.003 * 0.1 * q.abs().max()
             losses[initialised].append(loss.item())
     assert losses[True][-1] <= losses[False][-4], "more than three steps behind"
 

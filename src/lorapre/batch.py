@@ -125,15 +125,16 @@ class Batch:
             for rows in cut(self.p, height):
                 yield slice(i, i + 1), rows, columns
 
-    def column_tiles(self) -> Iterator[tuple[slice, slice, list[slice]]]:
-        """Tiles (members, columns, rows) by columns of rows."""
+    def column_tiles(self, update: bool = False) -> Iterator[tuple[slice, slice, list[slice]]]:
+        """Tiles (members, columns, rows) by columns of rows; with room for an `update` of the weight."""
         if (small := self._small()) is not None:
             yield from ((members, slice(0, self.q), [slice(0, self.p)]) for members in small)
             return
         rows = cut(self.p, self._side())
         width = self.q
         if self.narrow:
-            width = max(1, min(self.column_tile // (rows[0].stop - rows[0].start), self._side(64)))
+            room = self.row_tile if update else self.column_tile
+            width = max(1, min(room // (rows[0].stop - rows[0].start), self._side(64)))
         for i in range(self.N):
             for columns in cut(self.q, width):
                 yield slice(i, i + 1), columns, rows

@@ -7,7 +7,7 @@ half-step finds, and of each a few rows or columns at a time, so T can come in t
 
     Printed   L = unit(B), the old factor                 paper, Theorem 3.1, Eq. 11-12, both factors at once
     Newton    L = B', the new factor                      the same two steps, one after the other
-    Subspace  L = orth(beta B A A^T + (1 - beta) T A^T)   one subspace iteration on the projected EMA
+    Subspace  L = orth((beta B A + (1 - beta) T) A^T)     one subspace iteration on the projected EMA
 
 docs/maths.md says where each comes from and which test holds it. Nothing here synchronises with the host.
 Where the matrices are spread over processes, `shards` says how to sum over them.
@@ -381,25 +381,35 @@ class Printed(Newton):
 class Subspace(Tracker):
     """One step of subspace iteration on the EMA beta B A + (1 - beta) T, from the row space of A.
 
-        Q = orth(beta B A A^T + (1 - beta) T A^T)
+        Q = orth(beta B A W^T + (1 - beta) T W^T),    W = R A with orthonormal rows, but for a damping
         A' = beta (Q^T B) A + (1 - beta) Q^T T
         (B, A) = (Q, A') in the gauge of `gauge_`
 
-    Linear in T and undamped: the EMA projected on the columns of Q (docs/maths.md, "The subspace tracker").
+    The EMA projected on the columns of Q, linear in T (docs/maths.md, "The subspace tracker"). W has the rows
+    of A and spares `orth` their condition.
+
+    Attributes:
+        W: (N, r, q), until `turn`.
+        seen: T W^T (N, p, r), summed over columns; full from `turn` on, which lets go of it.
     """
 
     def _start_left(self, G: Tensor) -> None:
-        self._gram = G
-        self._Y = torch.empty_like(self.B)
+        root = _damped_root(G.clone(), 0.0)
+        self.W = matmul(root, super().probe())
+        self._turned = matmul(G, root.mT)  # A W^T
+        self.seen = torch.empty_like(self.B)
+
+    def probe(self, columns: slice = ALL) -> Tensor:
+        """W = R (A + eps W'), with R^T R the damped inverse of A A^T and W' in general position."""
+        return self.W[..., columns]
 
     def _left(self, members: slice, rows: slice, TAt: Tensor) -> None:
-        beta = self.rate[members]
-        kept = matmul(self.B[members, rows], self._gram[members])
-        self._Y[members, rows] = kept.mul_(beta).add_(TAt * (1 - beta))
+        self.seen[members, rows] = TAt
 
     def _turn(self) -> None:
-        self._Q = orth(self._Y, self.shards)
-        del self._Y
+        Y = matmul(self.B, self._turned).mul_(self.rate).add_(self.seen * (1 - self.rate))
+        del self.W, self.seen
+        self._Q = orth(Y, self.shards)
 
     def basis(self, members: slice, rows: slice) -> Tensor:
         """Q^T (n, r, rows)."""

@@ -5,7 +5,7 @@ which is the specification. This is the only module that imports triton; import 
 `import lorapre` does not load a compiler.
 
     reason = kernels.why_not(weights, grads, rank)
-    rows = kernels.row_sweep(weights, grads, first, second, decay=..., lr=..., eps=...)      W in place, T A^T
+    rows = kernels.row_sweep(weights, grads, first, second, decay=..., lr=..., eps=...)      w in place, T A^T
     columns = kernels.column_sweep(grads, first_basis, second_basis)                         L^T T
 
 T is the gradient g for the first moment (m) and |g| for the second (v). A group is N matrices (p, q). Where
@@ -68,10 +68,17 @@ class Dense(NamedTuple):
 
 
 class Split(NamedTuple):
-    """A second moment keep (B A)**2 + row column + fresh g**2, with B and A of the first."""
+    """Where h = C W is what the factors B and A of the first moment can hold of g.
 
+    The second moment is keep ((B A)**2 + share (B A - h)**2) + fresh g**2 + row column, and the first, with
+    the numbers of its own, keep (B A - h) + fresh g.
+    """
+
+    C: Matrices  # (p, r)
+    W: Matrices  # (r, q)
     keep: Numbers
     fresh: Numbers
+    share: float
     row: Tensor  # (N, p)
     column: Tensor  # (N, q)
 
@@ -121,8 +128,10 @@ def row_sweep(
     decay: Numbers, lr: Numbers, eps: float, sign: float = 1.0, finite: Tensor | None = None,
     keys: Tensor | None = None, origin: tuple[int, int] = (0, 0), width: int | None = None,
     row_sums: bool = False,
-) -> RowSweep:  # fmt: skip
-    """The weights <- decay W - lr m / (sqrt(v) + eps), in place, with T A^T gathered on the way.
+) -> RowSweep | None:  # fmt: skip
+    """The weights <- decay w - lr m / (sqrt(v) + eps), in place, with T A^T gathered on the way.
+
+    Nothing is gathered, and None returned, for `Split`, which comes from T A^T: see `row_projection`.
 
     Args:
         weights: (p, q) each; rows contiguous, their stride common to the group, as `why_not` checks.
@@ -143,7 +152,7 @@ def row_sweep(
     first, second = _packed(first), _packed(second)  # named here, so that copies live until the launch
     finite, keys = (x if x is None else x.contiguous() for x in (finite, keys))
     (p, q), n, r = weights[0].shape[-2:], _count(weights), _rank(first, second)
-    fused, R, BM, BN, warps, stages = _row_blocks(r, grads[0])
+    fused, R, BM, BN, warps, stages = _row_blocks(r, grads[0], gathers=not isinstance(second, Split))
     factorised = [x for x in (first, second) if isinstance(x, Factors)]
     device, kinds = weights[0].device, _kinds(grads[0])
     splits, span = _split(q, BN, -(-p // BM) * n) if fused else (max(1, -(-q // BN)), BN)
@@ -164,9 +173,27 @@ def row_sweep(
             SECOND=isinstance(second, Factors), SPLIT=isinstance(second, Split), FUSED=fused,
             PROBED=probed, ALIGNED=aligned, BM=BM, BN=BN, R=R, num_warps=warps, num_stages=stages,
         )  # fmt: skip
+    if isinstance(second, Split):
+        return None
     if fused:
         return RowSweep(_sum(TAt), None if sums is None else _sum(sums))
     return RowSweep(*_project(grads, *probes, sign=sign, finite=finite, sums=row_sums, rows=True))
+
+
+def row_projection(
+    grads: Matrices, probe: Matrices, *, sign: float = 1.0, finite: Tensor | None = None,
+    row_sums: bool = False,
+) -> RowSweep:  # fmt: skip
+    """g A^T of a first moment alone.
+
+    Args:
+        grads: (p, q) each; rows contiguous, their stride common to the group.
+        probe: A (r, q) each.
+        sign: as in `row_sweep`.
+        finite: as in `row_sweep`.
+        row_sums: as in `row_sweep`.
+    """
+    return RowSweep(*_project(grads, probe, None, sign=sign, finite=finite, sums=row_sums, rows=True))
 
 
 def column_sweep(
@@ -244,11 +271,12 @@ def _padded(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def _row_blocks(r: int, g: Tensor) -> tuple[bool, int, int, int, int, int]:
+def _row_blocks(r: int, g: Tensor, gathers: bool) -> tuple[bool, int, int, int, int, int]:
     """(whether T A^T is gathered in the same launch, R, BM, BN, warps, stages)."""
     R, exact = _padded(r), _exact(g)
-    if R not in _ROW_BLOCKS[exact]:
-        return (False, *_CHUNKED[exact])
+    if R not in _ROW_BLOCKS[exact] or not gathers:
+        chunk, *blocks = _CHUNKED[exact]
+        return (False, min(R, chunk), *blocks)  # type: ignore[return-value]
     BM, BN, warps, stages = _ROW_BLOCKS[exact][R]
     if g.dtype == torch.float16 and R > 16:
         stages -= 1  # the probe takes twice the room that it takes for bfloat16
@@ -313,7 +341,10 @@ def _contiguous(matrices: Matrices | None, dtype: torch.dtype = torch.float32) -
 def _packed(moment: Any) -> Any:
     """The moment with factors and vectors as the kernels read them, which solvers do not always return."""
     if isinstance(moment, Split):
-        return moment._replace(row=moment.row.contiguous(), column=moment.column.contiguous())
+        return Split(
+            _contiguous(moment.C) or (), _contiguous(moment.W) or (), moment.keep, moment.fresh,
+            moment.share, moment.row.contiguous(), moment.column.contiguous(),
+        )  # fmt: skip
     if isinstance(moment, Dense):
         assert all(x.is_contiguous() and x.dtype == torch.float32 for x in moment.ema)
         return moment
@@ -324,16 +355,17 @@ def _packed(moment: Any) -> Any:
 
 def _arrays(moment: Factors | Dense | Split) -> tuple[Matrices | None, Matrices | None]:
     if isinstance(moment, Split):
-        return None, None
+        return moment.C, moment.W
     return (moment.B, moment.A) if isinstance(moment, Factors) else (moment.ema, None)
 
 
 def _numbers(
     moment: Factors | Dense | Split, n: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None, float]:
-    """(keep or correction, fresh, 1 - beta)."""
+    """(keep or correction, fresh, 1 - beta or share)."""
     if not isinstance(moment, Dense):
-        return _vector(moment.keep, n, device), _vector(moment.fresh, n, device), 0.0
+        share = moment.share if isinstance(moment, Split) else 0.0
+        return _vector(moment.keep, n, device), _vector(moment.fresh, n, device), share
     return _vector(moment.correction, n, device), None, 1 - moment.beta
 
 
@@ -454,7 +486,7 @@ def _row_sweep(
     grad = _array(table, n, 1, 8, G, ALIGNED)
     mB = _array(table, n, 2, 8, tl.float32, ALIGNED)  # or the dense moment
     mA = _array(table, n, 3, 8, tl.float32, ALIGNED)
-    vB = _array(table, n, 4, 8, tl.float32, ALIGNED)
+    vB = _array(table, n, 4, 8, tl.float32, ALIGNED)  # or, of SPLIT, C and W
     vA = _array(table, n, 5, 8, tl.float32, ALIGNED)
     m_probe = _array(table, n, 6, 8, D, ALIGNED)
     v_probe = _array(table, n, 7, 8, D, ALIGNED)
@@ -489,11 +521,14 @@ def _row_sweep(
                 m_sum = _add(m_sum, g, tl.trans(P), D, PRECISION, INTERPRETED)
             else:
                 m = _product(mB, mA, i, j, p, q, r, BM, BN, R, PRECISION)
-            old_m = m
+            if SPLIT:
+                held = _product(vB, vA, i, j, p, q, r, BM, BN, R, PRECISION)
+                v = m * m
+                m -= held
+                v = tl.load(keep_v + n) * (v + weight_v * m * m) + tl.load(fresh_v + n) * g * g
             m = tl.load(keep_m + n) * m + tl.load(fresh_m + n) * g
 
         if SPLIT:
-            v = tl.load(keep_v + n) * old_m * old_m + tl.load(fresh_v + n) * g * g
             v += scale[:, None] * tl.load(column + n * q + j, mask=j < q, other=0.0)[None, :]
         elif not SECOND:
             at = vB + i.to(tl.int64)[:, None] * q + j[None, :]

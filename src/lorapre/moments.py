@@ -1,10 +1,10 @@
 """The step of a batch of same-shaped weights: its moments, dense or factorised, and the update.
 
 A factorised weight is stepped in two sweeps over tiles of the gradient, and nothing of size p x q is formed
-beyond a tile. The first sweep, over rows, forms the moments of a tile from the old factors, updates the
-weight and takes T A^T; the second, over columns, takes L^T T for the trackers in `lorapre.factors`, which
-move the factors in place. On GPUs Adam takes both sweeps in Triton kernels, `lorapre.kernels`, where they can
-take the batch.
+beyond a tile. The first sweep, over rows, takes T A^T, the second, over columns, L^T T for the trackers in
+`lorapre.factors`, which move the factors in place. In one of them the moments of a tile are formed from the
+old factors and the weight is updated: in the first or, where that needs T A^T, in the second. On GPUs Adam
+takes both sweeps in Triton kernels, `lorapre.kernels`, where they can take the batch.
 """
 
 import math
@@ -197,30 +197,45 @@ class Means:
 
 
 class Split:
-    """The second moment as E g**2 = (E g)**2 + Var g: the square of the first, and a rank-one rest.
+    """Gradient and second moment in two parts: what the factors of the first moment can hold, and the rest.
 
-    It has no factors of its own. The rest has the means over rows and columns that (E g)**2 leaves of those
-    of g**2, and is never negative: an estimate of E g**2 below (E g)**2 would make steps of any size
-    (docs/maths.md, "The second moment, split").
+    Of the gradient the part in the row space of A is averaged, by the factors; the rest takes effect at once
+    and in full. E g**2 is (E g)**2, the square of the first moment, and a variance of rank one: that which
+    has the means over rows and columns that (E g)**2 leaves of those of g**2. No estimate is so small that an
+    entry of the update could exceed a bound (docs/maths.md, "The split variant").
     """
 
-    def __init__(self, batch: Batch, first: Product, means: Means, betas: tuple[float, float]) -> None:
+    def __init__(
+        self, batch: Batch, tracking: Tracking, first: Product, means: Means, betas: tuple[float, float]
+    ) -> None:
         """`first` holds the debiased mean; both moments are of before the step."""
-        gathered = rules.debias(betas[1], batch.t - 1)
-        past = rules.debias(betas[0], batch.t - 1)
-        # Of the square of the EMA, which `tiles` gets, and of the square of B A.
-        self.keep = torch.where(batch.t > 1, gathered / past.square(), 0).to(first.B.dtype)
-        self.gathered = gathered.to(first.B.dtype)
+        dtype = first.B.dtype
+        assert isinstance(tracking.tracker, factors.Subspace)
+        self.W, self.seen, self.beta2 = tracking.tracker.W, tracking.tracker.seen, betas[1]
+        self.rate = rules.debiased_rate(betas[0], batch.t).to(dtype)
+        self.past = rules.debias(betas[0], batch.t - 1).to(dtype)
+        self.keep = rules.debias(betas[1], batch.t - 1).to(dtype)
         self.row, self.column = factors.rank_one_rest(
-            first.B, first.A, self.gathered[:, None], means.row, means.column, batch.shards
+            first.B, first.A, self.keep[:, None], means.row, means.column, batch.shards
         )
 
-    def tiles(self, m: list[Tensor], members: slice, rows: slice, columns: slice) -> list[Tensor]:
-        """Before the step, (rows, columns) of each member, whose first moments are m."""
-        rest = zip(self.keep[members], self.row[members, rows], self.column[members, :, columns], strict=True)
-        return [
-            torch.addcmul(row * column, x * keep, x) for x, (keep, row, column) in zip(m, rest, strict=True)
-        ]
+    def moments(
+        self, m: list[Tensor], g: Tensor, members: slice, rows: slice, columns: slice
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Tiles for `rules.Adam`, from those of the first moment, overwritten, and of g (n, rows, columns).
+
+        With the first, m, it makes g + beta (m - g W^T W), where beta is the debiased rate and W of the
+        tracker, whose `turn` it was.
+        """
+        held = matmul(self.seen[members, rows], self.W[members, :, columns])
+        v = []
+        for k, i in enumerate(range(members.start, members.stop)):
+            square = torch.addcmul(self.row[i, rows] * self.column[i, :, columns], m[k] * self.keep[i], m[k])
+            m[k].sub_(held[k])
+            # What keeps the update below a bound where M is zero and held is not.
+            v.append(square.addcmul_(m[k] * self.keep[i], m[k], value=1 - self.beta2))
+            m[k].add_(g[k]).mul_(self.past[i])
+        return m, v
 
 
 def adam(
@@ -250,14 +265,14 @@ def adam(
         second = Dense(batch, "exp_avg_sq")
     elif "v" in of:
         second = Product(of["v"], "v")
-    if isinstance(first, Product) and debiased:
-        # It follows the debiased EMA, where the rule starts from the EMA.
-        first.rows = rules.debias(beta1, batch.t - 1)[:, None, None].to(first.B.dtype)
     correction: Tensor | None = None
     means = Means(batch, beta2) if "v_row" in batch.state else None
     if "v" not in of and means is not None:
         assert isinstance(first, Product)
-        second = Split(batch, first, means, betas)
+        second = Split(batch, of["m"], first, means, betas)
+    elif isinstance(first, Product) and debiased:
+        # It follows the debiased EMA, where the rule starts from the EMA.
+        first.rows = rules.debias(beta1, batch.t - 1)[:, None, None].to(first.B.dtype)
     if isinstance(second, Product) and variant.second == "ramp":
         # The product ramps up to the root of v: its square is behind the EMA of g**2.
         ramp = factors.ramp(1 - beta2**0.25, batch.t - 1)
@@ -277,9 +292,11 @@ def adam(
 
     def update(members: slice, rows: slice, columns: slice, g: Tensor) -> None:
         g = g.to(batch.dtype)
+        if means is not None:
+            means.gather(members, rows, columns, g)
         m = first.tiles(members, rows, columns)
         if isinstance(second, Split):
-            v = second.tiles(m, members, rows, columns)
+            m, v = second.moments(m, g, members, rows, columns)
         else:
             v = second.tiles(members, rows, columns)
         for k, i in enumerate(range(members.start, members.stop)):
@@ -291,10 +308,8 @@ def adam(
         for moment, tiles in ((first, m), (second, v)):
             if isinstance(moment, Dense):
                 moment.store(members, rows, columns, tiles)
-        if means is not None:
-            means.gather(members, rows, columns, g)
 
-    sweep(batch, followed, update)
+    sweep(batch, followed, update, late=isinstance(second, Split))
     return _sent(followed, means)
 
 
@@ -352,12 +367,20 @@ def sweep(
     batch: Batch,
     followed: list[Tracking],
     update: Callable[[slice, slice, slice, Tensor], None] | None = None,
+    late: bool = False,
 ) -> None:
-    """Take the factors through a step; `update` sees each tile of the gradient before the factors move."""
+    """Take the factors through a step.
+
+    Args:
+        batch: whose gradient is swept.
+        followed: the factors.
+        update: sees each tile of the gradient once, before the factors move.
+        late: whether it does in the second sweep, with T A^T known.
+    """
     for members, rows, tiles in batch.row_tiles():
         for columns in tiles:
             g = batch.gradient(members, rows, columns)
-            if update is not None:
+            if update is not None and not late:
                 update(members, rows, columns, g)
             for tracking in followed:
                 tracking.see(members, columns, g)
@@ -366,10 +389,14 @@ def sweep(
     for tracking in followed:
         tracking.turn()
     if followed:
-        for members, columns, tiles in batch.column_tiles():
+        for members, columns, tiles in batch.column_tiles(late):
+            for rows in tiles:
+                g = batch.gradient(members, rows, columns)
+                if update is not None and late:
+                    update(members, rows, columns, g)
+                for tracking in followed:
+                    tracking.answer(members, rows, g)
             for tracking in followed:
-                for rows in tiles:
-                    tracking.answer(members, rows, batch.gradient(members, rows, columns))
                 tracking.right(members, columns)
 
 
@@ -389,7 +416,10 @@ def _kernel_sweeps(
     for tracking in followed:
         probe = tracking.tracker.probe()
         probes |= {name: [probe[tracking.of(name)]] for name in tracking.names}
-    if isinstance(first, Product):
+    if isinstance(second, Split):
+        assert isinstance(first, Product)
+        m = kernels.Factors([first.B], [first.A], second.rate, 1.0, probe=probes["m"])
+    elif isinstance(first, Product):
         kept = beta1 / c1 if first.rows is None else first.rows.view(-1) * beta1 / c1
         m = kernels.Factors([first.B], [first.A], kept, (1 - beta1) / c1, probe=probes["m"])
     else:
@@ -399,19 +429,31 @@ def _kernel_sweeps(
         v = kernels.Factors([second.B], [second.A], beta2 / c2, (1 - beta2) / c2, row, column, probes["v"])
     elif isinstance(second, Split):
         row, column = (x.flatten(1) for x in (second.row * (beta2 / c2)[:, None, None], second.column))
-        v = kernels.Split(second.gathered * beta2 / c2, (1 - beta2) / c2, row, column)
+        v = kernels.Split(
+            [second.seen], [second.W], second.keep * beta2 / c2, (1 - beta2) / c2,
+            1 - beta2, row, column,
+        )  # fmt: skip
     else:
         v = kernels.Dense(second.stored, beta2, c2)
+    counts = [len(tracking.tracker.B) for tracking in followed]
     same: dict[str, Any] = dict(sign=float(batch.sign), finite=batch.finite)
-    rows = kernels.row_sweep(
+
+    def follow(TAt: Tensor) -> None:
+        for tracking, part in zip(followed, torch.split(TAt.flatten(0, 1), counts), strict=True):
+            tracking.tracker.left(ALL, ALL, part)
+            tracking.turn()
+
+    if isinstance(v, kernels.Split):  # the update needs T A^T
+        rows = kernels.row_projection(batch.grads, probes["m"], row_sums=True, **same)
+        follow(rows.TAt)
+    swept = kernels.row_sweep(
         batch.weights, batch.grads, m, v, decay=decay, lr=lr, eps=max(eps, torch.finfo(torch.float32).tiny),
         keys=batch.keys if batch.rounds_stochastically else None, origin=_origin(batch) or (0, 0),
         width=batch.shards.size(batch.p, batch.q)[1], row_sums=means is not None, **same,
     )  # fmt: skip
-    counts = [len(tracking.tracker.B) for tracking in followed]
-    for tracking, TAt in zip(followed, torch.split(rows.TAt.flatten(0, 1), counts), strict=True):
-        tracking.tracker.left(ALL, ALL, TAt)
-        tracking.turn()
+    if swept is not None:
+        rows = swept
+        follow(rows.TAt)
     bases = {x: [y.tracker.basis(y.of(x), ALL).mT] for y in followed for x in y.names}
     columns = kernels.column_sweep(
         batch.grads, bases.get("m"), bases.get("v"), column_sums=means is not None, **same

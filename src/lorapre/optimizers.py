@@ -252,7 +252,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         rank: r, or None for dense AdamW.
         scale: factor on the update of the factorised weights alone (the paper trains with 0.25).
         variant: "calibrated", "paper" (as printed), "subspace" or "split"; docs/maths.md has the differences.
-        compress: which moments are factorised: "both", "first" or (but for "split") "second".
+        compress: which moments are factorised: "both" or, but for "split", "first" or "second".
         maximize: ascend instead.
         nonfinite: what a NaN or infinite gradient does: "propagate" as in torch, or "skip" the step of that
             weight, which is counted in its state as `skipped` without waiting for the device.
@@ -301,8 +301,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         _require_betas(group, "betas")
         _require_number(group, "scale", group["scale"])
         # "split" makes the second moment of the first one's factors.
-        both = ("both", "first") if group["variant"] == "split" else ("both", "first", "second")
-        _require_choice(group, "compress", *both)
+        some = () if group["variant"] == "split" else ("first", "second")
+        _require_choice(group, "compress", "both", *some)
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> Callable[[], None]:
         return adam(
@@ -533,7 +533,8 @@ def _require(group: dict[str, Any], name: str, condition: bool, wanted: str) -> 
 
 
 def _require_choice(group: dict[str, Any], name: str, *choices: str | bool | None) -> None:
-    _require(group, name, group[name] in choices, f"one of {', '.join(map(repr, choices))}")
+    wanted = ", ".join(map(repr, choices))
+    _require(group, name, group[name] in choices, wanted if len(choices) == 1 else f"one of {wanted}")
 
 
 def _require_betas(group: dict[str, Any], name: str) -> None:
