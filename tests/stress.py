@@ -456,7 +456,7 @@ def main() -> None:
     parser.add_argument("--damages", type=int, default=30)
     parser.add_argument("--full-disks", type=int, default=10)
     parser.add_argument("--others", type=int, default=12)
-    parser.add_argument("--mistakes", type=int, default=130)
+    parser.add_argument("--mistakes", type=int, default=137)
     parser.add_argument("--bad-gradients", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -465,15 +465,11 @@ def main() -> None:
         runs = Runs(Path(folder))
         parts = [(kill, options.kills), (spoil, options.damages), (spoil_unread, 10 * options.damages)]
         parts += [(fail, options.full_disks), (fill, options.full_disks), (exchange, options.others)]
-        parts += [
-            (exchange, options.others),
-            (mistake, options.mistakes),
-            (poison_all, options.bad_gradients),
-        ]
+        parts += [(mistake, options.mistakes), (poison_all, options.bad_gradients)]
         if os.geteuid() == 0 and sys.platform == "linux":
             parts += [(fill_disk, options.full_disks)]
         for part, count in parts:
-            for what, number in part(runs, count, chance).items():
+            for what, number in part(runs, count, chance).items() if count else ():
                 print(f"{number:>6}  {what}", flush=True)
 
 
