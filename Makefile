@@ -29,9 +29,10 @@ quickstart: $(INSTALLED)  ## pre-train a small Llama on CPU (options: make quick
 test: $(INSTALLED)  ## run the tests (options: make test ARGS="-k groups")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
-# Processes killed at random, damaged files, full disks, and gradients drawn anew; a failure prints its example.
+# Processes killed at random, damaged files, full disks, mistakes, and gradients drawn anew; a failure prints its example.
 stress: $(INSTALLED)  ## the long version of the tests of faults and of odd gradients, in some minutes
-	OMP_NUM_THREADS=1 $(BIN)/python tests/stress.py --kills 50 --damages 30 --full-disks 10
+	OMP_NUM_THREADS=1 $(BIN)/python tests/stress.py --kills 50 --damages 30 --full-disks 10 --others 12 --mistakes 137 \
+		--bad-gradients 6
 	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
 
 test-gpu: $(INSTALLED)  ## run what has kernels of its own on the GPU, if there is one
