@@ -39,9 +39,8 @@ class Case(NamedTuple):
 CASES = {
     **{
         f"adam-{variant}": Case(LoRAPreAdamW, {"variant": variant})
-        for variant in ("paper", "subspace", "split")
+        for variant in ("paper", "calibrated", "subspace", "split")
     },
-    "adam-calibrated": Case(LoRAPreAdamW, {}),
     **{
         f"adam-{variant}-{compress}": Case(LoRAPreAdamW, {"variant": variant, "compress": compress})
         for variant in ("paper", "calibrated", "subspace")  # split has one state for both

@@ -276,8 +276,8 @@ def of_a_newer_version(_: Runs, checkpoint: Path) -> None:
 
 # What is put in place of the last checkpoint, and what the line says of it.
 OTHERS: dict[str, tuple[Callable[[Runs, Path], None], str]] = {
-    "rank": (of_another_run("--rank", "2"), "saved was Adam (rank=2, variant='calibrated', compress='both')"),
-    "variant": (of_another_run("--variant", "split"), "saved was Adam (rank=4, variant='split'"),
+    "rank": (of_another_run("--rank", "2"), "saved was Adam (rank=2, variant='split', compress='both')"),
+    "variant": (of_another_run("--variant", "subspace"), "saved was Adam (rank=4, variant='subspace'"),
     "optimizer": (of_another_run("--optimizer", "lorapre-muon"), "saved was Muon ("),
     "version": (of_a_newer_version, f"state format {STATE_FORMAT + 1}, of a newer lorapre"),
 }

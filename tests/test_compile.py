@@ -60,7 +60,7 @@ def test_a_compiled_step_is_one_graph_compiled_once_and_equals_eager(case: Case)
     compare(case, "aot_eager", SHAPES)
 
 
-@pytest.mark.parametrize("name", ["adam-calibrated", "muon-subspace"])
+@pytest.mark.parametrize("name", ["adam-split", "muon-subspace"])
 def test_inductor_equals_eager(name: str) -> None:
     compare(CASES[name], "inductor", [(12, 20), (12, 20)])
 
@@ -88,8 +88,8 @@ def test_a_compiled_step_skips_non_finite_gradients(name: str) -> None:
 
 def test_a_scheduler_of_a_tensor_lr_does_not_recompile() -> None:
     params, expected = parameters(SHAPES), parameters(SHAPES)
-    optimizer = CASES["adam-calibrated"].make(params, lr=torch.tensor(0.01))
-    eager = CASES["adam-calibrated"].make(expected)
+    optimizer = CASES["adam-split"].make(params, lr=torch.tensor(0.01))
+    eager = CASES["adam-split"].make(expected)
     schedulers = [LambdaLR(o, lambda step: 1 / (1 + step)) for o in (optimizer, eager)]
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(optimizer.step, backend=counter)  # the scheduler wraps it in what is not compiled
@@ -105,7 +105,7 @@ def test_a_scheduler_of_a_tensor_lr_does_not_recompile() -> None:
 
 
 def test_a_loaded_checkpoint_is_stepped_by_a_compiled_step_as_in_eager() -> None:
-    case = CASES["adam-calibrated"]
+    case = CASES["adam-split"]
     params, resumed_params = parameters(SHAPES), parameters(SHAPES)
     optimizer, resumed = case.make(params), case.make(resumed_params)
     train(optimizer, params, 2)

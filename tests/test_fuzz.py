@@ -154,8 +154,8 @@ def split_bound(betas: tuple[float, float], t: int) -> float:
     """The same where v' is known to hold shares of g**2 and of the square of what m' holds beside g."""
     beta1, beta2 = betas
     rate = beta1 * (1 - beta1 ** (t - 1)) / (1 - beta1**t)
-    old = rate**2 / (beta2 * (1 - beta2 ** (t - 1))) if t > 1 else 0
-    return math.sqrt((1 - beta2**t) * (1 + old) / (1 - beta2))
+    old = rate**2 / (beta2 * (1 - beta2 ** (t - 1))) * (1 / beta2 + 1 / (1 - beta2)) if t > 1 else 0
+    return math.sqrt((1 - beta2**t) * (1 / (1 - beta2) + old))
 
 
 def check(case: Case, plan: Plan) -> None:

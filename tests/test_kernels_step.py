@@ -129,7 +129,7 @@ def test_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     dict(maximize=True), dict(lr=torch.tensor(0.01), weight_decay=0.0), dict(scale=0.25, betas=(0.0, 0.5)),
     dict(eps=0.0),
 ], ids=lambda options: "-".join(options))  # fmt: skip
-@pytest.mark.parametrize("name", ["adam-calibrated", "adam-subspace-first"])
+@pytest.mark.parametrize("name", ["adam-calibrated", "adam-split", "adam-subspace-first"])
 def test_options(name: str, options: dict[str, Any]) -> None:
     check(*pair(name, shapes=SHAPES[2:4], **options))
 
@@ -149,19 +149,19 @@ def test_a_gradient_that_is_not_finite_is_skipped(name: str) -> None:
     check(ours, expected, 1)
 
 
-@pytest.mark.parametrize("name", ["adam-calibrated", "adam-subspace"])
+@pytest.mark.parametrize("name", ["adam-calibrated", "adam-subspace", "adam-split"])
 def test_a_large_rank(name: str) -> None:  # the row sweep takes two launches
     check(*pair(name, shapes=[(272, 280)], rank=130, eps=1e-2), steps=2, tolerance=2e-5)
 
 
-@pytest.mark.parametrize("name", ["adam-paper", "adam-calibrated", "adam-subspace"])
+@pytest.mark.parametrize("name", ["adam-paper", "adam-calibrated", "adam-subspace", "adam-split"])
 def test_factors_too_large_to_be_stacked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "GPU_BATCH", 1)
     monkeypatch.setattr("lorapre.batch.GPU_BATCH", 1)
     check(*pair(name, shapes=SHAPES[2:4]))
 
 
-@pytest.mark.parametrize("name", ["adam-calibrated", "adam-paper-second", "adam-subspace"])
+@pytest.mark.parametrize("name", ["adam-calibrated", "adam-paper-second", "adam-split"])
 def test_stochastic_rounding_draws_the_same_bits(name: str) -> None:
     ours, expected = pair(name, (BF16, BF16), stochastic_rounding=True, seed=3)
     for step in range(3):

@@ -64,7 +64,7 @@ def build(model: nn.Module, settings: Settings) -> Optimizer:
             torch.optim.Muon(matrices, weight_decay=0.0), torch.optim.AdamW(rest, weight_decay=0.0)
         )
     groups = param_groups(model, rank=settings.rank)
-    variant = settings.variant or "calibrated"
+    variant = settings.variant
     if settings.optimizer == "lorapre-muon":
         return LoRAPreMuon(groups, variant=variant)
     return LoRAPreAdamW(groups, variant=variant, compress=settings.compress or "both")

@@ -315,8 +315,8 @@ def test_no_entry_of_a_split_update_exceeds_its_bound(betas: tuple[float, float]
     beta1, beta2 = betas
     for t in range(1, len(gradients) + 1):
         rate = beta1 * (1 - beta1 ** (t - 1)) / (1 - beta1**t)
-        old = rate**2 / (beta2 * (1 - beta2 ** (t - 1))) if t > 1 else 0
-        bound = math.sqrt((1 - beta2**t) * (1 + old) / (1 - beta2))
+        old = rate**2 / (beta2 * (1 - beta2 ** (t - 1))) * (1 / beta2 + 1 / (1 - beta2)) if t > 1 else 0
+        bound = math.sqrt((1 - beta2**t) * (1 / (1 - beta2) + old))
         assert (weights[t] - weights[t - 1]).abs().max() <= bound * (1 + 1e-3)
 
 

@@ -25,7 +25,7 @@ from lorapre.release import Released
 from test_contract import Forbid
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-two_cases = pytest.mark.parametrize("name", ["adam-calibrated", "muon-calibrated"])
+two_cases = pytest.mark.parametrize("name", ["adam-split", "muon-calibrated"])
 
 
 class Model(nn.Module):
@@ -72,7 +72,7 @@ def fit(model: nn.Module, optimizer: Any, steps: int, start: int = 0, **options:
 
 
 def released(
-    name: str = "adam-calibrated", max_norm: float | None = None, **options: Any
+    name: str = "adam-split", max_norm: float | None = None, **options: Any
 ) -> tuple[Model, Any, Any]:
     model = Model()
     optimizer = make(CASES[name], model, **options)
@@ -163,7 +163,7 @@ def test_a_non_finite_gradient_is_skipped_for_that_weight_alone(name: str) -> No
 
 def test_one_gradient_is_alive_at_a_time() -> None:
     model = Model()
-    optimizer = make(CASES["adam-calibrated"], model)
+    optimizer = make(CASES["adam-split"], model)
     storages: list[tuple[StorageWeakRef, int]] = []
     alive: list[int] = []
 
@@ -308,7 +308,7 @@ def test_autocast_gives_the_same_weights() -> None:
     runs = []
     for release in (False, True):
         model = Model()
-        optimizer = make(CASES["adam-calibrated"], model)
+        optimizer = make(CASES["adam-split"], model)
         if release:
             gradient_release(model, optimizer)
         for step in range(2):

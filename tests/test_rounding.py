@@ -282,7 +282,7 @@ def test_the_option_is_one_of_the_group_and_checked(cls: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch:FutureWarning", "ignore:`torch:DeprecationWarning")
-@pytest.mark.parametrize("name", ["adam-calibrated", "muon-dense"])
+@pytest.mark.parametrize("name", ["adam-split", "muon-dense"])
 def test_a_compiled_step_rounds_with_new_noise_at_every_step(name: str) -> None:
     torch._dynamo.reset()
     params, optimizer = bf16(CASES[name])

@@ -369,7 +369,7 @@ def check_partial() -> None:
     for placement in (S0, S1, R):
         one = parameters([(12, 20)])
         many = [nn.Parameter(spread(p, mesh, [placement])) for p in one]
-        optimizers = CASES["adam-calibrated"].make(one), CASES["adam-calibrated"].make(many)
+        optimizers = CASES["adam-split"].make(one), CASES["adam-split"].make(many)
         for number in range(3):
             one[0].grad = gradient(one[0].shape, number, 0)
             share = one[0].grad * (0.25 if dist.get_rank() else 0.75)
@@ -496,7 +496,7 @@ def test_the_share_of_the_state_shrinks_with_the_number_of_processes_and_coverag
 
 # Checkpoints
 
-SAVED = ["adam-calibrated", "adam-subspace", "muon-subspace"]
+SAVED = ["adam-calibrated", "adam-split", "muon-subspace"]
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, start: int, steps: int) -> None:

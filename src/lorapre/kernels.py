@@ -70,8 +70,8 @@ class Dense(NamedTuple):
 class Split(NamedTuple):
     """Where h = C W is what the factors B and A of the first moment can hold of g.
 
-    The second moment is keep ((B A)**2 + share (B A - h)**2) + fresh g**2 + row column, and the first, with
-    the numbers of its own, keep (B A - h) + fresh g.
+    The second moment is keep ((1 - share) (B A)**2 + share h**2) + fresh g**2 + row column, and the first,
+    with numbers of its own, keep (B A - h) + fresh g.
     """
 
     C: Matrices  # (p, r)
@@ -523,9 +523,11 @@ def _row_sweep(
                 m = _product(mB, mA, i, j, p, q, r, BM, BN, R, PRECISION)
             if SPLIT:
                 held = _product(vB, vA, i, j, p, q, r, BM, BN, R, PRECISION)
-                v = m * m
+                v = (
+                    tl.load(keep_v + n) * (m * m + weight_v * (held * held - m * m))
+                    + tl.load(fresh_v + n) * g * g
+                )
                 m -= held
-                v = tl.load(keep_v + n) * (v + weight_v * m * m) + tl.load(fresh_v + n) * g * g
             m = tl.load(keep_m + n) * m + tl.load(fresh_m + n) * g
 
         if SPLIT:

@@ -230,11 +230,9 @@ class Split:
         held = matmul(self.seen[members, rows], self.W[members, :, columns])
         v = []
         for k, i in enumerate(range(members.start, members.stop)):
-            square = torch.addcmul(self.row[i, rows] * self.column[i, :, columns], m[k] * self.keep[i], m[k])
-            m[k].sub_(held[k])
-            # What keeps the update below a bound where M is zero and held is not.
-            v.append(square.addcmul_(m[k] * self.keep[i], m[k], value=1 - self.beta2))
-            m[k].add_(g[k]).mul_(self.past[i])
+            square = m[k].square().mul_(self.beta2).addcmul_(held[k], held[k], value=1 - self.beta2)
+            v.append(square.mul_(self.keep[i]).addcmul_(self.row[i, rows], self.column[i, :, columns]))
+            m[k].sub_(held[k]).add_(g[k]).mul_(self.past[i])
         return m, v
 
 

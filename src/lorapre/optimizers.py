@@ -237,10 +237,11 @@ class LoRAPreOptimizer(Optimizer):
 
 
 class LoRAPreAdamW(LoRAPreOptimizer):
-    r"""AdamW whose two moments live as low-rank factors, B (p, r) and A (r, q) each (paper, Algorithm 1).
+    r"""AdamW whose moments live as low-rank factors, B (p, r) and A (r, q) (paper, Algorithm 1).
 
-    The state of a (p, q) weight takes 2 (p + q) r float32 numbers instead of 2 p q. Weights for which that
-    would not be less, and groups with `rank=None`, take AdamW; `lorapre.coverage` shows which took what.
+    The state of a (p, q) weight takes (p + q) (r + 1) float32 numbers instead of 2 p q, or 2 (p + q) r in
+    variants that keep factors for both moments. Weights for which that would not be less, and groups with
+    `rank=None`, take AdamW; `lorapre.coverage` shows which took what.
     `lorapre.param_groups` sends embeddings, output head, norms and biases there, as the paper does.
 
     Args:
@@ -251,7 +252,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         weight_decay: decoupled, as in AdamW.
         rank: r, or None for dense AdamW.
         scale: factor on the update of the factorised weights alone (the paper trains with 0.25).
-        variant: "calibrated", "paper" (as printed), "subspace" or "split"; docs/maths.md has the differences.
+        variant: "split", "subspace", "calibrated" or "paper" (as printed); docs/maths.md has the differences.
         compress: which moments are factorised: "both" or, but for "split", "first" or "second".
         maximize: ascend instead.
         nonfinite: what a NaN or infinite gradient does: "propagate" as in torch, or "skip" the step of that
@@ -265,9 +266,9 @@ class LoRAPreAdamW(LoRAPreOptimizer):
     Raises:
         ValueError: an option is out of range; the message names it.
 
-    State of a factorised weight, all float32: `step`, `m_B` (p, r), `m_A` (r, q), `v_B`, `v_A`; in the
-    subspace variant also `v_row` (p) and `v_col` (q), in the split variant these two instead of `v_B` and
-    `v_A`; of an uncompressed moment `exp_avg` or `exp_avg_sq`.
+    State of a factorised weight, all float32: `step`, `m_B` (p, r), `m_A` (r, q), `v_row` (p) and `v_col`
+    (q); in the other variants `v_B` and `v_A`, in the subspace variant beside `v_row` and `v_col`; of an
+    uncompressed moment `exp_avg` or `exp_avg_sq`.
     Fused experts (E, p, q) are E matrices, and their factors have E in front; a convolution is the matrix
     (out, in * k * k).
     """
@@ -282,7 +283,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         *,
         rank: int | None = 128,
         scale: float = 1.0,
-        variant: str = "calibrated",
+        variant: str = "split",
         compress: str = "both",
         maximize: bool = False,
         nonfinite: str = "propagate",

@@ -44,6 +44,8 @@ TaskName = Literal["gsm8k", "math-500"]  # of `lorapre evaluate`
 LOW_RANK: tuple[OptimizerName, ...] = ("lorapre-adamw", "lorapre-muon")
 PROJECTED: tuple[OptimizerName, ...] = ("galore", "galore-muon", "fira", "apollo")
 ADAPTERS: tuple[OptimizerName, ...] = ("lora", "relora")
+# As in the library. Every config names its variant, so that a run says what it was.
+DEFAULT_VARIANT: dict[OptimizerName, Variant] = {"lorapre-adamw": "split", "lorapre-muon": "calibrated"}
 
 # The options that only some optimizers have. Elsewhere they are None: an option without effect is refused.
 ONLY_FOR: dict[str, tuple[OptimizerName, ...]] = {

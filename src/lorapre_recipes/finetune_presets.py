@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from lorapre_recipes.config import (
+    DEFAULT_VARIANT,
     LOW_RANK,
     ONLY_FOR,
     Adapter,
@@ -70,14 +71,12 @@ def protocol(method: Method, **fields: Any) -> FinetuneConfig:
     """
     adapter: Adapter | None = method if method in get_args(Adapter) else None  # type: ignore[assignment]
     optimizer: OptimizerName = "lora" if adapter else method  # type: ignore[assignment]
-    # Better here than the default of the library, at half its state (docs/finetuning.md). Not for Muon.
-    variant = "calibrated" if optimizer == "lorapre-muon" else "split"
     shared: dict[str, Any] = dict(
         optimizer=optimizer,
         adapter=adapter,
         scale=1.0,
         rank=8 if optimizer in ONLY_FOR["rank"] else None,
-        variant=variant if optimizer in ONLY_FOR["variant"] else None,
+        variant=DEFAULT_VARIANT.get(optimizer),
         compress="both" if optimizer in ONLY_FOR["compress"] else None,
         refresh=min(200, fields["steps"] // 4) if optimizer in ONLY_FOR["refresh"] else None,
         betas=(0.9, 0.95),

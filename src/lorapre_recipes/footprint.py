@@ -21,6 +21,7 @@ import torch
 from lorapre.batch import BATCH
 from lorapre.groups import matrix_shape
 from lorapre_recipes.config import (
+    DEFAULT_VARIANT,
     LOW_RANK,
     ONLY_FOR,
     Compress,
@@ -68,6 +69,10 @@ class Settings:
             raise UserError(f"--rank: {self.optimizer} needs a value")
         if self.rank is not None and self.rank < 1:
             raise UserError(f"--rank: must be at least 1, not {self.rank}")
+        if self.variant is None:
+            object.__setattr__(self, "variant", DEFAULT_VARIANT.get(self.optimizer))
+        if self.variant == "split" and self.compress not in (None, "both"):
+            raise UserError("--compress: variant split has no moment alone; take another --variant")
 
     @property
     def item(self) -> int:
@@ -86,7 +91,7 @@ class Settings:
     def __str__(self) -> str:
         options: list[str] = [self.optimizer]
         if self.optimizer in LOW_RANK:
-            options += [f"rank {self.rank}", f"variant {self.variant or 'calibrated'}"]
+            options += [f"rank {self.rank}", f"variant {self.variant}"]
         if self.compress in ("first", "second"):
             options.append(f"{self.compress} moment only")
         if self.release:
@@ -373,7 +378,7 @@ def track_traffic(weight: Weight, settings: Settings, mesh: Mesh) -> float:
     part, total = weight.matrices(mesh), 0.0
     for moment in settings.moments:
         rows, columns = summed(
-            settings.variant or "calibrated", moment, "v_row" in weight.state, weight.rank, part.p, part.q
+            settings.variant or "", moment, "v_row" in weight.state, weight.rank, part.p, part.q
         )
         total += ring(rows, part.over("rows")) + ring(columns, part.over("columns"))
     return part.E * total

@@ -76,13 +76,13 @@ def _groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     if settings.optimizer == "lorapre-adamw":
         adamw = LoRAPreAdamW(
             param_groups(model, rank=settings.rank, rules=rules),
-            variant=settings.variant or "calibrated",
+            variant=settings.variant or "",
             compress=settings.compress or "both",
         )
         return adamw.param_groups
     if settings.optimizer == "lorapre-muon":
         groups = param_groups(model, rank=settings.rank, rules=rules)
-        return LoRAPreMuon(groups, variant=settings.variant or "calibrated").param_groups
+        return LoRAPreMuon(groups, variant=settings.variant or "").param_groups
     return LoRAPreAdamW(param_groups(model, rank=1 if settings.optimizer == "muon" else None)).param_groups
 
 

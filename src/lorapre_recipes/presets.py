@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lorapre_recipes.config import ONLY_FOR, OptimizerName, PretrainConfig, UserError
+from lorapre_recipes.config import DEFAULT_VARIANT, ONLY_FOR, OptimizerName, PretrainConfig, UserError
 
 Rates = dict[OptimizerName, tuple[float, float]]  # lr and scale of each optimizer
 
@@ -220,7 +220,7 @@ def protocol(optimizer: OptimizerName, rates: Rates, *, rank: int, **fields: Any
         lr=lr,
         scale=scale,
         rank=rank if optimizer in ONLY_FOR["rank"] else None,
-        variant="calibrated" if optimizer in ONLY_FOR["variant"] else None,
+        variant=DEFAULT_VARIANT.get(optimizer),
         compress="both" if optimizer in ONLY_FOR["compress"] else None,
         refresh=min(200, fields["steps"] // 10) if optimizer in ONLY_FOR["refresh"] else None,  # GaLore's 200
         betas=(0.9, 0.95),

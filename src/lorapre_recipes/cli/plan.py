@@ -29,7 +29,7 @@ def plan(
             llama-60m, -130m, -350m, -1b, -7b, llama-3.1-8b, -70b, -405b.
         rank: rank of the momenta (lorapre-* only).
         optimizer: what to train with.
-        variant: of the algorithm (lorapre-* only). Default: calibrated.
+        variant: of the algorithm (lorapre-* only). Default: split; of Muon calibrated.
         compress: which moments are low rank (lorapre-adamw only). Default: both.
         dtype: of weights and gradients.
         release: lorapre.gradient_release, which frees each gradient at once (lorapre-* only).
