@@ -93,10 +93,15 @@ def matmul(X: Tensor, Y: Tensor) -> Tensor:
     On CPUs, large float32 products go to oneDNN, as those of bfloat16 do by themselves. MKL, which torch asks
     for float32, uses half of the vector width of other makers' processors.
     """
-    if X.ndim != 3 or X.shape[0] != 1 or not X.is_cpu or torch.compiler.is_compiling():
+    if X.ndim != 3 or not X.is_cpu or torch.compiler.is_compiling():
         return X @ Y
+    large = X.shape[1] * X.shape[2] * Y.shape[2] >= 2**21 and X.dtype == torch.float32 and ONEDNN
+    if X.shape[0] != 1:
+        if not large or X.shape[0] == 0:
+            return X @ Y
+        return torch.cat([matmul(x[None], y[None]) for x, y in zip(X, Y, strict=True)])
     x, y = X[0], Y[0]
-    if x.dtype != torch.float32 or x.shape[0] * x.shape[1] * y.shape[1] < 2**21 or not ONEDNN:
+    if not large:
         return torch.mm(x, y)[None]
     # It is fast for x by rows and y by rows or columns, without gaps.
     x, y = x.contiguous(), y if y.mT.is_contiguous() else y.contiguous()
@@ -129,21 +134,21 @@ def norm(X: Tensor, shards: Shards = WHOLE, *, columns: bool = False) -> Tensor:
 
     Other processes of `shards` may hold other rows of X, or other columns.
     """
-    if X.numel() == 0:  # an empty shard
-        size = X.new_zeros((*X.shape[:-2], 1, 1))
-    elif X.device.type == "mps":  # has no float64
-        largest = X.abs().amax((-2, -1), keepdim=True)
-        size = largest * (X / torch.where(largest > 0, largest, 1)).norm(dim=(-2, -1), keepdim=True)
-    else:
-        sizes = [
-            torch.linalg.vector_norm(part, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-            for part in _parts(X)
-        ]
-        size = sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0)
+    largest = _largest(X)
+    scale = torch.where(largest > 0, largest, 1)
+    sizes = [torch.linalg.vector_norm(part / scale, dim=(-2, -1), keepdim=True) for part in _parts(X)]
+    size = largest * (sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0))
     if shards.count > 1:
         total = shards.sum_columns if columns else shards.sum_rows
         size = total(size.double().square())[0].sqrt()
     return size.to(X.dtype)
+
+
+def _largest(X: Tensor) -> Tensor:
+    """The largest absolute value (..., 1, 1) in X (..., n, r)."""
+    if X.numel() == 0:  # an empty shard
+        return X.new_zeros((*X.shape[:-2], 1, 1))
+    return torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
 
 
 def unit(B: Tensor, shards: Shards = WHOLE) -> Tensor:
@@ -389,17 +394,14 @@ class Subspace(Tracker):
     """
 
     def _start_left(self, G: Tensor) -> None:
-        self._gram = G
-        self._Y = torch.empty_like(self.B)
+        self.Y = matmul(self.B, G)  # as long as nothing has been added to it others may read it
 
     def _left(self, members: slice, rows: slice, TAt: Tensor) -> None:
-        beta = self.rate[members]
-        kept = matmul(self.B[members, rows], self._gram[members])
-        self._Y[members, rows] = kept.mul_(beta).add_(TAt * (1 - beta))
+        self.Y[members, rows].lerp_(TAt, 1 - self.rate[members])
 
     def _turn(self) -> None:
-        self._Q = orth(self._Y, self.shards)
-        del self._Y
+        self._Q = orth(self.Y, self.shards)
+        del self.Y
 
     def basis(self, members: slice, rows: slice) -> Tensor:
         """Q^T (n, r, rows)."""
@@ -409,12 +411,10 @@ class Subspace(Tracker):
         return (matmul(self._Q.mT, self.B),)
 
     def _start_right(self, *parts: Tensor) -> None:
-        self._kept = self.rate * parts[0]
-        self._new_A = torch.empty_like(self.A)
+        self._new_A = matmul(parts[0], self.A)
 
     def _right(self, members: slice, columns: slice, LtT: Tensor) -> None:
-        kept = matmul(self._kept[members], self.A[members, :, columns])
-        self._new_A[members, :, columns] = kept.add_(LtT * (1 - self.rate[members]))
+        self._new_A[members, :, columns].lerp_(LtT, 1 - self.rate[members])
 
     def _finish(self) -> None:
         gauge_(self._Q, self._new_A, self.shards, before=self.A)
@@ -463,15 +463,16 @@ def match_means(
 
 
 def rank_one_rest(
-    B: Tensor, A: Tensor, keep: Tensor, row: Tensor, column: Tensor, shards: Shards = WHOLE
+    B: Tensor, A: Tensor, BG: Tensor, keep: Tensor, row: Tensor, column: Tensor, shards: Shards = WHOLE
 ) -> tuple[Tensor, Tensor]:
     """Vectors whose outer product has the means that keep (B A)**2 leaves of `row` and `column`.
 
-    Where it leaves less than nothing, nothing is left. Only Grams are formed.
+    Where it leaves less than nothing, nothing is left.
 
     Args:
-        B: (..., p, r).
+        B: (..., p, r), its columns orthogonal and of one length, as Subspace makes them.
         A: (..., r, q).
+        BG: (..., p, r), B A A^T.
         keep: (..., 1), how much of the square counts.
         row: (..., p), means of a non-negative matrix over each row.
         column: (..., q), its means over each column.
@@ -481,11 +482,12 @@ def rank_one_rest(
         Of the rows (..., p, 1), and of the columns (..., 1, q).
     """
     p, q = shards.size(B.shape[-2], A.shape[-1])
-    (G,) = shards.sum_columns(gram(A.mT))
     # Infinities of both signs, of squares above 1e38, sum up to NaN: then nothing is known to be left.
-    rows = (row - keep * (matmul(B, G) * B).sum(-1) / q).clamp(min=0).nan_to_num(nan=0.0)
-    columns = (column - keep * (matmul(shards.gram(B), A) * A).sum(-2) / p).clamp(min=0).nan_to_num(nan=0.0)
-    (total,) = shards.sum_rows(rows.sum(-1, keepdim=True))
+    rows = (row - keep * (BG * B).sum(-1) / q).clamp(min=0).nan_to_num(nan=0.0)
+    total, square = shards.sum_rows(rows.sum(-1, keepdim=True), B.square().sum((-2, -1))[..., None])
+    # B^T B is square / r times the identity.
+    gathered = A.square().sum(-2) * (square / B.shape[-1])
+    columns = (column - keep * gathered / p).clamp(min=0).nan_to_num(nan=0.0)
     ratio = columns / (total / p)
     return rows[..., None], torch.where(ratio.isfinite(), ratio, 0)[..., None, :]
 
@@ -505,28 +507,31 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
     of Y may be spread over processes.
     """
     r, eps = Y.shape[-1], torch.finfo(Y.dtype).eps
+    (size,) = shards.sum_rows(_largest(Y))
+    # Transposed, as products of large matrices want it.
+    Qt = (Y / torch.where(size > 0, size, 1)).mT.contiguous()
     # The shifts are what rounding of the Gram needs: less, and Cholesky meets negative eigenvalues.
-    Q, lost = _cholesky_qr(unit(Y, shards), (r + 16) * eps, shards)
-    Q = Q + 1e-5 * lost * _waves(Q, shards.rows, shards.size(Q.shape[-2], 1)[0])
-    Q, _ = _cholesky_qr(Q, 16 * eps, shards)
-    return _cholesky_qr(Q, eps, shards)[0]
+    Qt, lost = _cholesky_qr(Qt, (r + 16) * eps, shards)
+    Qt.addcmul_(4e-5 * lost, _waves(Qt.mT, shards.rows, shards.size(Y.shape[-2], 1)[0]).mT)
+    Qt, _ = _cholesky_qr(Qt, 16 * eps, shards)
+    return _cholesky_qr(Qt, eps, shards)[0].mT
 
 
-def _cholesky_qr(Y: Tensor, shift: float, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Q = Y R^T with R^T R = (Y^T Y + shift I)^-1, the columns of Y brought to unit length before.
+def _cholesky_qr(Yt: Tensor, shift: float, shards: Shards) -> tuple[Tensor, Tensor]:
+    """Q^T = R Y^T (..., r, p) with R^T R = (Y^T Y + shift I)^-1, the columns of Y brought to unit length before.
 
-    Also what the squared lengths (..., 1, r) of the columns of Q lack to one: nothing where a column has
+    Also what the squared lengths (..., r, 1) of the columns of Q lack to one: nothing where a column has
     survived, all where Y has lost it.
     """
-    G = shards.gram(Y)
+    G = shards.gram(Yt.mT)
     squares = G.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(squares > 0, squares.rsqrt(), 0)[..., None, :]
     G = scale.mT * G * scale
     G.diagonal(dim1=-2, dim2=-1).add_(shift)
     R = _inverse_root(G)
-    # Q^T Q = R (R^-1 R^-T - shift I) R^T = I - shift R R^T: no need for the rows of Q, which others may hold.
-    lost = shift * R.square().sum(-1)[..., None, :]
-    return matmul(Y, scale.mT * R.mT), lost
+    # Q^T Q = R (R^-1 R^-T - shift I) R^T = I - shift R R^T: no need for the rows of Y, which others may hold.
+    lost = shift * R.square().sum(-1, keepdim=True)
+    return matmul(R * scale, Yt), lost
 
 
 def _waves(

@@ -204,22 +204,22 @@ class Split:
     (docs/maths.md, "The second moment, split").
     """
 
-    def __init__(self, batch: Batch, first: Product, means: Means, betas: tuple[float, float]) -> None:
-        """`first` holds the debiased mean; both moments are of before the step."""
+    def __init__(self, batch: Batch, first: Product, BG: Tensor, means: Means, betas: tuple[float, float]) -> None:
+        """`first` holds the debiased mean, its factors B and A; BG is B A A^T, all of before the step."""
         gathered = rules.debias(betas[1], batch.t - 1)
         past = rules.debias(betas[0], batch.t - 1)
         # Of the square of the EMA, which `tiles` gets, and of the square of B A.
         self.keep = torch.where(batch.t > 1, gathered / past.square(), 0).to(first.B.dtype)
         self.gathered = gathered.to(first.B.dtype)
         self.row, self.column = factors.rank_one_rest(
-            first.B, first.A, self.gathered[:, None], means.row, means.column, batch.shards
+            first.B, first.A, BG, self.gathered[:, None], means.row, means.column, batch.shards
         )
 
     def tiles(self, m: list[Tensor], members: slice, rows: slice, columns: slice) -> list[Tensor]:
         """Before the step, (rows, columns) of each member, whose first moments are m."""
         rest = zip(self.keep[members], self.row[members, rows], self.column[members, :, columns], strict=True)
         return [
-            torch.addcmul(row * column, x * keep, x) for x, (keep, row, column) in zip(m, rest, strict=True)
+            x.square().mul_(keep).addcmul_(row, column) for x, (keep, row, column) in zip(m, rest, strict=True)
         ]
 
 
@@ -257,7 +257,9 @@ def adam(
     means = Means(batch, beta2) if "v_row" in batch.state else None
     if "v" not in of and means is not None:
         assert isinstance(first, Product)
-        second = Split(batch, first, means, betas)
+        tracker = of["m"].tracker
+        assert isinstance(tracker, factors.Subspace)
+        second = Split(batch, first, tracker.Y, means, betas)
     if isinstance(second, Product) and variant.second == "ramp":
         # The product ramps up to the root of v: its square is behind the EMA of g**2.
         ramp = factors.ramp(1 - beta2**0.25, batch.t - 1)
