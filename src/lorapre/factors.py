@@ -222,7 +222,8 @@ class Tracker(ABC):
         self.B, self.A, self.shards = B, A, shards
         self.rate = torch.as_tensor(rate, dtype=B.dtype, device=B.device).expand(len(B), 1, 1)
         self._projected = torch.empty_like(B) if shards.spread_columns or whole else None  # T A^T
-        self._answers = torch.empty_like(A) if shards.spread_rows or whole else None  # L^T T
+        self._answers: Tensor | None = None  # L^T T
+        self._whole = shards.spread_rows or whole
         self._sums: Callable[[], tuple[Tensor, ...]] | None = None
         self._start_left(*shards.sum_columns(gram(A.mT)))
 
@@ -254,6 +255,7 @@ class Tracker(ABC):
             self._left(ALL, ALL, *self.shards.sum_columns(self._projected))
             self._projected = None
         self._turn()
+        self._answers = torch.empty_like(self.A) if self._whole else None
         self._start_right(*self.shards.sum_rows(*self._parts()))
 
     @abstractmethod
@@ -578,7 +580,7 @@ def _inverse_root(G: Tensor) -> Tensor:
     matrices: libraries solve triangular systems at a fraction of their speed.
     """
     r = G.shape[-1]
-    if r <= 128:
+    if r <= (64 if G.is_cpu else 128):
         C = torch.linalg.cholesky_ex(G).L
         eye = torch.eye(r, dtype=G.dtype, device=G.device).expand_as(G)
         root: Tensor = torch.linalg.solve_triangular(C, eye, upper=False)

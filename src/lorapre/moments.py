@@ -72,7 +72,7 @@ class Tracking:
 
     def targets(self, members: slice, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Of k moments the place and the target (n, rows, columns), one at a time."""
-        g = g.to(self.batch.products)
+        g = g.to(self.batch.products) if g.is_cuda else g.float()
         for name in self.names:
             yield self.of(name, members), g.abs() if name == "v" else g
 
@@ -183,7 +183,9 @@ class Means:
         """Add up g**2 (n, rows, columns)."""
         square = g.square()
         self.row_sums[members, rows] += square.sum(-1)
-        self.column_sums[members, columns] += square.sum(-2)
+        # In two stages, so that each thread first sums the rows that it has squared.
+        parts = square.unflatten(-2, (math.gcd(square.shape[-2], 16), -1))
+        self.column_sums[members, columns] += parts.sum(-2).sum(-2)
 
     def finish(self) -> None:
         """Store the new means."""
@@ -293,6 +295,7 @@ def adam(
         for moment, tiles in ((first, m), (second, v)):
             if isinstance(moment, Dense):
                 moment.store(members, rows, columns, tiles)
+        del m, v, tiles
         if means is not None:
             means.gather(members, rows, columns, g)
 
@@ -359,6 +362,8 @@ def sweep(
     for members, rows, tiles in batch.row_tiles():
         for columns in tiles:
             g = batch.gradient(members, rows, columns)
+            if not g.is_cuda:
+                g = g.to(batch.dtype)  # once for the update and the products, which take it as it is on GPUs
             if update is not None:
                 update(members, rows, columns, g)
             for tracking in followed:
