@@ -96,17 +96,18 @@ def matmul(X: Tensor, Y: Tensor) -> Tensor:
     if X.ndim != 3 or not X.is_cpu or torch.compiler.is_compiling():
         return X @ Y
     large = X.shape[1] * X.shape[2] * Y.shape[2] >= 2**21 and X.dtype == torch.float32 and ONEDNN
-    if X.shape[0] != 1:
-        if not large or X.shape[0] == 0:
-            return X @ Y
-        return torch.cat([matmul(x[None], y[None]) for x, y in zip(X, Y, strict=True)])
-    x, y = X[0], Y[0]
-    if not large:
-        return torch.mm(x, y)[None]
+    if not large or len(X) == 0:
+        return torch.mm(X[0], Y[0])[None] if len(X) == 1 else torch.bmm(X, Y)
+    if len(X) == 1:
+        return _large_product(X[0], Y[0])[None]
+    return torch.stack([_large_product(x, y) for x, y in zip(X, Y, strict=True)])
+
+
+def _large_product(x: Tensor, y: Tensor) -> Tensor:
     # It is fast for x by rows and y by rows or columns, without gaps.
     x, y = x.contiguous(), y if y.mT.is_contiguous() else y.contiguous()
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, y.mT, None, "none", [], "")
-    return out[None]
+    return out
 
 
 def gram(X: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -439,7 +440,7 @@ def track(
 
 
 def match_means(
-    B: Tensor, A: Tensor, row: Tensor, column: Tensor, shards: Shards = WHOLE
+    B: Tensor, A: Tensor, row: Tensor, column: Tensor, shards: Shards = WHOLE, BG: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Factors on rows of B, then on columns of A, that make `row`, then `column` the means of (B A)**2.
 
@@ -452,13 +453,15 @@ def match_means(
         row: (..., p), wanted means over each row.
         column: (..., q), wanted means over each column; these hold exactly, those of the rows nearly.
         shards: how to sum over other processes.
+        BG: (..., p, r), B A A^T if it is known.
 
     Returns:
         Of the rows (..., p, 1), and of the columns (..., 1, q).
     """
     p, q = shards.size(B.shape[-2], A.shape[-1])
-    (G,) = shards.sum_columns(gram(A.mT))
-    now = (matmul(B, G) * B).sum(-1) / q
+    if BG is None:
+        BG = matmul(B, *shards.sum_columns(gram(A.mT)))
+    now = (BG * B).sum(-1) / q
     rows = _root_of_ratio(row, now)[..., None]
     now = (matmul(shards.gram(B * rows), A) * A).sum(-2) / p
     return rows, _root_of_ratio(column, now)[..., None, :]
@@ -513,27 +516,24 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
     # Transposed, as products of large matrices want it.
     Qt = (Y / torch.where(size > 0, size, 1)).mT.contiguous()
     # The shifts are what rounding of the Gram needs: less, and Cholesky meets negative eigenvalues.
-    Qt, lost = _cholesky_qr(Qt, (r + 16) * eps, shards)
+    Qt, R = _cholesky_qr(Qt, (r + 16) * eps, shards)
+    # Q^T Q = R (R^-1 R^-T - shift I) R^T = I - shift R R^T: what the squared lengths of the columns of Q lack
+    # to one, nothing where a column has survived and all where Y has lost it.
+    lost = (r + 16) * eps * R.square().sum(-1, keepdim=True)
     Qt.addcmul_(4e-5 * lost, _waves(Qt.mT, shards.rows, shards.size(Y.shape[-2], 1)[0]).mT)
     Qt, _ = _cholesky_qr(Qt, 16 * eps, shards)
     return _cholesky_qr(Qt, eps, shards)[0].mT
 
 
 def _cholesky_qr(Yt: Tensor, shift: float, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Q^T = R Y^T (..., r, p) with R^T R = (Y^T Y + shift I)^-1, the columns of Y brought to unit length before.
-
-    Also what the squared lengths (..., r, 1) of the columns of Q lack to one: nothing where a column has
-    survived, all where Y has lost it.
-    """
+    """Q^T = R Y^T (..., r, p) and R, R^T R = (Y^T Y + shift I)^-1, columns of Y brought to unit length before."""
     G = shards.gram(Yt.mT)
     squares = G.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(squares > 0, squares.rsqrt(), 0)[..., None, :]
     G = scale.mT * G * scale
     G.diagonal(dim1=-2, dim2=-1).add_(shift)
     R = _inverse_root(G)
-    # Q^T Q = R (R^-1 R^-T - shift I) R^T = I - shift R R^T: no need for the rows of Y, which others may hold.
-    lost = shift * R.square().sum(-1, keepdim=True)
-    return matmul(R * scale, Yt), lost
+    return matmul(R * scale, Yt), R
 
 
 def _waves(

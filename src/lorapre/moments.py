@@ -70,6 +70,11 @@ class Tracking:
             start + (members.start or 0), start + (self.batch.N if members.stop is None else members.stop)
         )
 
+    def BG(self, name: str) -> Tensor:
+        """B A A^T (N, p, r) of a moment, before the sweeps; the subspace tracker has it."""
+        assert isinstance(self.tracker, factors.Subspace)
+        return self.tracker.Y[self.of(name)]
+
     def targets(self, members: slice, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Of k moments the place and the target (n, rows, columns), one at a time."""
         g = g.to(self.batch.products) if g.is_cuda else g.float()
@@ -259,16 +264,14 @@ def adam(
     means = Means(batch, beta2) if "v_row" in batch.state else None
     if "v" not in of and means is not None:
         assert isinstance(first, Product)
-        tracker = of["m"].tracker
-        assert isinstance(tracker, factors.Subspace)
-        second = Split(batch, first, tracker.Y, means, betas)
+        second = Split(batch, first, of["m"].BG("m"), means, betas)
     if isinstance(second, Product) and variant.second == "ramp":
         # The product ramps up to the root of v: its square is behind the EMA of g**2.
         ramp = factors.ramp(1 - beta2**0.25, batch.t - 1)
         correction = beta2 * ramp.square() + (1 - beta2)
     elif isinstance(second, Product) and means is not None:
         second.rows, second.columns = factors.match_means(
-            second.B, second.A, means.row, means.column, batch.shards
+            second.B, second.A, means.row, means.column, batch.shards, of["v"].BG("v")
         )
     if launches:
         _kernel_sweeps(
