@@ -14,6 +14,7 @@ from lorapre.groups import is_low_rank, matrix_shape, state_shapes
 # of factors. Large enough for products of matrices at full speed, small enough for the caches.
 TILE = 2**20
 BATCH = 2**19
+SHARED = 2**18  # of sharded matrices that Muon orthogonalises together
 PART = 2**18
 SMALL = 2**16  # elements of matrices that are not worth a call each
 # On GPUs calls cost more than memory: Adam stacks up to 64 MiB of factors there, so that all weights of a
@@ -225,7 +226,7 @@ def batches(
         limit = GPU_BATCH if weights[members[0]].device.type == "cuda" else BATCH
         count = sharding.shards(weights[members[0]], group["flatten"]).count
         if "momentum" in group and count > 1:
-            stacked, limit = max(stacked, math.prod(shape)), BATCH
+            stacked, limit = max(stacked, math.prod(shape)), SHARED
         size = max(count, limit * count // max(1, stacked))
         for chunk in (members[i : i + size] for i in range(0, len(members), size)):
             yield Batch(

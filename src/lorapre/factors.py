@@ -104,7 +104,7 @@ def matmul(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def _large_product(x: Tensor, y: Tensor) -> Tensor:
-    # It is fast for x by rows and y by rows or columns, without gaps.
+    """x y in oneDNN, which is fast for x by rows and y by rows or columns, without gaps."""
     x, y = x.contiguous(), y if y.mT.is_contiguous() else y.contiguous()
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, y.mT, None, "none", [], "")
     return out
@@ -138,7 +138,8 @@ def norm(X: Tensor, shards: Shards = WHOLE, *, columns: bool = False) -> Tensor:
     largest = _largest(X)
     scale = torch.where(largest > 0, largest, 1)
     sizes = [torch.linalg.vector_norm(part / scale, dim=(-2, -1), keepdim=True) for part in _parts(X)]
-    size = largest * (sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0))
+    size: Tensor = torch.linalg.vector_norm(torch.stack(sizes), dim=0) if len(sizes) > 1 else sizes[0]
+    size = largest * size
     if shards.count > 1:
         total = shards.sum_columns if columns else shards.sum_rows
         size = total(size.double().square())[0].sqrt()
@@ -526,7 +527,7 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
 
 
 def _cholesky_qr(Yt: Tensor, shift: float, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Q^T = R Y^T (..., r, p) and R, R^T R = (Y^T Y + shift I)^-1, columns of Y brought to unit length before."""
+    """Q^T = R Y^T (..., r, p) and R, R^T R = (Y^T Y + shift I)^-1, the columns of Y of unit length before."""
     G = shards.gram(Yt.mT)
     squares = G.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(squares > 0, squares.rsqrt(), 0)[..., None, :]
@@ -577,7 +578,7 @@ def _inverse_root(G: Tensor) -> Tensor:
 
     Applied as R^T (R X) it is as stable as substitution, since the errors of both products lie where G is
     nearly singular; R^T R formed explicitly is not. Of large G by halves, so that most of it is products of
-    matrices: libraries solve triangular systems at a fraction of their speed.
+    matrices: libraries solve triangular systems at a fraction of their speed, on CPUs one after the other.
     """
     r = G.shape[-1]
     if r <= (64 if G.is_cpu else 128):

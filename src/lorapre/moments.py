@@ -189,7 +189,8 @@ class Means:
         square = g.square()
         self.row_sums[members, rows] += square.sum(-1)
         # In two stages, so that each thread first sums the rows that it has squared.
-        parts = square.unflatten(-2, (math.gcd(square.shape[-2], 16), -1))
+        n, p, q = square.shape
+        parts = square.reshape(n, math.gcd(p, 16), p // math.gcd(p, 16), q)
         self.column_sums[members, columns] += parts.sum(-2).sum(-2)
 
     def finish(self) -> None:
@@ -211,7 +212,9 @@ class Split:
     (docs/maths.md, "The second moment, split").
     """
 
-    def __init__(self, batch: Batch, first: Product, BG: Tensor, means: Means, betas: tuple[float, float]) -> None:
+    def __init__(
+        self, batch: Batch, first: Product, BG: Tensor, means: Means, betas: tuple[float, float]
+    ) -> None:
         """`first` holds the debiased mean, its factors B and A; BG is B A A^T, all of before the step."""
         gathered = rules.debias(betas[1], batch.t - 1)
         past = rules.debias(betas[0], batch.t - 1)
@@ -226,7 +229,8 @@ class Split:
         """Before the step, (rows, columns) of each member, whose first moments are m."""
         rest = zip(self.keep[members], self.row[members, rows], self.column[members, :, columns], strict=True)
         return [
-            x.square().mul_(keep).addcmul_(row, column) for x, (keep, row, column) in zip(m, rest, strict=True)
+            x.square().mul_(keep).addcmul_(row, column)
+            for x, (keep, row, column) in zip(m, rest, strict=True)
         ]
 
 
