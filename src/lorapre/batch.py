@@ -13,7 +13,8 @@ from lorapre.groups import is_low_rank, matrix_shape, state_shapes
 # Elements of what a step holds at a time: tiles of gradient and weight, what several weights stack, and parts
 # of factors. Large enough for products of matrices at full speed, small enough for the caches.
 TILE = 2**20
-BATCH = 2**18
+BATCH = 2**19
+SHARED = 2**18  # of sharded matrices that Muon orthogonalises together
 PART = 2**18
 SMALL = 2**16  # elements of matrices that are not worth a call each
 # On GPUs calls cost more than memory: Adam stacks up to 64 MiB of factors there, so that all weights of a
@@ -70,7 +71,7 @@ class Batch:
         room = TILE // 4 if self.rank > 256 else TILE
         as_they_are = self.narrow and weights[0].dtype == grads[0].dtype == self.dtype
         whole_rows = self.rank == 0 or self.q <= self._side()
-        self.row_tile = max(1, room // 2 if as_they_are and whole_rows else room * 11 // 32)
+        self.row_tile = max(1, room * 3 // 8 if as_they_are and whole_rows else room // 4)
         self.column_tile = max(1, room if as_they_are else room // 2)
         if not self.rank:  # four tiles in float32 of an embedding are 2 % of it and fewer calls
             self.row_tile = max(self.row_tile, self.p * self.q * weights[0].element_size() // 1024)
@@ -226,7 +227,7 @@ def batches(
         limit = GPU_BATCH if weights[members[0]].device.type == "cuda" else BATCH
         count = sharding.shards(weights[members[0]], group["flatten"]).count
         if "momentum" in group and count > 1:
-            stacked, limit = max(stacked, math.prod(shape)), BATCH
+            stacked, limit = max(stacked, math.prod(shape)), SHARED
         size = max(count, limit * count // max(1, stacked))
         for chunk in (members[i : i + size] for i in range(0, len(members), size)):
             yield Batch(
@@ -236,6 +237,15 @@ def batches(
                 {name: [state[starts[i] + k] for i in chunk] for k, name in enumerate(shapes)},
                 [positions[i] for i in chunk],
             )
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of a tile for the next one; else every tile may page its memory in anew.
+
+    It gives back what is free above twice the largest block that it has mapped and unmapped so far. This one,
+    never touched, is of the size of all tiles that a step has at a time.
+    """
+    torch.empty(2**23 - 2**12, dtype=torch.uint8)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

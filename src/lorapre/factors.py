@@ -93,15 +93,21 @@ def matmul(X: Tensor, Y: Tensor) -> Tensor:
     On CPUs, large float32 products go to oneDNN, as those of bfloat16 do by themselves. MKL, which torch asks
     for float32, uses half of the vector width of other makers' processors.
     """
-    if X.ndim != 3 or X.shape[0] != 1 or not X.is_cpu or torch.compiler.is_compiling():
+    if X.ndim != 3 or not X.is_cpu or torch.compiler.is_compiling():
         return X @ Y
-    x, y = X[0], Y[0]
-    if x.dtype != torch.float32 or x.shape[0] * x.shape[1] * y.shape[1] < 2**21 or not ONEDNN:
-        return torch.mm(x, y)[None]
-    # It is fast for x by rows and y by rows or columns, without gaps.
+    large = X.shape[1] * X.shape[2] * Y.shape[2] >= 2**21 and X.dtype == torch.float32 and ONEDNN
+    if not large or len(X) == 0:
+        return torch.mm(X[0], Y[0])[None] if len(X) == 1 else torch.bmm(X, Y)
+    if len(X) == 1:
+        return _large_product(X[0], Y[0])[None]
+    return torch.stack([_large_product(x, y) for x, y in zip(X, Y, strict=True)])
+
+
+def _large_product(x: Tensor, y: Tensor) -> Tensor:
+    """x y in oneDNN, which is fast for x by rows and y by rows or columns, without gaps."""
     x, y = x.contiguous(), y if y.mT.is_contiguous() else y.contiguous()
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, y.mT, None, "none", [], "")
-    return out[None]
+    return out
 
 
 def gram(X: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -129,21 +135,22 @@ def norm(X: Tensor, shards: Shards = WHOLE, *, columns: bool = False) -> Tensor:
 
     Other processes of `shards` may hold other rows of X, or other columns.
     """
-    if X.numel() == 0:  # an empty shard
-        size = X.new_zeros((*X.shape[:-2], 1, 1))
-    elif X.device.type == "mps":  # has no float64
-        largest = X.abs().amax((-2, -1), keepdim=True)
-        size = largest * (X / torch.where(largest > 0, largest, 1)).norm(dim=(-2, -1), keepdim=True)
-    else:
-        sizes = [
-            torch.linalg.vector_norm(part, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-            for part in _parts(X)
-        ]
-        size = sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(sizes), dim=0)
+    largest = _largest(X)
+    scale = torch.where(largest > 0, largest, 1)
+    sizes = [torch.linalg.vector_norm(part / scale, dim=(-2, -1), keepdim=True) for part in _parts(X)]
+    size: Tensor = torch.linalg.vector_norm(torch.stack(sizes), dim=0) if len(sizes) > 1 else sizes[0]
+    size = largest * size
     if shards.count > 1:
         total = shards.sum_columns if columns else shards.sum_rows
         size = total(size.double().square())[0].sqrt()
     return size.to(X.dtype)
+
+
+def _largest(X: Tensor) -> Tensor:
+    """The largest absolute value (..., 1, 1) in X (..., n, r)."""
+    if X.numel() == 0:  # an empty shard
+        return X.new_zeros((*X.shape[:-2], 1, 1))
+    return torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
 
 
 def unit(B: Tensor, shards: Shards = WHOLE) -> Tensor:
@@ -217,7 +224,8 @@ class Tracker(ABC):
         self.B, self.A, self.shards = B, A, shards
         self.rate = torch.as_tensor(rate, dtype=B.dtype, device=B.device).expand(len(B), 1, 1)
         self._projected = torch.empty_like(B) if shards.spread_columns or whole else None  # T A^T
-        self._answers = torch.empty_like(A) if shards.spread_rows or whole else None  # L^T T
+        self._answers: Tensor | None = None  # L^T T
+        self._whole = shards.spread_rows or whole
         self._sums: Callable[[], tuple[Tensor, ...]] | None = None
         self._start_left(*shards.sum_columns(gram(A.mT)))
 
@@ -249,6 +257,7 @@ class Tracker(ABC):
             self._left(ALL, ALL, *self.shards.sum_columns(self._projected))
             self._projected = None
         self._turn()
+        self._answers = torch.empty_like(self.A) if self._whole else None
         self._start_right(*self.shards.sum_rows(*self._parts()))
 
     @abstractmethod
@@ -390,13 +399,14 @@ class Subspace(Tracker):
 
     Attributes:
         W: (N, r, q), until `turn`.
+        BG: B A A^T (N, p, r), until `turn`.
         seen: T W^T (N, p, r), summed over columns; full from `turn` on, which lets go of it.
     """
 
     def _start_left(self, G: Tensor) -> None:
-        root = _damped_root(G.clone(), 0.0)
-        self.W = matmul(root, super().probe())
-        self._turned = matmul(G, root.mT)  # A W^T
+        self._root = _damped_root(G.clone(), 0.0)
+        self.W = matmul(self._root, super().probe())
+        self.BG = matmul(self.B, G)
         self.seen = torch.empty_like(self.B)
 
     def probe(self, columns: slice = ALL) -> Tensor:
@@ -407,8 +417,8 @@ class Subspace(Tracker):
         self.seen[members, rows] = TAt
 
     def _turn(self) -> None:
-        Y = matmul(self.B, self._turned).mul_(self.rate).add_(self.seen * (1 - self.rate))
-        del self.W, self.seen
+        Y = matmul(self.BG, self._root.mT).lerp_(self.seen, 1 - self.rate)
+        del self.W, self.BG, self.seen
         self._Q = orth(Y, self.shards)
 
     def basis(self, members: slice, rows: slice) -> Tensor:
@@ -419,12 +429,10 @@ class Subspace(Tracker):
         return (matmul(self._Q.mT, self.B),)
 
     def _start_right(self, *parts: Tensor) -> None:
-        self._kept = self.rate * parts[0]
-        self._new_A = torch.empty_like(self.A)
+        self._new_A = matmul(parts[0], self.A)
 
     def _right(self, members: slice, columns: slice, LtT: Tensor) -> None:
-        kept = matmul(self._kept[members], self.A[members, :, columns])
-        self._new_A[members, :, columns] = kept.add_(LtT * (1 - self.rate[members]))
+        self._new_A[members, :, columns].lerp_(LtT, 1 - self.rate[members])
 
     def _finish(self) -> None:
         gauge_(self._Q, self._new_A, self.shards, before=self.A)
@@ -447,7 +455,7 @@ def track(
 
 
 def match_means(
-    B: Tensor, A: Tensor, row: Tensor, column: Tensor, shards: Shards = WHOLE
+    B: Tensor, A: Tensor, row: Tensor, column: Tensor, shards: Shards = WHOLE, BG: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Factors on rows of B, then on columns of A, that make `row`, then `column` the means of (B A)**2.
 
@@ -460,28 +468,31 @@ def match_means(
         row: (..., p), wanted means over each row.
         column: (..., q), wanted means over each column; these hold exactly, those of the rows nearly.
         shards: how to sum over other processes.
+        BG: (..., p, r), B A A^T if it is known.
 
     Returns:
         Of the rows (..., p, 1), and of the columns (..., 1, q).
     """
     p, q = shards.size(B.shape[-2], A.shape[-1])
-    (G,) = shards.sum_columns(gram(A.mT))
-    now = (matmul(B, G) * B).sum(-1) / q
+    if BG is None:
+        BG = matmul(B, *shards.sum_columns(gram(A.mT)))
+    now = (BG * B).sum(-1) / q
     rows = _root_of_ratio(row, now)[..., None]
     now = (matmul(shards.gram(B * rows), A) * A).sum(-2) / p
     return rows, _root_of_ratio(column, now)[..., None, :]
 
 
 def rank_one_rest(
-    B: Tensor, A: Tensor, keep: Tensor, row: Tensor, column: Tensor, shards: Shards = WHOLE
+    B: Tensor, A: Tensor, BG: Tensor, keep: Tensor, row: Tensor, column: Tensor, shards: Shards = WHOLE
 ) -> tuple[Tensor, Tensor]:
     """Vectors whose outer product has the means that keep (B A)**2 leaves of `row` and `column`.
 
-    Where it leaves less than nothing, nothing is left. Only Grams are formed.
+    Where it leaves less than nothing, nothing is left.
 
     Args:
-        B: (..., p, r).
+        B: (..., p, r), its columns orthogonal and of one length, as Subspace makes them.
         A: (..., r, q).
+        BG: (..., p, r), B A A^T.
         keep: (..., 1), how much of the square counts.
         row: (..., p), means of a non-negative matrix over each row.
         column: (..., q), its means over each column.
@@ -491,11 +502,12 @@ def rank_one_rest(
         Of the rows (..., p, 1), and of the columns (..., 1, q).
     """
     p, q = shards.size(B.shape[-2], A.shape[-1])
-    (G,) = shards.sum_columns(gram(A.mT))
     # Infinities of both signs, of squares above 1e38, sum up to NaN: then nothing is known to be left.
-    rows = (row - keep * (matmul(B, G) * B).sum(-1) / q).clamp(min=0).nan_to_num(nan=0.0)
-    columns = (column - keep * (matmul(shards.gram(B), A) * A).sum(-2) / p).clamp(min=0).nan_to_num(nan=0.0)
-    (total,) = shards.sum_rows(rows.sum(-1, keepdim=True))
+    rows = (row - keep * (BG * B).sum(-1) / q).clamp(min=0).nan_to_num(nan=0.0)
+    total, square = shards.sum_rows(rows.sum(-1, keepdim=True), B.square().sum((-2, -1))[..., None])
+    # B^T B is square / r times the identity.
+    gathered = A.square().sum(-2) * (square / B.shape[-1])
+    columns = (column - keep * gathered / p).clamp(min=0).nan_to_num(nan=0.0)
     ratio = columns / (total / p)
     return rows[..., None], torch.where(ratio.isfinite(), ratio, 0)[..., None, :]
 
@@ -515,28 +527,28 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
     of Y may be spread over processes.
     """
     r, eps = Y.shape[-1], torch.finfo(Y.dtype).eps
+    (size,) = shards.sum_rows(_largest(Y))
+    # Transposed, as products of large matrices want it.
+    Qt = (Y / torch.where(size > 0, size, 1)).mT.contiguous()
     # The shifts are what rounding of the Gram needs: less, and Cholesky meets negative eigenvalues.
-    Q, lost = _cholesky_qr(unit(Y, shards), (r + 16) * eps, shards)
-    Q = Q + 1e-5 * lost * _waves(Q, shards.rows, shards.size(Q.shape[-2], 1)[0])
-    Q, _ = _cholesky_qr(Q, 16 * eps, shards)
-    return _cholesky_qr(Q, eps, shards)[0]
+    Qt, R = _cholesky_qr(Qt, (r + 16) * eps, shards)
+    # Q^T Q = R (R^-1 R^-T - shift I) R^T = I - shift R R^T: what the squared lengths of the columns of Q lack
+    # to one, nothing where a column has survived and all where Y has lost it.
+    lost = (r + 16) * eps * R.square().sum(-1, keepdim=True)
+    Qt.addcmul_(4e-5 * lost, _waves(Qt.mT, shards.rows, shards.size(Y.shape[-2], 1)[0]).mT)
+    Qt, _ = _cholesky_qr(Qt, 16 * eps, shards)
+    return _cholesky_qr(Qt, eps, shards)[0].mT
 
 
-def _cholesky_qr(Y: Tensor, shift: float, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Q = Y R^T with R^T R = (Y^T Y + shift I)^-1, the columns of Y brought to unit length before.
-
-    Also what the squared lengths (..., 1, r) of the columns of Q lack to one: nothing where a column has
-    survived, all where Y has lost it.
-    """
-    G = shards.gram(Y)
+def _cholesky_qr(Yt: Tensor, shift: float, shards: Shards) -> tuple[Tensor, Tensor]:
+    """Q^T = R Y^T (..., r, p) and R, R^T R = (Y^T Y + shift I)^-1, the columns of Y of unit length before."""
+    G = shards.gram(Yt.mT)
     squares = G.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(squares > 0, squares.rsqrt(), 0)[..., None, :]
     G = scale.mT * G * scale
     G.diagonal(dim1=-2, dim2=-1).add_(shift)
     R = _inverse_root(G)
-    # Q^T Q = R (R^-1 R^-T - shift I) R^T = I - shift R R^T: no need for the rows of Q, which others may hold.
-    lost = shift * R.square().sum(-1)[..., None, :]
-    return matmul(Y, scale.mT * R.mT), lost
+    return matmul(R * scale, Yt), R
 
 
 def _waves(
@@ -580,10 +592,10 @@ def _inverse_root(G: Tensor) -> Tensor:
 
     Applied as R^T (R X) it is as stable as substitution, since the errors of both products lie where G is
     nearly singular; R^T R formed explicitly is not. Of large G by halves, so that most of it is products of
-    matrices: libraries solve triangular systems at a fraction of their speed.
+    matrices: libraries solve triangular systems at a fraction of their speed, on CPUs one after the other.
     """
     r = G.shape[-1]
-    if r <= 128:
+    if r <= (64 if G.is_cpu else 128):
         C = torch.linalg.cholesky_ex(G).L
         eye = torch.eye(r, dtype=G.dtype, device=G.device).expand_as(G)
         root: Tensor = torch.linalg.solve_triangular(C, eye, upper=False)

@@ -70,9 +70,14 @@ class Tracking:
             start + (members.start or 0), start + (self.batch.N if members.stop is None else members.stop)
         )
 
+    def BG(self, name: str) -> Tensor:
+        """B A A^T (N, p, r) of a moment, before the sweeps; the subspace tracker has it."""
+        assert isinstance(self.tracker, factors.Subspace)
+        return self.tracker.BG[self.of(name)]
+
     def targets(self, members: slice, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Of k moments the place and the target (n, rows, columns), one at a time."""
-        g = g.to(self.batch.products)
+        g = g.to(self.batch.products) if g.is_cuda else g.float()
         for name in self.names:
             yield self.of(name, members), g.abs() if name == "v" else g
 
@@ -183,7 +188,10 @@ class Means:
         """Add up g**2 (n, rows, columns)."""
         square = g.square()
         self.row_sums[members, rows] += square.sum(-1)
-        self.column_sums[members, columns] += square.sum(-2)
+        # In two stages, so that each thread first sums the rows that it has squared.
+        n, p, q = square.shape
+        parts = square.reshape(n, math.gcd(p, 16), p // math.gcd(p, 16), q)
+        self.column_sums[members, columns] += parts.sum(-2).sum(-2)
 
     def finish(self) -> None:
         """Store the new means."""
@@ -216,7 +224,7 @@ class Split:
         self.past = rules.debias(betas[0], batch.t - 1).to(dtype)
         self.keep = rules.debias(betas[1], batch.t - 1).to(dtype)
         self.row, self.column = factors.rank_one_rest(
-            first.B, first.A, self.keep[:, None], means.row, means.column, batch.shards
+            first.B, first.A, tracking.BG("m"), self.keep[:, None], means.row, means.column, batch.shards
         )
 
     def moments(
@@ -277,7 +285,7 @@ def adam(
         correction = beta2 * ramp.square() + (1 - beta2)
     elif isinstance(second, Product) and means is not None:
         second.rows, second.columns = factors.match_means(
-            second.B, second.A, means.row, means.column, batch.shards
+            second.B, second.A, means.row, means.column, batch.shards, of["v"].BG("v")
         )
     if launches:
         _kernel_sweeps(
@@ -306,6 +314,7 @@ def adam(
         for moment, tiles in ((first, m), (second, v)):
             if isinstance(moment, Dense):
                 moment.store(members, rows, columns, tiles)
+        del m, v, tiles
 
     sweep(batch, followed, update, late=isinstance(second, Split))
     return _sent(followed, means)
@@ -378,6 +387,8 @@ def sweep(
     for members, rows, tiles in batch.row_tiles():
         for columns in tiles:
             g = batch.gradient(members, rows, columns)
+            if not g.is_cuda:
+                g = g.to(batch.dtype)  # once for the update and the products, which take it as it is on GPUs
             if update is not None and not late:
                 update(members, rows, columns, g)
             for tracking in followed:
@@ -390,6 +401,8 @@ def sweep(
         for members, columns, tiles in batch.column_tiles(late):
             for rows in tiles:
                 g = batch.gradient(members, rows, columns)
+                if not g.is_cuda:
+                    g = g.to(batch.dtype)
                 if update is not None and late:
                     update(members, rows, columns, g)
                 for tracking in followed:

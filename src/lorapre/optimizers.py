@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lorapre import factors, rules, sharding
-from lorapre.batch import Batch, batches, wide
+from lorapre.batch import Batch, batches, keep_freed_memory, wide
 from lorapre.groups import is_low_rank, state_shapes
 from lorapre.moments import VARIANTS, adam, muon
 
@@ -74,6 +74,7 @@ class LoRAPreOptimizer(Optimizer):
                 if why := sharding.refusal(p, group["flatten"]):
                     raise RuntimeError(f"{_name(group, index)} {why}")
         started: list[tuple[Batch, Callable[[], None]]] = []
+        keep_freed_memory()
         for group, positions in parts:
             weights: list[Tensor] = []
             grads: list[Tensor] = []

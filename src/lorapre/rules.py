@@ -53,16 +53,16 @@ class Adam:
         self.beta1, self.beta2 = betas
         self.eps = max(eps, 1e-38)  # no gradient is no step, also where eps is zero
         self.fused = t.device.type in FUSED and not torch.compiler.is_compiling()
-        c1 = debias(self.beta1, t)
-        if self.fused and correction is not None:
+        if not self.fused:
+            self.c1 = debias(self.beta1, t).unbind()
+            self.c2 = (debias(self.beta2, t) if correction is None else correction).unbind()
+        elif correction is not None:
             # torch's fused kernel divides by 1 - beta**t in both places. It is told the time at which that is
             # right in the second, and lr mends the first.
-            t = torch.log1p(-correction) / math.log(max(self.beta2, 1e-300))
+            c1, t = debias(self.beta1, t), torch.log1p(-correction) / math.log(max(self.beta2, 1e-300))
             lr = lr * debias(self.beta1, t) / c1
         self.times = t.unbind()
         self.lrs = (torch.zeros_like(t) + lr).unbind()
-        self.c1 = c1.unbind()
-        self.c2 = (debias(self.beta2, t) if correction is None else correction).unbind()
         self.finite = None if finite is None else finite.unbind()
         self.skipped = None if finite is None else (~finite).float().unbind()
 

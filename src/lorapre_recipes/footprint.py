@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorapre.batch import BATCH
+from lorapre.batch import SHARED
 from lorapre.groups import matrix_shape
 from lorapre_recipes.config import (
     DEFAULT_VARIANT,
@@ -355,9 +355,9 @@ def summed(variant: str, moment: str, means: bool, r: int, p: int, q: int) -> tu
     """Bytes that a step sums over row shards, and over column shards, for one moment of one matrix.
 
     B (p, r) and A (r, q) are what is held here. Over rows travel L^T T (r, q) and L^T L or Q^T B (r, r); over
-    columns T A^T (p, r) and A A^T (r, r). The subspace tracker adds three triangles of Y^T Y in `orth` and,
-    where means are kept, what `match_means` or `rank_one_rest` needs. The norms of B and, where there is a
-    gauge, of A are summed as one float64 each.
+    columns T A^T (p, r) and A A^T (r, r). The subspace tracker adds three triangles of Y^T Y and the size of
+    Y in `orth` and, where means are kept, what `match_means` or `rank_one_rest` needs. The norms of B, in the
+    other trackers, and, where there is a gauge, of A are summed as one float64 each.
     """
     triangle = r * (r + 1) // 2
     rows, columns = FLOAT32 * (r * q + r * r), FLOAT32 * (p * r + r * r)
@@ -365,11 +365,12 @@ def summed(variant: str, moment: str, means: bool, r: int, p: int, q: int) -> tu
         return rows + FLOAT64, columns
     if variant == "calibrated":
         return rows + FLOAT64, columns + FLOAT64
-    rows += FLOAT32 * 3 * triangle
+    rows += FLOAT32 * (3 * triangle + 1)
     if means and moment == ("m" if variant == "split" else "v"):
-        rows += FLOAT32 * (triangle + q + (variant == "split"))  # the mean of what is left of the rows
-        columns += FLOAT32 * (r * r + p)
-    return rows + FLOAT64, columns + FLOAT64
+        # The means over columns; the mean of what is left of the rows and the norm of B, or a Gram.
+        rows += FLOAT32 * (q + (2 if variant == "split" else triangle))
+        columns += FLOAT32 * p
+    return rows, columns + FLOAT64
 
 
 def track_traffic(weight: Weight, settings: Settings, mesh: Mesh) -> float:
@@ -405,7 +406,7 @@ def muon_traffic(weights: Sequence[Weight], mesh: Mesh) -> float:
     """Bytes for the Newton-Schulz of weights of one kind, in batches as `lorapre.batch` makes them."""
     part = weights[0].matrices(mesh)
     count = math.prod(size for size, _ in part.splits)
-    size = max(count, BATCH * count // math.prod(weights[0].shape))
+    size = max(count, SHARED * count // math.prod(weights[0].shape))
     batches = (min(size, len(weights) - start) for start in range(0, len(weights), size))
     return sum(deal_traffic(batch * part.E, part.p, part.q, part.splits) for batch in batches)
 
