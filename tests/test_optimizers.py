@@ -312,9 +312,10 @@ def test_the_first_step_of_muon_is_that_of_torch(
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"compress": "both"}, {"m_B", "m_A", "v_B", "v_A"}),
-        ({"compress": "first"}, {"m_B", "m_A", "exp_avg_sq"}),
-        ({"compress": "second"}, {"exp_avg", "v_B", "v_A"}),
+        ({}, {"m_B", "m_A", "v_row", "v_col"}),
+        ({"variant": "calibrated"}, {"m_B", "m_A", "v_B", "v_A"}),
+        ({"variant": "calibrated", "compress": "first"}, {"m_B", "m_A", "exp_avg_sq"}),
+        ({"variant": "calibrated", "compress": "second"}, {"exp_avg", "v_B", "v_A"}),
         ({"rank": None}, {"exp_avg", "exp_avg_sq"}),
     ],
 )

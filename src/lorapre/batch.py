@@ -242,8 +242,8 @@ def batches(
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of a tile for the next one; else every tile may page its memory in anew.
 
-    It gives back what is free above twice the largest block that it has mapped and unmapped so far. This one,
-    never touched, is of the size of all tiles that a step has at a time.
+    From then on: it gives back what is free above twice the largest block that the process has mapped and
+    unmapped so far. This one, never touched, is of the size of all tiles that a step has at a time.
     """
     torch.empty(2**23 - 2**12, dtype=torch.uint8)
 

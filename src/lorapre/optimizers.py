@@ -74,7 +74,6 @@ class LoRAPreOptimizer(Optimizer):
                 if why := sharding.refusal(p, group["flatten"]):
                     raise RuntimeError(f"{_name(group, index)} {why}")
         started: list[tuple[Batch, Callable[[], None]]] = []
-        keep_freed_memory()
         for group, positions in parts:
             weights: list[Tensor] = []
             grads: list[Tensor] = []
@@ -119,6 +118,7 @@ class LoRAPreOptimizer(Optimizer):
         return False
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        keep_freed_memory()
         super().__init__(params, defaults | {"state_format": STATE_FORMAT})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

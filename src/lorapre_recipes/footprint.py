@@ -313,11 +313,16 @@ def step_transient(weights: Sequence[Weight], settings: Settings, mesh: Mesh) ->
 
 
 def factor_copies(weight: Weight, settings: Settings, mesh: Mesh) -> int:
-    """Bytes that trackers other than Newton's take for a weight: of the old B, or of a basis and a new A."""
+    """Bytes that trackers other than Newton's take for a weight: of the old B, or of a basis and a new A.
+
+    The split update wants T A^T and the old A beside them.
+    """
     assert weight.rank is not None
     part, r = weight.matrices(mesh), weight.rank
-    kept = part.p * r if settings.variant == "paper" else 2 * part.p * r + r * part.q
-    return FLOAT32 * len(settings.moments) * part.E * (kept + 2 * r * r)
+    kept = {"paper": part.p, "split": 3 * part.p + 2 * part.q}.get(
+        settings.variant or "", 2 * part.p + part.q
+    )
+    return FLOAT32 * len(settings.moments) * part.E * r * (kept + 2 * r)
 
 
 def newton_schulz_bytes(weight: Weight, item: int) -> int:
@@ -329,17 +334,19 @@ def newton_schulz_bytes(weight: Weight, item: int) -> int:
 def most_row_shards(weight: Weight, settings: Settings) -> int:
     """The most row shards on which a GPU holds less state of a weight than with AdamW, its columns whole.
 
-    With A (r, q) whole on each of N GPUs, k of the moments factorised and d kept in full, all in float32,
+    With A (r, q) whole on each of N GPUs, c numbers for each row and column (k r of the k factorised moments,
+    and one of the means) and d moments in full, all in float32,
 
-        4 k r (p / N + q) + 4 d p q / N  <  2 item p q / N    <=>    N < p (2 item - 4 d) / (4 k r) - p / q
+        4 c (p / N + q) + 4 d p q / N  <  2 item p q / N    <=>    N < p (2 item - 4 d) / (4 c) - p / q
 
-    which is p / r - p / q where AdamW's moments are float32 too.
+    which is 2 p / (r + 1) - p / q by default where AdamW's moments are float32 too.
     """
     assert weight.rank is not None
     _, p, q = matrix_shape(weight.shape, weight.flatten)
     kept = sum(name in weight.state for name in ("exp_avg", "exp_avg_sq"))
     spared = 2 * settings.item - FLOAT32 * kept
-    limit = p * spared / (FLOAT32 * len(settings.moments) * weight.rank) - p / q
+    numbers = len(settings.moments) * weight.rank + ("v_row" in weight.state)
+    limit = p * spared / (FLOAT32 * numbers) - p / q
     return max(0, math.ceil(limit) - 1)
 
 
