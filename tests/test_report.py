@@ -54,6 +54,7 @@ class Deep(nn.Module):
 @pytest.mark.parametrize(
     ("optimizer_class", "options"),
     [
+        (LoRAPreAdamW, {}),
         (LoRAPreAdamW, {"variant": "calibrated"}),
         (LoRAPreAdamW, {"variant": "paper", "compress": "first"}),
         (LoRAPreAdamW, {"variant": "subspace", "compress": "second"}),
@@ -88,7 +89,7 @@ def test_state_of_a_factorised_weight():
     optimizer = LoRAPreAdamW(param_groups(model, rank=4))
     (row,) = coverage(optimizer)
     assert (row.name, row.shape, row.route, row.rank) == ("weight", (32, 48), "low-rank", 4)
-    assert row.planned_bytes == 4 * 2 * (32 + 48) * 4 + 4
+    assert row.planned_bytes == 4 * (32 + 48) * (4 + 1) + 4
     assert row.adamw_bytes == 4 * 2 * 32 * 48 + 4
 
 
@@ -160,7 +161,7 @@ def test_table_folds_layers_and_keeps_to_80_columns():
     assert text.count("x12") == 2
     assert "vectors and scalars" in text
     (line,) = [line for line in text.splitlines() if "64x32" in line and "x12" in line]
-    assert line.split()[-5:] == ["4", "36.0", "KiB", "192", "KiB"]
+    assert line.split()[-5:] == ["4", "22.5", "KiB", "192", "KiB"]
 
 
 def test_table_marks_what_has_a_rank_and_is_dense():
