@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +55,9 @@ CASES = {
 }
 FACTORISED = [name for name in CASES if not name.endswith("dense")]
 ADAM = [name for name in CASES if name.startswith("adam")]
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+factorised = pytest.mark.parametrize("case", [CASES[name] for name in FACTORISED], ids=FACTORISED)
 
 
 def parameters(

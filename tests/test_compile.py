@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.lr_scheduler import LambdaLR
 
-from cases import CASES, Case, assert_near, parameters, set_gradients, state, train, weights
+from cases import CASES, Case, assert_near, every_case, parameters, set_gradients, state, train, weights
 
 # What third parties emit while Inductor is imported and runs.
 pytestmark = [
@@ -55,7 +55,7 @@ def compare(case: Case, backend: str, shapes: list[tuple[int, ...]]) -> None:
     assert {int(own["step"]) for own in state(optimizer)} == {4}
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@every_case
 def test_a_compiled_step_is_one_graph_compiled_once_and_equals_eager(case: Case) -> None:
     compare(case, "aot_eager", SHAPES)
 

@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import (
     CASES,
-    FACTORISED,
     LOW_RANK,
     RANK,
     SHAPES,
@@ -33,7 +32,9 @@ from cases import (
     assert_near,
     assert_same,
     assert_unchanged,
+    every_case,
     everything,
+    factorised,
     gradient,
     parameters,
     set_gradients,
@@ -45,9 +46,6 @@ from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, moments
 from lorapre import batch as batch_module
 from lorapre.factors import gaussian
 from reference import AdamReference, MuonReference, first_A
-
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-factorised = pytest.mark.parametrize("case", [CASES[name] for name in FACTORISED], ids=FACTORISED)
 
 
 def finite(tensors: list[Tensor]) -> bool:

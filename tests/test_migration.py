@@ -17,7 +17,17 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from cases import CASES, Case, assert_near, assert_same, assert_unchanged, everything, parameters, train
+from cases import (
+    CASES,
+    Case,
+    assert_near,
+    assert_same,
+    assert_unchanged,
+    every_case,
+    everything,
+    parameters,
+    train,
+)
 from lorapre.optimizers import STATE_FORMAT
 
 DATA = Path(__file__).parent / "data"
@@ -25,7 +35,6 @@ SHAPES = [(6, 10), (5,)]
 KINDS = ("adam-paper", "adam-calibrated", "adam-subspace", "adam-calibrated-first", "adam-calibrated-second")
 KINDS += ("adam-split", "adam-dense", "muon-calibrated", "muon-subspace")
 OPTIONS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "nonfinite": "skip"}
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def file(number: int) -> Path:

@@ -19,12 +19,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
 import distributed
-from cases import CASES, Case, assert_near, assert_same, everything, state, weights
+from cases import CASES, Case, assert_near, assert_same, every_case, everything, state, weights
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, gradient_release, param_groups
 from lorapre.release import Released
 from test_contract import Forbid
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 two_cases = pytest.mark.parametrize("name", ["adam-split", "muon-calibrated"])
 
 

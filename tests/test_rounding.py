@@ -10,11 +10,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Shard, distribute_tensor
 
 import distributed
-from cases import CASES, Case, assert_same, gradient, parameters, set_gradients, state, train, weights
+from cases import (
+    CASES,
+    Case,
+    assert_same,
+    every_case,
+    gradient,
+    parameters,
+    set_gradients,
+    state,
+    train,
+    weights,
+)
 from lorapre import LoRAPreAdamW, LoRAPreMuon, rounding
 from test_contract import Forbid
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 LARGEST = torch.finfo(torch.bfloat16).max
 ONE = torch.tensor(1.0)
 

@@ -19,7 +19,9 @@ from cases import (
     assert_near,
     assert_same,
     assert_unchanged,
+    every_case,
     everything,
+    factorised,
     gradient,
     parameters,
     set_gradients,
@@ -29,8 +31,6 @@ from cases import (
 )
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-factorised = pytest.mark.parametrize("case", [CASES[name] for name in FACTORISED], ids=FACTORISED)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 
 Optimizer = torch.optim.Optimizer
