@@ -193,11 +193,11 @@ def main(
 
 
 def shadows_of(matrices: dict[str, nn.Parameter], **options: Any) -> dict[str, Shadow]:
-    """One for each variant, with both moments compressed and with one; and with other starts."""
+    """One for each variant, with both moments compressed and, where it can, with one; and with other starts."""
     shadows = {}
     for variant in moments.VARIANTS:
         shadows[variant] = Shadow(matrices, variant=variant, **options)
-        for compress in ("first", "second"):
+        for compress in ("first", "second") if variant != "split" else ():
             shadows[f"{variant}/{compress}"] = Shadow(matrices, variant=variant, compress=compress, **options)
     for name, (variant, start) in STARTS.items():
         shadows[name] = Shadow(matrices, variant=variant, start=start, **options)
