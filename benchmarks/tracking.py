@@ -193,7 +193,7 @@ def main(
 
 
 def shadows_of(matrices: dict[str, nn.Parameter], **options: Any) -> dict[str, Shadow]:
-    """One for each variant, with both moments compressed and, where it can, with one; and with other starts."""
+    """One for each variant, with both moments compressed and, but for split, one; and with other starts."""
     shadows = {}
     for variant in moments.VARIANTS:
         shadows[variant] = Shadow(matrices, variant=variant, **options)
