@@ -303,6 +303,8 @@ def step_transient(weights: Sequence[Weight], settings: Settings, mesh: Mesh) ->
         return 0 if item == FLOAT32 else DENSE_SCRATCH
     largest = max(weight.held(mesh) * item for weight in weights)
     scratch = max(SCRATCH, round(SCRATCH_SHARE * largest))
+    if settings.variant == "split" and settings.optimizer == "lorapre-adamw":
+        scratch //= 2  # fewer tiles at a time
     if settings.variant in ("paper", "subspace", "split"):
         scratch += max(
             (factor_copies(weight, settings, mesh) for weight in weights if weight.rank), default=0
