@@ -523,10 +523,8 @@ def _row_sweep(
                 m = _product(mB, mA, i, j, p, q, r, BM, BN, R, PRECISION)
             if SPLIT:
                 held = _product(vB, vA, i, j, p, q, r, BM, BN, R, PRECISION)
-                v = (
-                    tl.load(keep_v + n) * (m * m + weight_v * (held * held - m * m))
-                    + tl.load(fresh_v + n) * g * g
-                )
+                v = (tl.load(keep_v + n) * (1 - weight_v) * m) * m + tl.load(fresh_v + n) * g * g
+                v += (tl.load(keep_v + n) * weight_v * held) * held  # the square alone may be infinite
                 m -= held
             m = tl.load(keep_m + n) * m + tl.load(fresh_m + n) * g
 

@@ -238,8 +238,10 @@ class Split:
         held = matmul(self.seen[members, rows], self.W[members, :, columns])
         v = []
         for k, i in enumerate(range(members.start, members.stop)):
-            square = m[k].square().mul_(self.beta2).addcmul_(held[k], held[k], value=1 - self.beta2)
-            v.append(square.mul_(self.keep[i]).addcmul_(self.row[i, rows], self.column[i, :, columns]))
+            # Weighed before they are squared: a square may be infinite, and `keep` is zero at first.
+            square = (m[k] * (self.keep[i] * self.beta2)).mul_(m[k])
+            square.addcmul_(held[k] * (self.keep[i] * (1 - self.beta2)), held[k])
+            v.append(square.addcmul_(self.row[i, rows], self.column[i, :, columns]))
             m[k].sub_(held[k]).add_(g[k]).mul_(self.past[i])
         return m, v
 
