@@ -302,9 +302,10 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         super()._check(group)
         _require_betas(group, "betas")
         _require_number(group, "scale", group["scale"])
-        # "split" makes the second moment of the first one's factors.
-        some = () if group["variant"] == "split" else ("first", "second")
-        _require_choice(group, "compress", "both", *some)
+        _require_choice(group, "compress", "both", "first", "second")
+        # It makes the second moment of the first one's factors.
+        fits = group["variant"] != "split" or group["compress"] == "both"
+        _require(group, "compress", fits, "'both' with variant='split'")
 
     def _update(self, batch: Batch, group: dict[str, Any]) -> Callable[[], None]:
         return adam(
@@ -535,8 +536,7 @@ def _require(group: dict[str, Any], name: str, condition: bool, wanted: str) -> 
 
 
 def _require_choice(group: dict[str, Any], name: str, *choices: str | bool | None) -> None:
-    wanted = ", ".join(map(repr, choices))
-    _require(group, name, group[name] in choices, wanted if len(choices) == 1 else f"one of {wanted}")
+    _require(group, name, group[name] in choices, f"one of {', '.join(map(repr, choices))}")
 
 
 def _require_betas(group: dict[str, Any], name: str) -> None:
