@@ -489,7 +489,8 @@ def cpu_name() -> str:
 
 def version_of(package: str) -> str | None:
     try:
-        return version(package)
+        # The wheel's metadata of torch may lack the build: 2.13.0 for 2.13.0+cu130.
+        return torch.__version__ if package == "torch" else version(package)
     except PackageNotFoundError:
         return None
 

@@ -45,7 +45,7 @@ NEW_TOKENS = 80
 ENDS = "embed_tokens|lm_head"
 Row = dict[str, Any]
 CONTENDERS: dict[str, Row] = {
-    "lorapre-adamw": {"method": "lorapre-adamw", "rules": (f"{ENDS}=8",), "lrs": (3e-3, 5e-3, 1e-2)},
+    "lorapre-adamw": {"method": "lorapre-adamw", "rules": (f"{ENDS}=8",), "lrs": (1e-3, 3e-3, 5e-3, 1e-2)},
     "lora": {"method": "lora", "lrs": (5e-3, 1e-2, 2e-2)},
     "lora, beta2 0.999": {"method": "lora", "betas": (0.9, 0.999), "lrs": (5e-3, 1e-2, 2e-2)},
     "lorapre-adamw, calibrated": {
@@ -58,7 +58,7 @@ CONTENDERS: dict[str, Row] = {
     "rslora": {"method": "rslora", "lrs": (1e-3, 3e-3, 1e-2)},
     "dora": {"method": "dora", "lrs": (3e-3, 1e-2, 3e-2)},
     "lora+": {"method": "lora+", "lrs": (1e-3, 3e-3, 1e-2)},
-    "adamw": {"method": "adamw", "lrs": (3e-4, 1e-3, 3e-3)},
+    "adamw": {"method": "adamw", "lrs": (3e-4, 1e-3, 3e-3, 1e-2)},
     "galore": {"method": "galore", "lrs": (1e-3, 3e-3, 1e-2)},
 }
 ON_GSM8K = ("lorapre-adamw", "lora")

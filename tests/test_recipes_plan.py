@@ -241,7 +241,8 @@ def spread(model: LlamaForCausalLM, mesh: Mesh) -> None:
             }
             parallelize_module(layer, devices["tp"], styles)
         ends = {"model.embed_tokens": RowwiseParallel(), "lm_head": ColwiseParallel()}
-        parallelize_module(model, devices["tp"], ends)
+        planned = {name: style for name, style in ends.items() if name in (model.tp_plan or {})}
+        parallelize_module(model, devices["tp"], planned)  # older transformers replicate one end, or both
     if mesh.replicas * mesh.shards > 1:
         data = devices["replicas", "shards"] if mesh.replicas > 1 else devices["shards"]
         for module in (*model.model.layers, model):
@@ -287,7 +288,7 @@ def check_on_two_processes(rank: int, store: str) -> None:
             optimizer = build(model, settings)
             tokens = torch.arange(8).view(1, 8)
             for _ in range(2):
-                model(input_ids=tokens, labels=tokens).loss.backward()
+                model(input_ids=tokens).logits.square().mean().backward()
                 counter.sent = 0.0
                 with counter.counting():
                     optimizer.step()
@@ -457,6 +458,8 @@ def test_tensor_parallelism_needs_a_plan(tmp_path: Path, lorapre: Run) -> None:
 
 
 def test_the_page_on_scaling_is_what_the_commands_print() -> None:
+    if "model.embed_tokens" not in (llama().tp_plan or {}):
+        pytest.skip("the page has the plans of newer transformers, which shard the embeddings too")
     page = (DOCS / "scaling.md").read_text()
     rerun = runpy.run_path(str(DOCS / "console.py"))["rerun"]
     assert page.count("$ lorapre plan") == page.count("```console") == 12
