@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from lorapre_recipes import distributed
 from lorapre_recipes.config import UserError
@@ -48,6 +50,7 @@ def launch(
         "LORAPRE_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONWARNINGS": "ignore:TypedStorage is deprecated",  # of torch 2.9 in its own checkpoints
     }
     if kill is not None:
         environment["LORAPRE_TEST_KILL"] = kill
@@ -151,6 +154,10 @@ def test_two_processes_then_three_then_one(alone: Path, folder: Path) -> None:
     assert_same_up_to_rounding(run, alone)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"),
+    reason="on the CPU, older transformers load an optimizer onto cpu:0, which torch refuses",
+)
 def test_without_fsdp_one_process_then_two(alone: Path, folder: Path) -> None:
     run = folder / "copies"
     with pytest.MonkeyPatch.context() as patch:

@@ -193,14 +193,14 @@ def ramp(gamma: float, t: Tensor) -> Tensor:
     return -torch.expm1(2 * t * math.log(max(1 - gamma, 1e-300)))
 
 
-ALL = slice(None)
+ALL = slice(None)  # never a default: torch.compile of torch 2.9 takes no slice there
 
 
 class Tracker(ABC):
     """How the factors of N momenta follow their targets; B and A are overwritten.
 
         tracker = Newton(B, A, rate)
-        tracker.left(members, rows, T[members, rows] @ tracker.probe()[members].mT)        for all rows
+        tracker.left(members, rows, T[members, rows] @ tracker.probe(ALL)[members].mT)        for all rows
         tracker.turn()
         tracker.right(members, columns, tracker.basis(members, ALL) @ T[members, :, columns])      for all
         tracker.finish()
@@ -229,7 +229,7 @@ class Tracker(ABC):
         self._sums: Callable[[], tuple[Tensor, ...]] | None = None
         self._start_left(*shards.sum_columns(gram(A.mT)))
 
-    def probe(self, columns: slice = ALL) -> Tensor:
+    def probe(self, columns: slice) -> Tensor:
         """A + eps W (N, r, columns), the A of T A^T, or rather R (A + eps W) where the tracker says so.
 
         W has rows of A's length, in general position.
@@ -331,7 +331,7 @@ class Newton(Tracker):
     def _start_left(self, G: Tensor) -> None:
         self._root = _damped_root(G, DAMPING if self.absolute else 0.0)
 
-    def probe(self, columns: slice = ALL) -> Tensor:
+    def probe(self, columns: slice) -> Tensor:
         """R (A + eps W), R^T R the damped inverse: whitened before somebody rounds it (docs/maths.md)."""
         return matmul(self._root, super().probe(columns))
 
@@ -405,11 +405,11 @@ class Subspace(Tracker):
 
     def _start_left(self, G: Tensor) -> None:
         self._root = _damped_root(G.clone(), 0.0)
-        self.W = matmul(self._root, super().probe())
+        self.W = matmul(self._root, super().probe(ALL))
         self.BG = matmul(self.B, G)
         self.seen = torch.empty_like(self.B)
 
-    def probe(self, columns: slice = ALL) -> Tensor:
+    def probe(self, columns: slice) -> Tensor:
         """W = R (A + eps W'), with R^T R the damped inverse of A A^T and W' in general position."""
         return self.W[..., columns]
 
@@ -447,7 +447,7 @@ def track(
     rate = torch.as_tensor(rate, dtype=B.dtype).expand(*B.shape[:-2], 1, 1).reshape(-1, 1, 1)
     tracker = kind(B.reshape(-1, *B.shape[-2:]).clone(), A.reshape(-1, *A.shape[-2:]).clone(), rate, shards)
     T = T.reshape(-1, *T.shape[-2:])
-    tracker.left(ALL, ALL, matmul(T, tracker.probe().mT))
+    tracker.left(ALL, ALL, matmul(T, tracker.probe(ALL).mT))
     tracker.turn()
     tracker.right(ALL, ALL, matmul(tracker.basis(ALL, ALL), T))
     tracker.finish()
@@ -535,7 +535,7 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
     # Q^T Q = R (R^-1 R^-T - shift I) R^T = I - shift R R^T: what the squared lengths of the columns of Q lack
     # to one, nothing where a column has survived and all where Y has lost it.
     lost = (r + 16) * eps * R.square().sum(-1, keepdim=True)
-    Qt.addcmul_(4e-5 * lost, _waves(Qt.mT, shards.rows, shards.size(Y.shape[-2], 1)[0]).mT)
+    Qt.addcmul_(4e-5 * lost, _waves(Qt.mT, shards.rows, shards.size(Y.shape[-2], 1)[0], ALL).mT)
     Qt, _ = _cholesky_qr(Qt, 16 * eps, shards)
     return _cholesky_qr(Qt, eps, shards)[0].mT
 
@@ -551,9 +551,7 @@ def _cholesky_qr(Yt: Tensor, shift: float, shards: Shards) -> tuple[Tensor, Tens
     return matmul(R * scale, Yt), R
 
 
-def _waves(
-    like: Tensor, indices: Callable[[int, torch.device], Tensor], total: int, part: slice = ALL
-) -> Tensor:
+def _waves(like: Tensor, indices: Callable[[int, torch.device], Tensor], total: int, part: slice) -> Tensor:
     """`part` of the rows of (n, r) for `like` (..., n, r): columns in general position, of unit length.
 
     Sines of incommensurable frequencies, a function of the index of the row in the whole, of `total`. Any

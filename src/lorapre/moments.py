@@ -64,7 +64,7 @@ class Tracking:
     def of(self, name: str, members: slice | None = None) -> slice:
         """Where members of a moment, or all of them, are among the k N."""
         start = self.names.index(name) * self.batch.N
-        if members is None:  # not ALL as the default: torch.compile of torch 2.9 takes no slice there
+        if members is None:  # not ALL as the default, see there
             return slice(start, start + self.batch.N)
         return slice(
             start + (members.start or 0), start + (self.batch.N if members.stop is None else members.stop)
@@ -427,7 +427,7 @@ def _kernel_sweeps(
     v: kernels.Factors | kernels.Dense | kernels.Split
     probes: dict[str, list[Tensor]] = {}
     for tracking in followed:
-        probe = tracking.tracker.probe()
+        probe = tracking.tracker.probe(ALL)
         probes |= {name: [probe[tracking.of(name)]] for name in tracking.names}
     if isinstance(second, Split):
         assert isinstance(first, Product)
