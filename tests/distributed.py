@@ -55,6 +55,7 @@ def run(function: Callable[..., None], world: int, *args: Any) -> None:
 
 def _enter(rank: int, world: int, folder: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", module="triton")  # the oldest
     # torch's own: DTensor and the checkpoints use what torch has deprecated, and Python's forks of threads.
     for message in ("torch.distributed", "TypedStorage", "Profiler"):
         warnings.filterwarnings("ignore", message=rf".*{message}.*", module=r"torch\.")

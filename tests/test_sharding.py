@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -358,9 +359,16 @@ MODELS = {
 }
 
 
+def need_uneven_strided_shards() -> None:
+    if Version(torch.__version__) < Version("2.10"):
+        pytest.skip("DTensor.full_tensor of torch 2.9 is wrong for uneven shards of both FSDP2 and TP")
+
+
 @pytest.mark.parametrize("layout", MODELS)
 def test_models_train_as_in_one_process(layout: str) -> None:
     shard, world, data_parallel = MODELS[layout]
+    if shard is shard_both:
+        need_uneven_strided_shards()
     run(check_model, world, shard, data_parallel, [*VARIANTS, "muon-calibrated"])
 
 
@@ -608,6 +616,7 @@ def test_checkpoints_load_exactly_on_any_number_of_processes(tmp_path: Path) -> 
 
 
 def test_checkpoints_of_a_mesh_load_on_others(tmp_path: Path) -> None:
+    need_uneven_strided_shards()
     run(check_saving, 4, tmp_path, "both")
     run(check_loading, 4, tmp_path, "both")
     run(check_loading, 4, tmp_path, "hsdp")
