@@ -64,7 +64,7 @@ class Tracking:
     def of(self, name: str, members: slice | None = None) -> slice:
         """Where members of a moment, or all of them, are among the k N."""
         start = self.names.index(name) * self.batch.N
-        if members is None:  # not ALL as the default, see there
+        if members is None:  # rather than `ALL`, which can be no default
             return slice(start, start + self.batch.N)
         return slice(
             start + (members.start or 0), start + (self.batch.N if members.stop is None else members.stop)

@@ -370,18 +370,21 @@ def draw_state(axes: Any, contenders: Sequence[Contender]) -> bool:
 def draw_rank(axes: Any, contenders: Sequence[Contender]) -> bool:
     """The best of each rank on the first seed, a line for each optimizer with several; AdamW beside."""
     lines: dict[str, dict[float, float]] = {}
+    adamw = math.inf
     for contender in contenders:
         seed = min(run.config.seed for run in contender.runs)
         for run in contender.runs:
-            if run.config.seed == seed and math.isfinite(run.loss):
+            if run.config.seed != seed or not math.isfinite(run.loss):
+                continue
+            if "rank" in run.values:
                 best = lines.setdefault(label(run.config), {})
-                rank = run.values.get("rank", math.nan)
-                best[rank] = min(best.get(rank, math.inf), math.exp(run.loss))
-    adamw = min(lines.pop("adamw", {}).values(), default=None)
+                best[run.values["rank"]] = min(best.get(run.values["rank"], math.inf), math.exp(run.loss))
+            elif run.config.optimizer == "adamw":
+                adamw = min(adamw, math.exp(run.loss))
     lines = {name: best for name, best in lines.items() if len(best) > 1}
     for name, best in lines.items():
         axes.plot(*zip(*sorted(best.items()), strict=True), marker="o", label=name)
-    if lines and adamw is not None:
+    if lines and math.isfinite(adamw):
         axes.axhline(adamw, color="black", linewidth=1, linestyle="--", label="adamw")
     axes.set_xscale("log", base=2)
     ranks = sorted({rank for best in lines.values() for rank in best})
