@@ -37,7 +37,10 @@ class Batch:
             "Precision").
         t: step count (N,), this step included; after `begin`.
         finite: (N,) whether the gradient is, or None if it may be anything; after `begin`.
+        compiled: whether `lorapre.cpu_kernels` steps its tiles, which can be larger then.
     """
+
+    compiled = False
 
     def __init__(
         self,
@@ -98,6 +101,10 @@ class Batch:
             self.row_indices = self.shards.rows(self.p, self.device)
             self.column_indices = self.shards.columns(self.q, self.device)
 
+    def signs(self, members: slice) -> dict[str, Any]:
+        """What kernels make of the gradients of members before they take them."""
+        return {"sign": float(self.sign), "finite": None if self.finite is None else self.finite[members]}
+
     def matrices(self, tensors: list[Tensor]) -> list[Tensor]:
         """Views (p, q), one for each matrix; (p, ...) where the memory of a convolution has another order."""
         if self.fused:
@@ -121,7 +128,9 @@ class Batch:
             yield from ((members, slice(0, self.p), [slice(0, self.q)]) for members in small)
             return
         columns = cut(self.q, self._side() if self.narrow else self.q)
-        height = max(1, min(self.row_tile // (columns[0].stop - columns[0].start), self._side(64)))
+        height = self._side()
+        if not self.compiled:
+            height = max(1, min(self.row_tile // (columns[0].stop - columns[0].start), self._side(64)))
         for i in range(self.N):
             for rows in cut(self.p, height):
                 yield slice(i, i + 1), rows, columns
@@ -132,8 +141,8 @@ class Batch:
             yield from ((members, slice(0, self.q), [slice(0, self.p)]) for members in small)
             return
         rows = cut(self.p, self._side())
-        width = self.q
-        if self.narrow:
+        width = self._side() if self.compiled else self.q
+        if self.narrow and not self.compiled:
             room = self.row_tile if update else self.column_tile
             width = max(1, min(room // (rows[0].stop - rows[0].start), self._side(64)))
         for i in range(self.N):
@@ -142,6 +151,9 @@ class Batch:
 
     def _small(self) -> list[slice] | None:
         """Members that make up a tile together, where the matrices are small."""
+        if self.compiled:  # which has no temporaries but of the size of factors
+            fits = max(self.p, self.q) <= self._side()
+            return cut(self.N, max(1, BATCH // max(1, self.rank * (self.p + self.q)))) if fits else None
         return cut(self.N, max(1, SMALL // max(1, self.p * self.q))) if self.p * self.q <= SMALL else None
 
     def _side(self, least: int = 512) -> int:
@@ -161,6 +173,10 @@ class Batch:
         if self.finite is not None:
             g = torch.where(self.finite[members, None, None], g, 0)
         return -g if self.sign < 0 else g
+
+    def tiles(self, tensors: list[Tensor], members: slice, rows: slice, columns: slice) -> list[Tensor]:
+        """Tiles (rows, columns) of matrices, sharing their memory."""
+        return [x[rows, columns] for x in tensors[members]]
 
     def work(self, x: Tensor, rows: slice, columns: slice) -> Tensor:
         """A tile of a matrix, contiguous and in the dtype of the update; a view if that is what it is."""

@@ -8,10 +8,8 @@ which is the specification. This is the only module that imports triton; import 
     rows = kernels.row_sweep(weights, grads, first, second, decay=..., lr=..., eps=...)      w in place, T A^T
     columns = kernels.column_sweep(grads, first_basis, second_basis)                         L^T T
 
-T is the gradient g for the first moment (m) and |g| for the second (v). A group is N matrices (p, q). Where
-tensors are asked for as `Matrices`, each is (p, q) or, as fused experts are, (E, p, q), which counts as E
-matrices; so N matrices may also come stacked, as one tensor. Per-matrix numbers are floats or tensors that
-hold one or N elements. Every sweep is one launch for the group (a row sweep of large rank two), whose
+T is the gradient g for the first moment (m) and |g| for the second (v). A group is N matrices (p, q), given as
+`lorapre.operands` says. Every sweep is one launch for the group (a row sweep of large rank two), whose
 addresses travel in a table on the device. Nothing waits for the device, everything can be captured in a CUDA
 graph, and nothing depends on the order in which programs run: sums are never formed by atomics.
 
@@ -24,11 +22,12 @@ largest error of the step, so that products are then split in three (tf32x3).
 
 import functools
 import types
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lorapre.operands import Dense, Factors, Matrices, Numbers, Split, addresses, count, stride
 
 try:
     import triton
@@ -39,48 +38,9 @@ except ImportError:  # `why_not` says so, and what is below is never called
 
 _jit: Any = triton.jit if triton else lambda function: function
 
-Matrices: TypeAlias = Sequence[Tensor]  # of one shape each, (p, q) or (E, p, q)
-Numbers: TypeAlias = float | Tensor  # one for all matrices, or one per matrix
-
 MAX_RANK = 512
 MAX_COUNT, MAX_COLUMNS = 2**16 - 1, 2**21  # what the second and third dimension of a CUDA grid hold
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Factors(NamedTuple):
-    """A factorised moment, keep (B A) + fresh g or, as the second, keep (row B A column)**2 + fresh g**2."""
-
-    B: Matrices  # (p, r)
-    A: Matrices  # (r, q)
-    keep: Numbers
-    fresh: Numbers
-    row: Tensor | None = None  # (N, p), for the second moment only
-    column: Tensor | None = None  # (N, q)
-    probe: Matrices | None = None  # (r, q), stands for A in T A^T, if given
-
-
-class Dense(NamedTuple):
-    """A moment kept in full, updated in place and taken divided by `correction`."""
-
-    ema: Matrices  # (p, q), float32, contiguous
-    beta: float
-    correction: Numbers
-
-
-class Split(NamedTuple):
-    """Where h = C W is what the factors B and A of the first moment can hold of g.
-
-    The second moment is keep ((1 - share) (B A)**2 + share h**2) + fresh g**2 + row column, and the first,
-    with numbers of its own, keep (B A - h) + fresh g.
-    """
-
-    C: Matrices  # (p, r)
-    W: Matrices  # (r, q)
-    keep: Numbers
-    fresh: Numbers
-    share: float
-    row: Tensor  # (N, p)
-    column: Tensor  # (N, q)
 
 
 class RowSweep(NamedTuple):
@@ -110,7 +70,7 @@ def why_not(weights: Matrices, grads: Matrices, rank: int) -> str | None:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if rank > MAX_RANK:
         return f"rank {rank} is above {MAX_RANK}"
-    if _count(weights) > MAX_COUNT or weights[0].shape[-1] > MAX_COLUMNS:
+    if count(weights) > MAX_COUNT or weights[0].shape[-1] > MAX_COLUMNS:
         return f"there are more than {MAX_COUNT} matrices, or {MAX_COLUMNS} columns"
     for name, tensors in (("weight", weights), ("gradient", grads)):
         first = tensors[0]
@@ -118,7 +78,7 @@ def why_not(weights: Matrices, grads: Matrices, rank: int) -> str | None:
             return f"there is no kernel for {name}s in {first.dtype}"
         if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in tensors):
             return f"the rows of a {name} are not contiguous"
-        if any((_stride(x), x.dtype, x.device) != (_stride(first), first.dtype, device) for x in tensors):
+        if any((stride(x), x.dtype, x.device) != (stride(first), first.dtype, device) for x in tensors):
             return f"the {name}s of a group differ in stride, dtype or device"
     return None
 
@@ -151,7 +111,7 @@ def row_sweep(
     """
     first, second = _packed(first), _packed(second)  # named here, so that copies live until the launch
     finite, keys = (x if x is None else x.contiguous() for x in (finite, keys))
-    (p, q), n, r = weights[0].shape[-2:], _count(weights), _rank(first, second)
+    (p, q), n, r = weights[0].shape[-2:], count(weights), _rank(first, second)
     fused, R, BM, BN, warps, stages = _row_blocks(r, grads[0], gathers=not isinstance(second, Split))
     factorised = [x for x in (first, second) if isinstance(x, Factors)]
     device, kinds = weights[0].device, _kinds(grads[0])
@@ -168,7 +128,7 @@ def row_sweep(
         _row_sweep[(-(-p // BM), splits, n)](
             table, *_numbers(first, n, device), *_numbers(second, n, device), _vector(decay, n, device),
             _vector(lr, n, device), finite, *scales, keys, TAt, sums,
-            p, q, r, _stride(weights[0]), _stride(grads[0]), span, *origin, width or q, float(sign), eps,
+            p, q, r, stride(weights[0]), stride(grads[0]), span, *origin, width or q, float(sign), eps,
             W=_tl(weights[0].dtype), **kinds, FIRST=isinstance(first, Factors),
             SECOND=isinstance(second, Factors), SPLIT=isinstance(second, Split), FUSED=fused,
             PROBED=probed, ALIGNED=aligned, BM=BM, BN=BN, R=R, num_warps=warps, num_stages=stages,
@@ -223,14 +183,14 @@ def _project(
     first, second = _contiguous(first), _contiguous(second)
     finite = finite if finite is None else finite.contiguous()
     bases = [x for x in (first, second) if x is not None]
-    (p, q), n = grads[0].shape[-2:], _count(grads)
+    (p, q), n = grads[0].shape[-2:], count(grads)
     r = bases[0][0].shape[-2 if rows else -1]
     R = min(_padded(r), 128)
     BK, BJ, warps, stages = _COLUMN_BLOCKS[_exact(grads[0])][R]
     length, free = (q, p) if rows else (p, q)
     blocks = -(-free // BJ) * -(-r // R)
     splits, span = _split(length, BK, blocks * n)
-    device, g_row = grads[0].device, _stride(grads[0])
+    device, g_row = grads[0].device, stride(grads[0])
     out = torch.empty((splits, len(bases), n, *((p, r) if rows else (r, q))), device=device)
     total = torch.empty((splits, n, free), device=device) if sums else None
     table, aligned = _table(grads, first, second)
@@ -319,15 +279,6 @@ def _kinds(g: Tensor) -> dict[str, Any]:
             "INTERPRETED": _interpreted(), "enable_fp_fusion": True}  # fmt: skip
 
 
-def _stride(x: Tensor) -> int:
-    """Elements from a row to the next; that of a single row means nothing."""
-    return x.stride(-2) if x.shape[-2] > 1 else x.shape[-1]
-
-
-def _count(tensors: Matrices) -> int:
-    return sum(1 if x.ndim == 2 else x.shape[0] for x in tensors)
-
-
 def _rank(*moments: Factors | Dense | Split) -> int:
     ranks = {x.B[0].shape[-1] for x in moments if isinstance(x, Factors)}
     assert len(ranks) == 1, "the factorised moments of a weight have one rank"
@@ -378,24 +329,22 @@ def _vector(x: Numbers, n: int, device: torch.device) -> Tensor:
 
 def _table(*arrays: Matrices | None) -> tuple[Tensor, bool]:
     """Addresses of all matrices (N, arrays) on the device, 0 for None, and whether all rows are aligned."""
-    columns, aligned, n = [], True, _count(arrays[0] or ())
-    for array in arrays:
-        column = []
-        for x in array or ():
-            row, step = _stride(x) * x.itemsize, (x.stride(0) if x.ndim == 3 else 0) * x.itemsize
-            first = x.data_ptr()
-            column += [first + step * e for e in range(1 if x.ndim == 2 else x.shape[0])]
-            aligned = aligned and not (first | row | step) % 16
-        columns.append(column or [0] * n)
+    n = count(arrays[0] or ())
+    columns = [addresses(array) if array else [0] * n for array in arrays]
+    aligned = not any(
+        (x.data_ptr() | stride(x) * x.itemsize | (x.stride(0) if x.ndim == 3 else 0) * x.itemsize) % 16
+        for array in arrays
+        for x in array or ()
+    )
     device = arrays[0][0].device if arrays[0] else torch.device("cpu")
-    addresses = tuple(address for matrix in zip(*columns, strict=True) for address in matrix)
+    table = tuple(address for matrix in zip(*columns, strict=True) for address in matrix)
     if device.type != "cuda":
-        return _upload(addresses, device, 0), aligned
+        return _upload(table, device, 0), aligned
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             # Its own, filled at every replay: one from the cache may be gone by then, or not be filled yet.
-            return _upload.__wrapped__(addresses, device, 0), aligned
-    return _upload(addresses, device, torch.cuda.current_stream(device).cuda_stream), aligned
+            return _upload.__wrapped__(table, device, 0), aligned
+    return _upload(table, device, torch.cuda.current_stream(device).cuda_stream), aligned
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,10 +3,12 @@
 A factorised weight is stepped in two sweeps over tiles of the gradient, and nothing of size p x q is formed
 beyond a tile. The first sweep, over rows, takes T A^T, the second, over columns, L^T T for the trackers in
 `lorapre.factors`, which move the factors in place. In one of them the moments of a tile are formed from the
-old factors and the weight is updated: in the first or, where that needs T A^T, in the second. On GPUs Adam
-takes both sweeps in Triton kernels, `lorapre.kernels`, where they can take the batch.
+old factors and the weight is updated: in the first or, where that needs T A^T, in the second. Where they can
+take the batch, kernels do what is done with a tile on CPUs, `lorapre.cpu_kernels`, and the sweeps of Adam as
+a whole on GPUs, `lorapre.kernels`, which is in Triton.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,9 +17,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lorapre import factors, rules
+from lorapre import cpu_kernels, factors, operands, rules
 from lorapre.batch import GPU_BATCH, SMALL, Batch, cut
 from lorapre.factors import ALL, Tracker, matmul
+from lorapre.operands import Factors
 
 
 class Variant(NamedTuple):
@@ -75,20 +78,31 @@ class Tracking:
         assert isinstance(self.tracker, factors.Subspace)
         return self.tracker.BG[self.of(name)]
 
+    def places(self, members: slice) -> list[tuple[slice, bool]]:
+        """Of k moments the place, and whether the target is |g|."""
+        return [(self.of(name, members), name == "v") for name in self.names]
+
     def targets(self, members: slice, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Of k moments the place and the target (n, rows, columns), one at a time."""
         g = g.to(self.batch.products) if g.is_cuda else g.float()
-        for name in self.names:
-            yield self.of(name, members), g.abs() if name == "v" else g
+        for at, absolute in self.places(members):
+            yield at, g.abs() if absolute else g
 
-    def see(self, members: slice, columns: slice, g: Tensor) -> None:
+    def see(self, members: slice, columns: slice, g: Tensor | list[Tensor]) -> None:
         """Add up T A^T (n, rows, r) over the tiles g (n, rows, columns) of some rows."""
         probe = self.probe
         if probe is None:
             probe = self.tracker.probe(columns).to(self.batch.products)
             if columns == slice(0, self.batch.q):
                 self.probe = probe
-        self._add([(at, _times(T, probe[at].mT)) for at, T in self.targets(members, g)])
+        if isinstance(g, list):
+            products = [
+                (at, cpu_kernels.row_products(g, probe[at].float(), absolute, **self.batch.signs(members)))
+                for at, absolute in self.places(members)
+            ]
+        else:
+            products = [(at, _times(T, probe[at].mT)) for at, T in self.targets(members, g)]
+        self._add(products)
 
     def left(self, members: slice, rows: slice) -> None:
         """The left half-step of the rows whose tiles have been seen."""
@@ -100,13 +114,20 @@ class Tracking:
         self.probe = None
         self.tracker.turn()
 
-    def answer(self, members: slice, rows: slice, g: Tensor) -> None:
+    def answer(self, members: slice, rows: slice, g: Tensor | list[Tensor]) -> None:
         """Add up L^T T (n, r, columns) over the tiles g (n, rows, columns) of some columns."""
-        # One basis at a time: each is a copy.
-        self._add([
-            (at, _times(self.tracker.basis(at, rows).to(self.batch.products), T))
-            for at, T in self.targets(members, g)
-        ])  # fmt: skip
+
+        def basis(at: slice) -> Tensor:  # one at a time: each is a copy
+            return self.tracker.basis(at, rows).to(self.batch.products)
+
+        if isinstance(g, list):
+            products = [
+                (at, cpu_kernels.column_products(g, basis(at).float(), absolute, **self.batch.signs(members)))
+                for at, absolute in self.places(members)
+            ]
+        else:
+            products = [(at, _times(basis(at), T)) for at, T in self.targets(members, g)]
+        self._add(products)
 
     def right(self, members: slice, columns: slice) -> None:
         """The right half-step of the columns whose tiles have been answered."""
@@ -187,11 +208,15 @@ class Means:
     def gather(self, members: slice, rows: slice, columns: slice, g: Tensor) -> None:
         """Add up g**2 (n, rows, columns)."""
         square = g.square()
-        self.row_sums[members, rows] += square.sum(-1)
         # In two stages, so that each thread first sums the rows that it has squared.
         n, p, q = square.shape
         parts = square.reshape(n, math.gcd(p, 16), p // math.gcd(p, 16), q)
-        self.column_sums[members, columns] += parts.sum(-2).sum(-2)
+        self.add(members, rows, columns, square.sum(-1), parts.sum(-2).sum(-2))
+
+    def add(self, members: slice, rows: slice, columns: slice, of_rows: Tensor, of_columns: Tensor) -> None:
+        """Add sums of g**2 over the rows (n, rows) and columns (n, columns) of a tile."""
+        self.row_sums[members, rows] += of_rows
+        self.column_sums[members, columns] += of_columns
 
     def finish(self) -> None:
         """Store the new means."""
@@ -264,7 +289,7 @@ def adam(
         for name, beta in (("m", beta1), ("v", math.sqrt(beta2)))
         if f"{name}_B" in batch.state
     }
-    launches = _kernels_take(batch)
+    launches, batch.compiled = _kernels_take(batch), _cpu_kernels_take(batch)
     followed = trackings(batch, variant.tracker, rates, stack=GPU_BATCH if launches else 0)
     of = {name: tracking for tracking in followed for name in tracking.names}
     first = Product(of["m"], "m") if "m" in of else Dense(batch, "exp_avg")
@@ -289,16 +314,19 @@ def adam(
         second.rows, second.columns = factors.match_means(
             second.B, second.A, means.row, means.column, batch.shards, of["v"].BG("v")
         )
-    if launches:
-        _kernel_sweeps(
-            batch, followed, first, second, means, betas=betas, correction=correction, lr=lr * scale,
-            eps=eps, decay=1 - lr * weight_decay,
-        )  # fmt: skip
+    same: dict[str, Any] = dict(lr=lr * scale, decay=1 - lr * weight_decay, eps=eps)
+    if launches or batch.compiled:
+        m, v = _operands(batch, first, second, betas, correction)
+        if launches:
+            _kernel_sweeps(batch, followed, m, v, means, **same)
+        else:
+            update = functools.partial(_compiled_update, batch, m, v, means, **same)
+            sweep(batch, followed, update, late=isinstance(second, Split))
         return _sent(followed, means)
     rule = rules.Adam(betas, batch.t, lr * scale, eps, correction, batch.finite)
     keep = batch.per_matrix(1 - lr * weight_decay, 1.0) if weight_decay else None
 
-    def update(members: slice, rows: slice, columns: slice, g: Tensor) -> None:
+    def step(members: slice, rows: slice, columns: slice, g: Tensor) -> None:
         g = g.to(batch.dtype)
         if means is not None:
             means.gather(members, rows, columns, g)
@@ -318,7 +346,7 @@ def adam(
                 moment.store(members, rows, columns, tiles)
         del m, v, tiles
 
-    sweep(batch, followed, update, late=isinstance(second, Split))
+    sweep(batch, followed, step, late=isinstance(second, Split))
     return _sent(followed, means)
 
 
@@ -348,6 +376,7 @@ def muon(
     rate = momentum if variant.tracker is factors.Subspace else 1 - math.sqrt(momentum)
     followed = trackings(batch, variant.tracker, {"m": torch.full_like(batch.t, rate)}, 1 / (1 - momentum))
     (tracking,) = followed
+    batch.compiled = _cpu_kernels_take(batch)
     everything = slice(0, batch.p), slice(0, batch.q)
     lrs = batch.per_matrix(batch.t.new_zeros(()) + lr * scale, 0.0)
     keep = batch.per_matrix(1 - lr * weight_decay, 1.0)
@@ -375,7 +404,7 @@ def muon(
 def sweep(
     batch: Batch,
     followed: list[Tracking],
-    update: Callable[[slice, slice, slice, Tensor], None] | None = None,
+    update: Callable[[slice, slice, slice, Any], None] | None = None,
     late: bool = False,
 ) -> None:
     """Take the factors through a step.
@@ -386,11 +415,10 @@ def sweep(
         update: sees each tile of the gradient once, before the factors move.
         late: whether it does in the second sweep, with T A^T known.
     """
+    g: Tensor | list[Tensor]
     for members, rows, tiles in batch.row_tiles():
         for columns in tiles:
-            g = batch.gradient(members, rows, columns)
-            if not g.is_cuda:
-                g = g.to(batch.dtype)  # once for the update and the products, which take it as it is on GPUs
+            g = _gradient(batch, members, rows, columns)
             if update is not None and not late:
                 update(members, rows, columns, g)
             for tracking in followed:
@@ -402,9 +430,7 @@ def sweep(
     if followed:
         for members, columns, tiles in batch.column_tiles(late):
             for rows in tiles:
-                g = batch.gradient(members, rows, columns)
-                if not g.is_cuda:
-                    g = g.to(batch.dtype)
+                g = _gradient(batch, members, rows, columns)
                 if update is not None and late:
                     update(members, rows, columns, g)
                 for tracking in followed:
@@ -413,41 +439,74 @@ def sweep(
                 tracking.right(members, columns)
 
 
+def _gradient(batch: Batch, members: slice, rows: slice, columns: slice) -> Tensor | list[Tensor]:
+    """A tile of the gradient (n, rows, columns) or, for compiled kernels, n of them as they are."""
+    if batch.compiled:
+        return batch.tiles(batch.grads, members, rows, columns)
+    g = batch.gradient(members, rows, columns)
+    return g if g.is_cuda else g.to(batch.dtype)  # once for all that is done with it; GPUs convert on the way
+
+
+def _compiled_update(
+    batch: Batch, m: Factors | operands.Dense, v: Factors | operands.Dense | operands.Split,
+    means: Means | None, members: slice, rows: slice, columns: slice, g: list[Tensor], *,
+    lr: float | Tensor, decay: float | Tensor, eps: float,
+) -> None:  # fmt: skip
+    """Step the weights of a tile."""
+    origin = _origin(batch) or (0, 0)
+    part = functools.partial(operands.tile, members=members, rows=rows, columns=columns)
+    sums = cpu_kernels.adam(
+        batch.tiles(batch.weights, members, rows, columns), g, part(m), part(v), lr=lr, decay=decay,
+        eps=max(eps, torch.finfo(torch.float32).tiny), keys=batch.keys[members] if batch.rounds_stochastically else None,
+        origin=(origin[0] + rows.start, origin[1] + columns.start),
+        width=batch.shards.size(batch.p, batch.q)[1], sums=means is not None, **batch.signs(members),
+    )  # fmt: skip
+    if means is not None and sums is not None:
+        means.add(members, rows, columns, *sums)
+
+
+def _operands(
+    batch: Batch, first: Product | Dense, second: Product | Dense | Split, betas: tuple[float, float],
+    correction: Tensor | None,
+) -> tuple[Factors | operands.Dense, Factors | operands.Dense | operands.Split]:  # fmt: skip
+    """The two moments as kernels take them, after the step."""
+    (beta1, beta2), c1 = betas, rules.debias(betas[0], batch.t)
+    c2 = rules.debias(beta2, batch.t) if correction is None else correction
+    m: Factors | operands.Dense
+    if isinstance(first, Dense):
+        m = operands.Dense(first.stored, beta1, c1)
+    elif isinstance(second, Split):
+        m = Factors([first.B], [first.A], second.rate, 1.0)
+    else:
+        kept = beta1 / c1 if first.rows is None else first.rows.view(-1) * beta1 / c1
+        m = Factors([first.B], [first.A], kept, (1 - beta1) / c1)
+    if isinstance(second, Dense):
+        return m, operands.Dense(second.stored, beta2, c2)
+    if isinstance(second, Product):
+        row, column = (x if x is None else x.flatten(1) for x in (second.rows, second.columns))
+        return m, Factors([second.B], [second.A], beta2 / c2, (1 - beta2) / c2, row, column)
+    row, column = (x.flatten(1) for x in (second.row * (beta2 / c2)[:, None, None], second.column))
+    return m, operands.Split(
+        [second.seen], [second.W], second.keep * beta2 / c2, (1 - beta2) / c2, 1 - beta2, row, column
+    )
+
+
 def _kernel_sweeps(
-    batch: Batch, followed: list[Tracking], first: Product | Dense, second: Product | Dense | Split,
-    means: Means | None, *, betas: tuple[float, float], correction: Tensor | None, lr: float | Tensor,
-    eps: float, decay: float | Tensor,
+    batch: Batch, followed: list[Tracking], m: Factors | operands.Dense,
+    v: Factors | operands.Dense | operands.Split, means: Means | None, *,
+    lr: float | Tensor, decay: float | Tensor, eps: float,
 ) -> None:  # fmt: skip
     """`sweep` with the update of `rules.Adam`, in a launch or two for each sweep of the whole batch."""
     from lorapre import kernels  # loads Triton, which takes seconds
 
-    (beta1, beta2), c1 = betas, rules.debias(betas[0], batch.t)
-    c2 = rules.debias(beta2, batch.t) if correction is None else correction
-    m: kernels.Factors | kernels.Dense
-    v: kernels.Factors | kernels.Dense | kernels.Split
     probes: dict[str, list[Tensor]] = {}
     for tracking in followed:
         probe = tracking.tracker.probe(ALL)
         probes |= {name: [probe[tracking.of(name)]] for name in tracking.names}
-    if isinstance(second, Split):
-        assert isinstance(first, Product)
-        m = kernels.Factors([first.B], [first.A], second.rate, 1.0, probe=probes["m"])
-    elif isinstance(first, Product):
-        kept = beta1 / c1 if first.rows is None else first.rows.view(-1) * beta1 / c1
-        m = kernels.Factors([first.B], [first.A], kept, (1 - beta1) / c1, probe=probes["m"])
-    else:
-        m = kernels.Dense(first.stored, beta1, c1)
-    if isinstance(second, Product):
-        row, column = (x if x is None else x.flatten(1) for x in (second.rows, second.columns))
-        v = kernels.Factors([second.B], [second.A], beta2 / c2, (1 - beta2) / c2, row, column, probes["v"])
-    elif isinstance(second, Split):
-        row, column = (x.flatten(1) for x in (second.row * (beta2 / c2)[:, None, None], second.column))
-        v = kernels.Split(
-            [second.seen], [second.W], second.keep * beta2 / c2, (1 - beta2) / c2,
-            1 - beta2, row, column,
-        )  # fmt: skip
-    else:
-        v = kernels.Dense(second.stored, beta2, c2)
+    if isinstance(m, Factors):
+        m = m._replace(probe=probes["m"])
+    if isinstance(v, Factors):
+        v = v._replace(probe=probes["v"])
     counts = [len(tracking.tracker.B) for tracking in followed]
     same: dict[str, Any] = dict(sign=float(batch.sign), finite=batch.finite)
 
@@ -456,7 +515,7 @@ def _kernel_sweeps(
             tracking.tracker.left(ALL, ALL, part)
             tracking.turn()
 
-    if isinstance(v, kernels.Split):  # the update needs T A^T
+    if isinstance(v, operands.Split):  # the update needs T A^T
         rows = kernels.row_projection(batch.grads, probes["m"], row_sums=True, **same)
         follow(rows.TAt)
     swept = kernels.row_sweep(
@@ -479,24 +538,26 @@ def _kernel_sweeps(
         means.row_sums, means.column_sums = rows.row_sums, columns.column_sums
 
 
-_said: set[str] = set()  # why the kernels could not take a batch
+_said: set[str] = set()  # why kernels could not take a batch
 
 
 def _kernels_take(batch: Batch) -> bool:
-    """Whether to step a batch with kernels; where it should be but cannot, a warning says so, once a reason.
+    """Whether to step a batch with Triton kernels; where it should be but cannot, a warning says so, once.
 
     Not within torch.compile, which makes kernels of its own of the tiles.
     """
     if not batch.rank or not batch.N or torch.compiler.is_compiling() or not _wants_kernels(batch):
         return False
-    reason = _why_not(batch)
-    if reason is not None and reason not in _said:
-        _said.add(reason)
-        warnings.warn(
-            f"a step of weights ({batch.p}, {batch.q}) does without Triton kernels, slower: {reason}",
-            stacklevel=2,
-        )
-    return reason is None
+    from lorapre import kernels
+
+    return _say(batch, "Triton", _why_not(batch) or kernels.why_not(batch.weights, batch.grads, batch.rank))
+
+
+def _cpu_kernels_take(batch: Batch) -> bool:
+    """Whether to step the tiles of a batch with compiled kernels; as `_kernels_take`."""
+    if not batch.rank or not batch.N or torch.compiler.is_compiling() or not _wants_cpu_kernels(batch):
+        return False
+    return _say(batch, "compiled", _why_not(batch) or cpu_kernels.why_not(batch.weights, batch.grads))
 
 
 def _wants_kernels(batch: Batch) -> bool:
@@ -504,17 +565,31 @@ def _wants_kernels(batch: Batch) -> bool:
     return batch.device.type == "cuda"
 
 
-def _why_not(batch: Batch) -> str | None:
-    """Why the kernels cannot take a batch, or None where they can."""
-    from lorapre import kernels
+def _wants_cpu_kernels(batch: Batch) -> bool:
+    """Of float64 weights torch's operations keep the precision. Tests replace this, to see those."""
+    return batch.device.type == "cpu" and batch.dtype == torch.float32
 
+
+def _why_not(batch: Batch) -> str | None:
+    """Why no kernels can take a batch, or None where they may."""
     if not batch.narrow:
         return "the memory of a convolution is not in the order of its dimensions"
     if not all(x.is_contiguous() for name in ("exp_avg", "exp_avg_sq") for x in batch.state.get(name, ())):
         return "a dense moment is not contiguous"
     if batch.rounds_stochastically and _origin(batch) is None:
         return "stochastic rounding, of shards that are not blocks of rows and columns"
-    return kernels.why_not(batch.weights, batch.grads, batch.rank)
+    return None
+
+
+def _say(batch: Batch, kind: str, reason: str | None) -> bool:
+    """Whether there is no reason against kernels; the first time that there is one, a warning has it."""
+    if reason is not None and reason not in _said:
+        _said.add(reason)
+        warnings.warn(
+            f"a step of weights ({batch.p}, {batch.q}) does without {kind} kernels, slower: {reason}",
+            stacklevel=2,
+        )
+    return reason is None
 
 
 def _origin(batch: Batch) -> tuple[int, int] | None:
