@@ -73,6 +73,7 @@ class Run:
         row_sweep = kernels.row_sweep
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(moments, "_wants_kernels", lambda batch: self.use)
+            patch.setattr(moments, "_wants_cpu_kernels", lambda batch: False)  # they have tests of their own
             patch.setattr(kernels, "row_sweep", count)
             self.optimizer.step()
 
@@ -253,16 +254,6 @@ def test_a_compiled_step_takes_plain_tensors(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     ours.step(0)
     assert not ours.launches
-
-
-def test_nothing_is_said_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
-    monkeypatch.setattr(moments, "_why_not", lambda batch: called.append(batch))
-    params = [nn.Parameter(x) for x in parameters(SHAPES)]
-    for p in params:
-        p.grad = torch.ones_like(p)
-    CASES["adam-calibrated"].make(params).step()
-    assert not called
 
 
 def test_a_shard_is_a_block_or_has_no_origin() -> None:

@@ -19,7 +19,7 @@ enum { LANES = 8, ROWS = 4 }; /* 12 of 16 */
 #else
 enum { LANES = 4, ROWS = 8 }; /* 24 of 32, of Arm */
 #endif
-enum { VECTORS = 3, PANEL = VECTORS * LANES, HEIGHT = 128, DEPTH = 128, SPAN = 4 * PANEL };
+enum { VECTORS = 3, PANEL = VECTORS * LANES, HEIGHT = 128, DEPTH = 128, SPAN = 4 * PANEL, WIDTH = 8 * PANEL };
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
@@ -77,23 +77,48 @@ INLINE uint16_t noisy_bfloat16(float x, uint32_t index, uint32_t key) {
     return (uint16_t)((bits & 0x7F800000) == 0x7F800000 ? nearest_bfloat16(x) : rounded);
 }
 
-/* n <= count numbers from `from`, as float32, and zeros up to count. */
-INLINE void load(float *to, const void *from, int64_t dtype, int64_t n, int64_t count) {
+INLINE void load_some(float *to, const void *from, int64_t dtype, const int64_t n) {
     if (dtype == FLOAT32)
         for (int64_t j = 0; j < n; j++) to[j] = ((const float *)from)[j];
     else if (dtype == BFLOAT16)
         for (int64_t j = 0; j < n; j++) to[j] = bits_to_float((uint32_t)((const uint16_t *)from)[j] << 16);
     else
         for (int64_t j = 0; j < n; j++) to[j] = (float)((const _Float16 *)from)[j];
+}
+
+/* n <= count numbers from `from`, as float32, and zeros up to count. */
+INLINE void load(float *to, const void *from, int64_t dtype, int64_t n, int64_t count) {
+    if (n == PANEL) load_some(to, from, dtype, PANEL); /* much faster for a constant */
+    else load_some(to, from, dtype, n);
     for (int64_t j = n; j < count; j++) to[j] = 0;
+}
+
+/* n numbers, rounded to the dtype; to a bfloat16 nearby, if there is a key, by the index of the first. */
+INLINE void store_some(void *to, const float *from, int64_t dtype, const int64_t n, const int64_t *key, uint32_t index) {
+    if (dtype == FLOAT32)
+        for (int64_t j = 0; j < n; j++) ((float *)to)[j] = from[j];
+    else if (dtype == FLOAT16)
+        for (int64_t j = 0; j < n; j++) ((_Float16 *)to)[j] = (_Float16)from[j];
+    else if (key)
+        for (int64_t j = 0; j < n; j++)
+            ((uint16_t *)to)[j] = noisy_bfloat16(from[j], index + (uint32_t)j, (uint32_t)*key);
+    else
+        for (int64_t j = 0; j < n; j++) ((uint16_t *)to)[j] = nearest_bfloat16(from[j]);
+}
+
+INLINE void store(void *to, const float *from, int64_t dtype, int64_t n, const int64_t *key, uint32_t index) {
+    if (n == PANEL) store_some(to, from, dtype, PANEL, key, index);
+    else store_some(to, from, dtype, n, key, index);
 }
 
 INLINE const void *address(const void *data, int64_t dtype, int64_t index) {
     return (const char *)data + index * (dtype == FLOAT32 ? 4 : 2);
 }
 
-INLINE void prefetch(const void *data, int64_t dtype, int64_t index) {
-    for (int k = 0; k < PANEL; k += 16) __builtin_prefetch(address(data, dtype, index + k));
+/* n numbers, into the second cache: the hardware does not foresee the step to another tile. */
+INLINE void prefetch(const void *data, int64_t dtype, int64_t index, int64_t n) {
+    const char *const from = address(data, dtype, index), *const end = address(data, dtype, index + n);
+    for (const char *line = from; line < end; line += 64) __builtin_prefetch(line);
 }
 
 /* Columns j to j + n of row i of a gradient, and zeros up to count. */
@@ -111,24 +136,30 @@ INLINE void absolute(float *x, int64_t count) {
     for (int64_t j = 0; j < count; j++) x[j] = fabsf(x[j]);
 }
 
-/* n <= PANEL columns of K rows, side by side in `vectors` vectors that zeros fill up. */
-INLINE void pack(float *to, const float *from, int64_t stride, int64_t K, int64_t n, int64_t vectors) {
-    for (int64_t k = 0; k < K; k++, to += vectors * LANES, from += stride) {
-        if (n == vectors * LANES) memcpy(to, from, (size_t)(vectors * LANES) * 4);
-        else {
-            memcpy(to, from, (size_t)n * 4);
-            memset(to + n, 0, (size_t)(vectors * LANES - n) * 4);
+/* n <= PANEL columns of K rows, side by side in `vectors` vectors that zeros fill up. Of columns next to each other, or
+   else of rows. */
+INLINE void pack(float *to, const float *from, int64_t row, int64_t column, int64_t K, int64_t n, int64_t vectors) {
+    const int64_t width = vectors * LANES;
+    if (column == 1)
+        for (int64_t k = 0; k < K; k++, to += width, from += row) {
+            if (n == PANEL) memcpy(to, from, PANEL * 4);
+            else memcpy(to, from, (size_t)n * 4);
+            for (int64_t j = n; j < width; j++) to[j] = 0;
         }
-    }
+    else
+        for (int64_t k0 = 0; k0 < K; k0 += 16) /* a line of the cache at a time */
+            for (int64_t j = 0; j < width; j++)
+                for (int64_t k = k0; k < min(k0 + 16, K); k++)
+                    to[k * width + j] = j < n ? from[k * row + j * column] : 0;
 }
 
-/* c[i][j] (+)= sum over k < K of a[i * row + k * step] b[k][j], for `rows` x `vectors` LANES, both constants. */
+/* c[i][j] (+)= sum over k < K of a[i * row + k * step] b[k][j], for `rows` x `vectors` LANES, both constants. Sums are
+   added to what is there at the end, so that errors of long ones in parts do not grow with their length. */
 INLINE void block(const int rows, const int vectors, int64_t K, const float *a, int64_t row, int64_t step,
                   const float *b, float *c, int64_t c_stride, int add) {
     vec sum[ROWS][VECTORS];
     UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int j = 0; j < vectors; j++)
-            sum[i][j] = add ? *(const vec *)(c + i * c_stride + j * LANES) : (vec){0};
+        UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = (vec){0};
     for (int64_t k = 0; k < K; k++, a += step, b += vectors * LANES) {
         vec y[VECTORS];
         UNROLL for (int j = 0; j < vectors; j++) y[j] = *(const vec *)(b + j * LANES);
@@ -138,7 +169,11 @@ INLINE void block(const int rows, const int vectors, int64_t K, const float *a, 
         }
     }
     UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int j = 0; j < vectors; j++) *(vec *)(c + i * c_stride + j * LANES) = sum[i][j];
+        UNROLL for (int j = 0; j < vectors; j++) {
+            vec *const to = (vec *)(c + i * c_stride + j * LANES);
+            if (add) sum[i][j] += *to;
+            *to = sum[i][j];
+        }
 }
 
 INLINE void rows_of_blocks(int64_t rows, const int vectors, int64_t K, const float *a, int64_t row, int64_t step,
@@ -156,6 +191,16 @@ static void product(int64_t rows, int64_t vectors, int64_t K, const float *a, in
     else rows_of_blocks(rows, 3, K, a, row, step, b, c, c_stride, add);
 }
 
+/* Which of the threads this is. */
+INLINE int64_t thread(void) {
+#ifdef _OPENMP
+    extern int omp_get_thread_num(void);
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
 INLINE int64_t padded(int64_t r) { return blocks(r, LANES) * LANES; }
 
 /* Floats of scratch space that `row_products` wants. */
@@ -166,7 +211,7 @@ int64_t row_products_scratch(int64_t count, int64_t columns, int64_t rank, int64
 /* out (count, rows, rank) = T P^T with P (rank, columns) of each, T the gradient or its absolute value. */
 void row_products(const Tile *t, const float *const *P, int64_t P_stride, int64_t rank, int64_t absolutes, float *out,
                   float *scratch) {
-    const int64_t parts = blocks(t->columns, DEPTH), groups = blocks(rank, PANEL), full = padded(rank);
+    const int64_t parts = blocks(t->columns, DEPTH), full = padded(rank);
     const int64_t bands = blocks(t->rows, HEIGHT);
     float *const packed = scratch, *const space = scratch + t->count * t->columns * full;
 #pragma omp parallel num_threads((int)t->threads)
@@ -176,22 +221,14 @@ void row_products(const Tile *t, const float *const *P, int64_t P_stride, int64_
         for (int64_t item = 0; item < t->count * parts; item++) {
             const int64_t n = item / parts, j0 = item % parts * DEPTH, w = min(DEPTH, t->columns - j0);
             for (int64_t k0 = 0; k0 < rank; k0 += PANEL) {
-                const int64_t width = min(PANEL, full - k0);
-                float *to = packed + (n * t->columns + j0) * full + k0 * w;
-                for (int64_t k = 0; k < width; k++)
-                    for (int64_t j = 0; j < w; j++)
-                        to[j * width + k] = k0 + k < rank ? P[n][(k0 + k) * P_stride + j0 + j] : 0;
+                pack(packed + (n * t->columns + j0) * full + k0 * w, P[n] + k0 * P_stride + j0, 1, P_stride, w,
+                     min(PANEL, rank - k0), min(VECTORS, (full - k0) / LANES));
             }
         }
 #pragma omp for schedule(dynamic) nowait
         for (int64_t item = 0; item < t->count * bands; item++) {
             const int64_t n = item / bands, i0 = item % bands * HEIGHT, h = min(HEIGHT, t->rows - i0);
-#ifdef _OPENMP
-            extern int omp_get_thread_num(void);
-            float *const tile = space + omp_get_thread_num() * HEIGHT * (DEPTH + full);
-#else
-            float *const tile = space;
-#endif
+            float *const tile = space + thread() * HEIGHT * (DEPTH + full);
             float *const sums = tile + HEIGHT * DEPTH;
             for (int64_t j0 = 0; j0 < t->columns; j0 += DEPTH) {
                 const int64_t w = min(DEPTH, t->columns - j0);
@@ -199,11 +236,9 @@ void row_products(const Tile *t, const float *const *P, int64_t P_stride, int64_
                     load_gradient(t, n, i0 + i, j0, w, w, tile + i * DEPTH);
                     if (absolutes) absolute(tile + i * DEPTH, w);
                 }
-                for (int64_t g = 0; g < groups; g++) {
-                    const int64_t k0 = g * PANEL;
+                for (int64_t k0 = 0; k0 < full; k0 += PANEL)
                     product(h, min(VECTORS, (full - k0) / LANES), w, tile, DEPTH, 1,
                             packed + (n * t->columns + j0) * full + k0 * w, sums + k0, full, j0 > 0);
-                }
             }
             for (int64_t i = 0; i < h; i++)
                 memcpy(out + ((n * t->rows + i0 + i) * rank), sums + i * full, (size_t)rank * 4);
@@ -220,12 +255,7 @@ void column_products(const Tile *t, const float *const *L, int64_t L_stride, int
     const int64_t spans = blocks(t->columns, SPAN);
 #pragma omp parallel num_threads((int)t->threads)
     {
-#ifdef _OPENMP
-        extern int omp_get_thread_num(void);
-        float *const tile = scratch + omp_get_thread_num() * SPAN * (HEIGHT + rank);
-#else
-        float *const tile = scratch;
-#endif
+        float *const tile = scratch + thread() * SPAN * (HEIGHT + rank);
         float *const sums = tile + SPAN * HEIGHT;
 #pragma omp for schedule(dynamic) nowait
         for (int64_t item = 0; item < t->count * spans; item++) {
@@ -253,13 +283,13 @@ void column_products(const Tile *t, const float *const *L, int64_t L_stride, int
 
 /* Floats of scratch space that `adam` wants, sums of columns in parts included. */
 int64_t adam_scratch(int64_t count, int64_t rows, int64_t columns, int64_t rank, int64_t threads, int64_t sums) {
-    return threads * 2 * PANEL * (HEIGHT + rank) + (sums ? count * blocks(rows, HEIGHT) * columns : 0);
+    return threads * (2 * PANEL * (HEIGHT + rank) + HEIGHT * LANES) + (sums ? count * blocks(rows, HEIGHT) * columns : 0);
 }
 
 /* Products of the h rows of B at i0 with the columns of A at j0, (h, PANEL). */
 INLINE void moment_product(const Moment *m, int64_t n, int64_t i0, int64_t h, int64_t j0, int64_t w, float *panel,
                            float *to) {
-    pack(panel, m->A[n] + j0, m->A_stride, m->rank, w, VECTORS);
+    pack(panel, m->A[n] + j0, m->A_stride, 1, m->rank, w, VECTORS);
     product(h, VECTORS, m->rank, m->B[n] + i0 * m->B_stride, m->B_stride, 1, panel, to, PANEL, 0);
 }
 
@@ -278,20 +308,18 @@ INLINE void dense(const Moment *m, int64_t n, int64_t i, int64_t j, int64_t w, c
 void adam(const Tile *t, const Weights *w, const Moment *first, const Moment *second, float *row_sums,
           float *column_sums, float *scratch) {
     const int64_t bands = blocks(t->rows, HEIGHT), rank = first->rank > second->rank ? first->rank : second->rank;
-    float *const parts = scratch + t->threads * 2 * PANEL * (HEIGHT + rank);
+    const int64_t space = 2 * PANEL * (HEIGHT + rank) + HEIGHT * LANES;
+    float *const parts = scratch + t->threads * space;
 #pragma omp parallel num_threads((int)t->threads)
     {
-#ifdef _OPENMP
-        extern int omp_get_thread_num(void);
-        float *const M = scratch + omp_get_thread_num() * 2 * PANEL * (HEIGHT + rank);
-#else
-        float *const M = scratch;
-#endif
-        float *const V = M + HEIGHT * PANEL, *const panel = V + HEIGHT * PANEL, *const other = panel + PANEL * rank;
+        float *const M = scratch + thread() * space, *const V = M + HEIGHT * PANEL;
+        float *const panel = V + HEIGHT * PANEL, *const other = panel + PANEL * rank;
+        float *const of_rows = other + PANEL * rank; /* a vector of partial sums for each row */
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < t->count * bands; item++) {
             const int64_t n = item / bands, i0 = item % bands * HEIGHT, h = min(HEIGHT, t->rows - i0);
             const int skipped = t->finite && !t->finite[n];
+            memset(of_rows, 0, HEIGHT * LANES * 4);
             for (int64_t j0 = 0; j0 < t->columns; j0 += PANEL) {
                 const int64_t width = min(PANEL, t->columns - j0);
                 float squares[PANEL] = {0}, column[PANEL] = {0};
@@ -305,19 +333,15 @@ void adam(const Tile *t, const Weights *w, const Moment *first, const Moment *se
                 for (int64_t i = 0; i < h; i++) {
                     float g[PANEL], square[PANEL], x[PANEL];
                     float *const m = M + i * PANEL, *const v = V + i * PANEL;
-                    /* The hardware does not foresee the step to the next panel. */
-                    prefetch(t->data[n], t->dtype, (i0 + i) * t->stride + j0 + PANEL);
-                    prefetch(w->data[n], w->dtype, (i0 + i) * w->stride + j0 + PANEL);
+                    prefetch(t->data[n], t->dtype, (i0 + i) * t->stride + j0 + PANEL, PANEL);
+                    prefetch(w->data[n], w->dtype, (i0 + i) * w->stride + j0 + PANEL, PANEL);
                     load_gradient(t, n, i0 + i, j0, width, PANEL, g);
                     for (int k = 0; k < PANEL; k++) square[k] = g[k] * g[k];
                     if (column_sums)
                         for (int k = 0; k < PANEL; k++) squares[k] += square[k];
                     if (row_sums) {
-                        vec total = {0};
-                        for (int k = 0; k < VECTORS; k++) total += *(const vec *)(square + k * LANES);
-                        float sum = 0;
-                        for (int k = 0; k < LANES; k++) sum += total[k];
-                        row_sums[n * t->rows + i0 + i] += sum;
+                        vec *const total = (vec *)(of_rows + i * LANES);
+                        for (int k = 0; k < VECTORS; k++) *total += *(const vec *)(square + k * LANES);
                     }
                     if (first->kind == DENSE) dense(first, n, i0 + i, j0, width, g, m);
                     else if (second->kind != SPLIT)
@@ -345,18 +369,13 @@ void adam(const Tile *t, const Weights *w, const Moment *first, const Moment *se
                     load(x, address(w->data[n], w->dtype, at), w->dtype, width, PANEL);
                     const float decay = w->decay[n], lr = w->lr[n], eps = w->eps;
                     for (int k = 0; k < PANEL; k++) x[k] = decay * x[k] - lr * m[k] / (sqrtf(v[k]) + eps);
-                    if (w->dtype == FLOAT32) memcpy((float *)w->data[n] + at, x, (size_t)width * 4);
-                    else if (w->dtype == FLOAT16)
-                        for (int64_t k = 0; k < width; k++) ((_Float16 *)w->data[n])[at + k] = (_Float16)x[k];
-                    else if (w->keys) {
-                        const uint32_t index = (uint32_t)((w->row0 + i0 + i) * w->width + w->column0 + j0);
-                        for (int64_t k = 0; k < width; k++)
-                            ((uint16_t *)w->data[n])[at + k] = noisy_bfloat16(x[k], index + (uint32_t)k, (uint32_t)w->keys[n]);
-                    } else
-                        for (int64_t k = 0; k < width; k++) ((uint16_t *)w->data[n])[at + k] = nearest_bfloat16(x[k]);
+                    store((void *)address(w->data[n], w->dtype, at), x, w->dtype, width, w->keys ? w->keys + n : NULL,
+                          (uint32_t)((w->row0 + i0 + i) * w->width + w->column0 + j0));
                 }
                 if (column_sums) memcpy(parts + item * t->columns + j0, squares, (size_t)width * 4);
             }
+            for (int64_t i = 0; row_sums && i < h; i++)
+                for (int k = 0; k < LANES; k++) row_sums[n * t->rows + i0 + i] += of_rows[i * LANES + k];
         }
         if (column_sums) {
 #pragma omp for schedule(static)
@@ -364,6 +383,84 @@ void adam(const Tile *t, const Weights *w, const Moment *first, const Moment *se
                 for (int64_t band = 0; band < bands; band++)
                     for (int64_t j = 0; j < t->columns; j++)
                         column_sums[n * t->columns + j] += parts[(n * bands + band) * t->columns + j];
+        }
+    }
+}
+
+/* Floats of scratch space that `products` wants. */
+int64_t products_scratch(int64_t threads) { return threads * (DEPTH * PANEL + HEIGHT * WIDTH); }
+
+enum { GENERAL, LOWER, UPPER, SYMMETRIC };
+
+/* out (count, a, c) = X Y of X (count, a, b) and Y (count, b, c); strides are those of matrices, rows and columns.
+   Zeros are not multiplied where X is LOWER or Y UPPER triangular, nor half of what is SYMMETRIC. */
+void products(int64_t count, int64_t a, int64_t b, int64_t c, const float *X, const int64_t *Xs, const float *Y,
+              const int64_t *Ys, int64_t kind, float *out, int64_t threads, float *scratch) {
+    /* Parts of the result; in what order a sum is formed does not depend on them. */
+    const int64_t few = count * blocks(a, HEIGHT) < 2 * threads, height = few ? HEIGHT / 4 : HEIGHT;
+    const int64_t width = few ? PANEL : WIDTH, bands = blocks(a, height), groups = blocks(c, width);
+#pragma omp parallel num_threads((int)threads)
+    {
+        float *const panel = scratch + thread() * (DEPTH * PANEL + HEIGHT * WIDTH), *const sums = panel + DEPTH * PANEL;
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < count * bands * groups; item++) {
+            const int64_t n = item / (bands * groups), i0 = item / groups % bands * height, h = min(height, a - i0);
+            const int64_t first = item % groups * width, last = min(first + width, c);
+            for (int64_t k0 = 0; k0 < b || k0 == 0; k0 += DEPTH)
+                for (int64_t j0 = first; j0 < last; j0 += PANEL) {
+                    const int64_t vectors = min(VECTORS, blocks(c - j0, LANES));
+                    int64_t K = min(DEPTH, b - k0), start = 0;
+                    if (kind == UPPER) K = min(K, j0 + PANEL - k0);
+                    if (kind == LOWER) start = k0 > i0 ? (k0 - i0) / ROWS * ROWS : 0;
+                    if (kind == SYMMETRIC) start = j0 > i0 ? (j0 - i0) / ROWS * ROWS : 0;
+                    if (K < 0 || start >= h) continue;
+                    pack(panel, Y + n * Ys[0] + k0 * Ys[1] + j0 * Ys[2], Ys[1], Ys[2], K, min(PANEL, c - j0), vectors);
+                    for (int64_t i = start; i < h; i += 4 * ROWS) {
+                        const int64_t rows = min(4 * ROWS, h - i);
+                        product(rows, vectors, kind == LOWER ? min(K, i0 + i + rows - k0) : K,
+                                X + n * Xs[0] + (i0 + i) * Xs[1] + k0 * Xs[2], Xs[1], Xs[2], panel,
+                                sums + i * WIDTH + j0 - first, WIDTH, k0 > 0);
+                    }
+                }
+            for (int64_t i = 0; i < h; i++)
+                memcpy(out + (n * a + i0 + i) * c + first, sums + i * WIDTH, (size_t)(last - first) * 4);
+        }
+        if (kind == SYMMETRIC) {
+#pragma omp for schedule(static)
+            for (int64_t n = 0; n < count; n++)
+                for (int64_t i = 0; i < a; i++)
+                    for (int64_t j = i + 1; j < c; j++) out[(n * a + i) * c + j] = out[(n * a + j) * c + i];
+        }
+    }
+}
+
+/* R (count, r, r) of G (count, r, r), contiguous: lower triangular, R^T R = G^-1. Where rounding has left nothing of a
+   direction, its row of R is zero. G is overwritten. */
+void inverse_roots(int64_t count, int64_t r, float *G, float *R, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads((int)threads)
+    for (int64_t n = 0; n < count; n++) {
+        float *const U = G + n * r * r, *const out = R + n * r * r;
+        memset(out, 0, (size_t)(r * r) * 4);
+        for (int64_t k = 0; k < r; k++) { /* G = U^T U, by rows of U */
+            float *const row = U + k * r;
+            const float pivot = row[k], inverse = pivot <= 0 ? 0 : 1 / sqrtf(pivot);
+            for (int64_t j = k; j < r; j++) row[j] *= inverse;
+            for (int64_t i = k + 1; i < r; i++) {
+                const float x = row[i];
+                for (int64_t j = i; j < r; j++) U[i * r + j] -= x * row[j];
+            }
+            out[k * r + k] = inverse;
+        }
+        for (int64_t i = 0; i < r; i++) { /* row i of R = U^-T */
+            float *const to = out + i * r;
+            const float inverse = to[i];
+            to[i] = 0;
+            for (int64_t k = 0; k < i; k++) {
+                const float x = U[k * r + i];
+                for (int64_t j = 0; j <= k; j++) to[j] -= x * out[k * r + j];
+            }
+            for (int64_t j = 0; j < i; j++) to[j] *= inverse;
+            to[i] = inverse;
         }
     }
 }

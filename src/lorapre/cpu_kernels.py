@@ -25,9 +25,13 @@ from torch import Tensor
 from lorapre.operands import Dense, Factors, Matrices, Numbers, Split, addresses, stride
 
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -fPIC -shared -lm"
+FLAGS = (
+    "-O3 -march=native -fopenmp -fPIC -shared -lm -fno-math-errno -fno-trapping-math -ffp-contract=fast "
+    "-fno-tree-loop-distribute-patterns"  # rows of a tile are too short for calls of memcpy
+)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FACTORS, DENSE, SPLIT = range(3)
+GENERAL, LOWER, UPPER, SYMMETRIC = range(4)
 
 
 class _Tile(ctypes.Structure):
@@ -64,6 +68,11 @@ def why_not(weights: Matrices, grads: Matrices) -> str | None:
             return f"the {name}s of a group differ in stride or dtype"
     library = _library()
     return library if isinstance(library, str) else None
+
+
+def ready() -> bool:
+    """Whether there is a compiler, and the kernels could be loaded."""
+    return not isinstance(_library(), str)
 
 
 def row_products(
@@ -157,6 +166,29 @@ def adam(
     return None if row_sums is None or column_sums is None else (row_sums, column_sums)
 
 
+def products(X: Tensor, Y: Tensor, kind: int = GENERAL) -> Tensor:
+    """X Y (n, a, c) of X (n, a, b) and Y (n, b, c), float32.
+
+    Of `kind` LOWER X is lower, of UPPER Y upper triangular, of SYMMETRIC the product is symmetric.
+    """
+    (n, a, b), c, library, threads = X.shape, Y.shape[2], _loaded(), torch.get_num_threads()
+    strides = (c_int64 * 6)(*X.stride(), *Y.stride())
+    scratch, out = X.new_empty(library.products_scratch(threads)), X.new_empty(n, a, c)
+    library.products(
+        n, a, b, c, X.data_ptr(), ctypes.addressof(strides), Y.data_ptr(), ctypes.addressof(strides) + 24,
+        kind, out.data_ptr(), threads, scratch.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def inverse_roots(G: Tensor) -> Tensor:
+    """R (n, r, r), lower triangular, with R^T R = G^-1 of G (n, r, r), float32, positive definite."""
+    G = G.clone(memory_format=torch.contiguous_format)
+    R = torch.empty_like(G)
+    _loaded().inverse_roots(*G.shape[:2], G.data_ptr(), R.data_ptr(), torch.get_num_threads())
+    return R
+
+
 # What a pointer points to has to live until the call: that is what the lists `held` are for.
 
 
@@ -230,13 +262,14 @@ def _library() -> Any:
     except FileNotFoundError:
         return f"there is no C compiler {compiler[0]!r}: install one, or name one in $CC"
     except subprocess.CalledProcessError as error:
-        return f"the C compiler {compiler[0]!r} failed: {_first_line(error.stderr)}"
+        return f"the C compiler {compiler[0]!r} failed: {_complaint(error.stderr)}"
     except OSError as error:
         return f"the kernels that {compiler[0]!r} compiled cannot be kept or loaded: {error}"
     for name, arguments in {
         "row_products_scratch": [c_int64] * 4,
         "column_products_scratch": [c_int64] * 2,
         "adam_scratch": [c_int64] * 6,
+        "products_scratch": [c_int64],
     }.items():
         getattr(library, name).argtypes, getattr(library, name).restype = arguments, c_int64
     library.row_products.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p]
@@ -244,6 +277,10 @@ def _library() -> Any:
         c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p
     ]  # fmt: skip
     library.adam.argtypes = [c_void_p] * 7
+    library.inverse_roots.argtypes = [c_int64, c_int64, c_void_p, c_void_p, c_int64]
+    library.products.argtypes = [
+        *[c_int64] * 4, *[c_void_p] * 4, c_int64, c_void_p, c_int64, c_void_p
+    ]  # fmt: skip
     return library
 
 
@@ -270,5 +307,7 @@ def _folder() -> Path:
     return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp())
 
 
-def _first_line(message: bytes) -> str:
-    return message.decode(errors="replace").strip().partition("\n")[0]
+def _complaint(message: bytes) -> str:
+    """The first error among what a compiler prints."""
+    lines = message.decode(errors="replace").strip().splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else "without a message")

@@ -20,11 +20,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lorapre import cpu_kernels
+
 # As printed; of the trace of the Gram matrix in all variants but "paper", and there too where that is more.
 DAMPING = 1e-6
-
-# Builds for x86 have MKL too; on others the float32 products of oneDNN have not been looked at.
-ONEDNN = bool(torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
 
 
 class Shards:
@@ -87,39 +86,32 @@ def product(B: Tensor, A: Tensor) -> Tensor:
     return matmul(B, A)
 
 
-def matmul(X: Tensor, Y: Tensor) -> Tensor:
+def matmul(X: Tensor, Y: Tensor, kind: int = cpu_kernels.GENERAL) -> Tensor:
     """X Y, (..., a, c) of X (..., a, b) and Y (..., b, c), with the same leading dimensions.
 
-    On CPUs, large float32 products go to oneDNN, as those of bfloat16 do by themselves. MKL, which torch asks
-    for float32, uses half of the vector width of other makers' processors.
+    `kind` is what `cpu_kernels.products`, which takes large ones on CPUs, is told of zeros and symmetry.
     """
-    if X.ndim != 3 or not X.is_cpu or torch.compiler.is_compiling():
-        return X @ Y
-    large = X.shape[1] * X.shape[2] * Y.shape[2] >= 2**21 and X.dtype == torch.float32 and ONEDNN
-    if not large or len(X) == 0:
-        return torch.mm(X[0], Y[0])[None] if len(X) == 1 else torch.bmm(X, Y)
-    if len(X) == 1:
-        return _large_product(X[0], Y[0])[None]
-    return torch.stack([_large_product(x, y) for x, y in zip(X, Y, strict=True)])
+    if _compiled(X, X.shape[-2] * X.shape[-1] * Y.shape[-1]):
+        return cpu_kernels.products(X, Y, kind)
+    return torch.mm(X[0], Y[0])[None] if X.ndim == 3 and len(X) == 1 else X @ Y
 
 
-def _large_product(x: Tensor, y: Tensor) -> Tensor:
-    """x y in oneDNN, which is fast for x by rows and y by rows or columns, without gaps."""
-    x, y = x.contiguous(), y if y.mT.is_contiguous() else y.contiguous()
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, y.mT, None, "none", [], "")
-    return out
+def _compiled(X: Tensor, operations: int) -> bool:
+    """Whether kernels for CPUs take X, with so many multiplications a matrix."""
+    large = X.ndim == 3 and X.is_cpu and X.dtype == torch.float32 and operations >= 2**18
+    return large and not torch.compiler.is_compiling() and cpu_kernels.ready()
 
 
 def gram(X: Tensor, scale: Tensor | None = None) -> Tensor:
-    """X^T X (..., r, r) of X (..., n, r), or of scale * X; a part of the rows at a time, as each is copied.
+    """X^T X (..., r, r) of X (..., n, r), or of scale * X; a part of the rows at a time, where each is copied.
 
     In float64 on CUDA: where TF32 is allowed, as many users do for speed, a float32 product is off by 5e-4,
     more than the damping, and Cholesky fails.
     """
     total = None
-    for rows in _parts(X):
+    for rows in [X] if scale is None and not X.is_cuda else _parts(X):
         rows = rows if scale is None else rows * scale
-        part = (rows.double().mT @ rows.double()).to(X.dtype) if X.is_cuda else matmul(rows.mT, rows)
+        part = (rows.double().mT @ rows.double()).to(X.dtype) if X.is_cuda else matmul(rows.mT, rows, cpu_kernels.SYMMETRIC)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
@@ -169,7 +161,7 @@ def gauge_(B: Tensor, A: Tensor, shards: Shards = WHOLE, before: Tensor | None =
     alive = (size >= torch.finfo(A.dtype).tiny) & size.isfinite()
     A.mul_(torch.where(alive, 1 / size, 0))
     if before is not None:
-        A.copy_(torch.where(alive, A, before))
+        torch.where(alive, A, before, out=A)
     else:
         A.diagonal(dim1=-2, dim2=-1).add_((~alive).squeeze(-1))
     B.mul_(torch.where(alive, size, 0))
@@ -333,7 +325,7 @@ class Newton(Tracker):
 
     def probe(self, columns: slice) -> Tensor:
         """R (A + eps W), R^T R the damped inverse: whitened before somebody rounds it (docs/maths.md)."""
-        return matmul(self._root, super().probe(columns))
+        return matmul(self._root, super().probe(columns), cpu_kernels.LOWER)
 
     def _left(self, members: slice, rows: slice, TAt: Tensor) -> None:
         self.B[members, rows].lerp_(matmul(TAt, self._root[members]), self.rate[members])
@@ -344,7 +336,7 @@ class Newton(Tracker):
 
     def basis(self, members: slice, rows: slice) -> Tensor:
         """R L^T (n, r, rows) with L = B' / ||B'||_F, whitened as the probe is."""
-        return matmul(self._root[members], self.B[members, rows].mT * self._unit[members])
+        return matmul(self._root[members], self.B[members, rows].mT * self._unit[members], cpu_kernels.LOWER)
 
     def _parts(self) -> tuple[Tensor, ...]:
         return (gram(self.B, self._unit),)
@@ -405,7 +397,11 @@ class Subspace(Tracker):
 
     def _start_left(self, G: Tensor) -> None:
         self._root = _damped_root(G.clone(), 0.0)
-        self.W = matmul(self._root, super().probe(ALL))
+        self.W = torch.empty_like(self.A)
+        size = max(1, 2**18 // self.A.shape[-2])
+        for start in range(0, self.A.shape[-1], size):
+            columns = slice(start, start + size)
+            self.W[..., columns] = matmul(self._root, super().probe(columns), cpu_kernels.LOWER)
         self.BG = matmul(self.B, G)
         self.seen = torch.empty_like(self.B)
 
@@ -417,9 +413,15 @@ class Subspace(Tracker):
         self.seen[members, rows] = TAt
 
     def _turn(self) -> None:
-        Y = matmul(self.BG, self._root.mT).lerp_(self.seen, 1 - self.rate)
+        # No name holds what `orth` overwrites, so that it is free as soon as `orth` is done with it.
+        self._Q = orth(self._estimate(), self.shards)
+
+    def _estimate(self) -> Tensor:
+        """(beta B A + (1 - beta) T) W^T (N, p, r)."""
+        held = matmul(self.BG, self._root.mT.contiguous(), cpu_kernels.UPPER)
+        held.lerp_(self.seen, 1 - self.rate)
         del self.W, self.BG, self.seen
-        self._Q = orth(Y, self.shards)
+        return held
 
     def basis(self, members: slice, rows: slice) -> Tensor:
         """Q^T (n, r, rows)."""
@@ -519,7 +521,7 @@ def _root_of_ratio(wanted: Tensor, now: Tensor) -> Tensor:
 
 
 def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
-    """An orthonormal basis Q (..., p, r) of the range of Y (..., p, r), r <= p.
+    """An orthonormal basis Q (..., p, r) of the range of Y (..., p, r), r <= p; Y is overwritten.
 
     Cholesky QR, three times over: shifted twice, so that columns which almost depend on each other survive,
     then plain. Where Y has lost rank (a gradient of rank below r, an expert with few tokens) the free columns
@@ -528,27 +530,27 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
     """
     r, eps = Y.shape[-1], torch.finfo(Y.dtype).eps
     (size,) = shards.sum_rows(_largest(Y))
-    # Transposed, as products of large matrices want it.
-    Qt = (Y / torch.where(size > 0, size, 1)).mT.contiguous()
     # The shifts are what rounding of the Gram needs: less, and Cholesky meets negative eigenvalues.
-    Qt, R = _cholesky_qr(Qt, (r + 16) * eps, shards)
+    Y, R = _cholesky_qr(Y.div_(torch.where(size > 0, size, 1)), (r + 16) * eps, shards)
     # Q^T Q = R (R^-1 R^-T - shift I) R^T = I - shift R R^T: what the squared lengths of the columns of Q lack
     # to one, nothing where a column has survived and all where Y has lost it.
-    lost = (r + 16) * eps * R.square().sum(-1, keepdim=True)
-    Qt.addcmul_(4e-5 * lost, _waves(Qt.mT, shards.rows, shards.size(Y.shape[-2], 1)[0], ALL).mT)
-    Qt, _ = _cholesky_qr(Qt, 16 * eps, shards)
-    return _cholesky_qr(Qt, eps, shards)[0].mT
+    fill = 4e-5 * (r + 16) * eps * R.square().sum(-1)[..., None, :]
+    # Less than eps changes nothing. GPUs are not asked, which would wait for them.
+    if not Y.is_cpu or torch.compiler.is_compiling() or bool((fill > eps).any()):
+        Y.addcmul_(fill, _waves(Y, shards.rows, shards.size(Y.shape[-2], 1)[0], ALL))
+    Y, _ = _cholesky_qr(Y, 16 * eps, shards)
+    return _cholesky_qr(Y, eps, shards)[0]
 
 
-def _cholesky_qr(Yt: Tensor, shift: float, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Q^T = R Y^T (..., r, p) and R, R^T R = (Y^T Y + shift I)^-1, the columns of Y of unit length before."""
-    G = shards.gram(Yt.mT)
+def _cholesky_qr(Y: Tensor, shift: float, shards: Shards) -> tuple[Tensor, Tensor]:
+    """Q = Y R^T (..., p, r) and R, R^T R = (Y^T Y + shift I)^-1, the columns of Y of unit length before."""
+    G = shards.gram(Y)
     squares = G.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(squares > 0, squares.rsqrt(), 0)[..., None, :]
     G = scale.mT * G * scale
     G.diagonal(dim1=-2, dim2=-1).add_(shift)
     R = _inverse_root(G)
-    return matmul(R * scale, Yt), R
+    return matmul(Y, (R * scale).mT.contiguous(), cpu_kernels.UPPER), R
 
 
 def _waves(like: Tensor, indices: Callable[[int, torch.device], Tensor], total: int, part: slice) -> Tensor:
@@ -593,7 +595,9 @@ def _inverse_root(G: Tensor) -> Tensor:
     matrices: libraries solve triangular systems at a fraction of their speed, on CPUs one after the other.
     """
     r = G.shape[-1]
-    if r <= (64 if G.is_cpu else 128):
+    if r <= 128:
+        if _compiled(G, 2**18):
+            return cpu_kernels.inverse_roots(G)
         C = torch.linalg.cholesky_ex(G).L
         eye = torch.eye(r, dtype=G.dtype, device=G.device).expand_as(G)
         root: Tensor = torch.linalg.solve_triangular(C, eye, upper=False)
