@@ -27,6 +27,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LORAPRE_CACHE", str(tmp_path_factory.getbasetemp() / "lorapre-cache"))
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test is run twice: with the kernels for CPUs, and with torch's operations in their place."""
+    from lorapre import cpu_kernels
+
+    if request.param == "torch":
+        monkeypatch.setattr("lorapre.moments._wants_cpu_kernels", lambda batch: False)
+        monkeypatch.setattr(cpu_kernels, "ready", lambda: False)
+    else:
+        assert cpu_kernels.why_not([], []) is None
+
+
 @pytest.fixture
 def lorapre(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -12,6 +12,8 @@ from lorapre import LoRAPreAdamW, LoRAPreMuon
 from lorapre.factors import gaussian
 from reference import AdamReference, MuonReference, first_A
 
+pytestmark = pytest.mark.usefixtures("arithmetic")
+
 VARIANTS = ["paper", "calibrated", "subspace", "split"]
 MUON = ["paper", "calibrated", "subspace"]
 COMPRESS = ["both", "first", "second"]

@@ -230,6 +230,7 @@ void row_products(const Tile *t, const float *const *P, int64_t P_stride, int64_
             const int64_t n = item / bands, i0 = item % bands * HEIGHT, h = min(HEIGHT, t->rows - i0);
             float *const tile = space + thread() * HEIGHT * (DEPTH + full);
             float *const sums = tile + HEIGHT * DEPTH;
+            if (t->columns == 0) memset(sums, 0, (size_t)(HEIGHT * full) * 4);
             for (int64_t j0 = 0; j0 < t->columns; j0 += DEPTH) {
                 const int64_t w = min(DEPTH, t->columns - j0);
                 for (int64_t i = 0; i < h; i++) {

@@ -4,10 +4,11 @@ They are compiled on first use, in about a second, by the compiler that $CC name
 hand, and kept under $LORAPRE_CACHE, or lorapre under $XDG_CACHE_HOME or ~/.cache. Optional: where `why_not`
 gives a reason the caller takes torch's operations, which are the specification.
 
-A tile is the same part (rows, columns) of n matrices. Everything is computed in float32 whatever the dtype, and
-depends neither on the number of threads nor on which of them was first.
+A tile is the same part (rows, columns) of n matrices. Everything is computed in float32 whatever the dtype,
+and depends neither on the number of threads nor on which of them was first.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -300,10 +301,8 @@ def _folder() -> Path:
     """Where compiled kernels are kept; a folder of this process alone where that cannot be written."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapre"
     folder = Path(os.environ.get("LORAPRE_CACHE") or cache)
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        pass
     return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp())
 
 

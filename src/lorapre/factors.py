@@ -103,7 +103,7 @@ def _compiled(X: Tensor, operations: int) -> bool:
 
 
 def gram(X: Tensor, scale: Tensor | None = None) -> Tensor:
-    """X^T X (..., r, r) of X (..., n, r), or of scale * X; a part of the rows at a time, where each is copied.
+    """X^T X (..., r, r) of X (..., n, r), or of scale * X; in parts where rows are copied.
 
     In float64 on CUDA: where TF32 is allowed, as many users do for speed, a float32 product is off by 5e-4,
     more than the damping, and Cholesky fails.
@@ -111,7 +111,11 @@ def gram(X: Tensor, scale: Tensor | None = None) -> Tensor:
     total = None
     for rows in [X] if scale is None and not X.is_cuda else _parts(X):
         rows = rows if scale is None else rows * scale
-        part = (rows.double().mT @ rows.double()).to(X.dtype) if X.is_cuda else matmul(rows.mT, rows, cpu_kernels.SYMMETRIC)
+        part = (
+            (rows.double().mT @ rows.double()).to(X.dtype)
+            if X.is_cuda
+            else matmul(rows.mT, rows, cpu_kernels.SYMMETRIC)
+        )
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
@@ -477,7 +481,8 @@ def match_means(
     """
     p, q = shards.size(B.shape[-2], A.shape[-1])
     if BG is None:
-        BG = matmul(B, *shards.sum_columns(gram(A.mT)))
+        (G,) = shards.sum_columns(gram(A.mT))
+        BG = matmul(B, G)
     now = (BG * B).sum(-1) / q
     rows = _root_of_ratio(row, now)[..., None]
     now = (matmul(shards.gram(B * rows), A) * A).sum(-2) / p
@@ -534,10 +539,8 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
     Y, R = _cholesky_qr(Y.div_(torch.where(size > 0, size, 1)), (r + 16) * eps, shards)
     # Q^T Q = R (R^-1 R^-T - shift I) R^T = I - shift R R^T: what the squared lengths of the columns of Q lack
     # to one, nothing where a column has survived and all where Y has lost it.
-    fill = 4e-5 * (r + 16) * eps * R.square().sum(-1)[..., None, :]
-    # Less than eps changes nothing. GPUs are not asked, which would wait for them.
-    if not Y.is_cpu or torch.compiler.is_compiling() or bool((fill > eps).any()):
-        Y.addcmul_(fill, _waves(Y, shards.rows, shards.size(Y.shape[-2], 1)[0], ALL))
+    lost = (r + 16) * eps * R.square().sum(-1)[..., None, :]
+    Y.addcmul_(4e-5 * lost, _waves(Y, shards.rows, shards.size(Y.shape[-2], 1)[0], ALL))
     Y, _ = _cholesky_qr(Y, 16 * eps, shards)
     return _cholesky_qr(Y, eps, shards)[0]
 

@@ -8,8 +8,8 @@ which is the specification. This is the only module that imports triton; import 
     rows = kernels.row_sweep(weights, grads, first, second, decay=..., lr=..., eps=...)      w in place, T A^T
     columns = kernels.column_sweep(grads, first_basis, second_basis)                         L^T T
 
-T is the gradient g for the first moment (m) and |g| for the second (v). A group is N matrices (p, q), given as
-`lorapre.operands` says. Every sweep is one launch for the group (a row sweep of large rank two), whose
+T is the gradient g for the first moment (m) and |g| for the second (v). A group is N matrices (p, q), given
+as `lorapre.operands` says. Every sweep is one launch for the group (a row sweep of large rank two), whose
 addresses travel in a table on the device. Nothing waits for the device, everything can be captured in a CUDA
 graph, and nothing depends on the order in which programs run: sums are never formed by atomics.
 

@@ -453,12 +453,13 @@ def _compiled_update(
     lr: float | Tensor, decay: float | Tensor, eps: float,
 ) -> None:  # fmt: skip
     """Step the weights of a tile."""
-    origin = _origin(batch) or (0, 0)
-    part = functools.partial(operands.tile, members=members, rows=rows, columns=columns)
+    row, column = _origin(batch) or (0, 0)
+    at = members, rows, columns
     sums = cpu_kernels.adam(
-        batch.tiles(batch.weights, members, rows, columns), g, part(m), part(v), lr=lr, decay=decay,
-        eps=max(eps, torch.finfo(torch.float32).tiny), keys=batch.keys[members] if batch.rounds_stochastically else None,
-        origin=(origin[0] + rows.start, origin[1] + columns.start),
+        batch.tiles(batch.weights, *at), g, m.tile(*at), v.tile(*at), lr=lr, decay=decay,
+        eps=max(eps, torch.finfo(torch.float32).tiny),
+        keys=batch.keys[members] if batch.rounds_stochastically else None,
+        origin=(row + rows.start, column + columns.start),
         width=batch.shards.size(batch.p, batch.q)[1], sums=means is not None, **batch.signs(members),
     )  # fmt: skip
     if means is not None and sums is not None:

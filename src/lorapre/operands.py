@@ -1,7 +1,7 @@
 """Moments as kernels take them, of N matrices (p, q).
 
-Where tensors are asked for as `Matrices`, each is (p, q) or, as fused experts are, (E, p, q), which counts as E
-matrices; so N matrices may also come stacked, as one tensor. Per-matrix numbers are floats or tensors that
+Where tensors are asked for as `Matrices`, each is (p, q) or, as fused experts are, (E, p, q), which counts as
+E matrices; so N matrices may also come stacked, as one tensor. Per-matrix numbers are floats or tensors that
 hold one or N elements.
 """
 
@@ -25,6 +25,17 @@ class Factors(NamedTuple):
     column: Tensor | None = None  # (N, q)
     probe: Matrices | None = None  # (r, q), stands for A in T A^T, if given
 
+    def tile(self, members: slice, rows: slice, columns: slice) -> "Factors":
+        """Of (rows, columns) of some members, where B and A come stacked; without the probe."""
+        return Factors(
+            [self.B[0][members, rows]],
+            [self.A[0][members, :, columns]],
+            _numbers(self.keep, members),
+            _numbers(self.fresh, members),
+            None if self.row is None else self.row[members, rows],
+            None if self.column is None else self.column[members, columns],
+        )
+
 
 class Dense(NamedTuple):
     """A moment kept in full, updated in place and taken divided by `correction`."""
@@ -32,6 +43,11 @@ class Dense(NamedTuple):
     ema: Matrices  # (p, q), float32
     beta: float
     correction: Numbers
+
+    def tile(self, members: slice, rows: slice, columns: slice) -> "Dense":
+        """Of (rows, columns) of some members."""
+        ema = [x[rows, columns] for x in self.ema[members]]
+        return Dense(ema, self.beta, _numbers(self.correction, members))
 
 
 class Split(NamedTuple):
@@ -48,6 +64,22 @@ class Split(NamedTuple):
     share: float
     row: Tensor  # (N, p)
     column: Tensor  # (N, q)
+
+    def tile(self, members: slice, rows: slice, columns: slice) -> "Split":
+        """Of (rows, columns) of some members, where C and W come stacked."""
+        return Split(
+            [self.C[0][members, rows]],
+            [self.W[0][members, :, columns]],
+            _numbers(self.keep, members),
+            _numbers(self.fresh, members),
+            self.share,
+            self.row[members, rows],
+            self.column[members, columns],
+        )
+
+
+def _numbers(x: Numbers, members: slice) -> Numbers:
+    return x[members] if isinstance(x, Tensor) and x.numel() > 1 else x
 
 
 def count(tensors: Matrices) -> int:
@@ -67,23 +99,3 @@ def addresses(tensors: Matrices) -> list[int]:
         step = (x.stride(0) if x.ndim == 3 else 0) * x.itemsize
         starts += [x.data_ptr() + step * e for e in range(1 if x.ndim == 2 else x.shape[0])]
     return starts
-
-
-def tile(
-    moment: Factors | Dense | Split, members: slice, rows: slice, columns: slice
-) -> Factors | Dense | Split:
-    """What a moment of N matrices, of which factors come stacked, is of (rows, columns) of some members."""
-
-    def of(x: Numbers) -> Numbers:
-        return x[members] if isinstance(x, Tensor) and x.numel() > 1 else x
-
-    if isinstance(moment, Dense):
-        ema = [x[rows, columns] for x in moment.ema[members]]
-        return moment._replace(ema=ema, correction=of(moment.correction))
-    (left,), (right,) = moment[:2]
-    row, column = moment.row, moment.column
-    return type(moment)(
-        [left[members, rows]], [right[members, :, columns]], of(moment.keep), of(moment.fresh),
-        *((moment.share,) if isinstance(moment, Split) else ()),
-        None if row is None else row[members, rows], None if column is None else column[members, columns],
-    )  # fmt: skip

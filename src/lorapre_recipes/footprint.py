@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from lorapre.batch import SHARED
+from lorapre.batch import BATCH, SHARED
 from lorapre.groups import matrix_shape
 from lorapre_recipes.config import (
     DEFAULT_VARIANT,
@@ -303,12 +304,16 @@ def step_transient(weights: Sequence[Weight], settings: Settings, mesh: Mesh) ->
         return 0 if item == FLOAT32 else DENSE_SCRATCH
     largest = max(weight.held(mesh) * item for weight in weights)
     scratch = max(SCRATCH, round(SCRATCH_SHARE * largest))
+    low_rank = [weight for weight in weights if weight.rank]
     if settings.variant == "split" and settings.optimizer == "lorapre-adamw":
-        scratch //= 2  # fewer tiles at a time
-    if settings.variant in ("paper", "subspace", "split"):
-        scratch += max(
-            (factor_copies(weight, settings, mesh) for weight in weights if weight.rank), default=0
-        )
+        alike = Counter(weight.shape for weight in low_rank)
+        copies = [
+            factor_copies(weight, settings, mesh) * stacked(weight, alike[weight.shape])
+            for weight in low_rank
+        ]
+        return scratch // 4 + max(copies, default=0)  # most of the rest is for factors of stacked weights
+    if settings.variant in ("paper", "subspace"):
+        scratch += max((factor_copies(weight, settings, mesh) for weight in low_rank), default=0)
     if settings.optimizer == "lorapre-muon":
         return max([scratch, *(newton_schulz_bytes(weight, FLOAT32) for weight in matrices)])
     return scratch
@@ -325,6 +330,13 @@ def factor_copies(weight: Weight, settings: Settings, mesh: Mesh) -> int:
         settings.variant or "", 2 * part.p + part.q
     )
     return FLOAT32 * len(settings.moments) * part.E * r * (kept + 2 * r)
+
+
+def stacked(weight: Weight, alike: int) -> int:
+    """How many of the weights of a shape are stepped together."""
+    assert weight.rank is not None
+    E, p, q = matrix_shape(weight.shape, weight.flatten)
+    return min(alike, max(1, BATCH // max(1, E * weight.rank * (p + q))))
 
 
 def newton_schulz_bytes(weight: Weight, item: int) -> int:
