@@ -6,9 +6,11 @@ Time is fitted by a power of p q at one rank, and by a power of r at one size, l
 from where the fixed costs of a step are small. Shares are of the time of operations, by torch's profiler.
 """
 
+import functools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,8 +32,9 @@ from common import (
 )
 from cyclopts import App, Parameter
 from matplotlib.ticker import LogLocator, NullLocator
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
+from lorapre import cpu_kernels
 from lorapre_recipes.config import Variant
 
 COLUMNS = [
@@ -46,8 +49,8 @@ COLUMNS = [
     Column("small", "by r x r", ".1%"),
 ]
 FACTOR = ("cholesky", "triangular", "linalg_inv", "linalg_lu", "linalg_solve", "linalg_qr", "linalg_eigh")
-ONEDNN = "mkldnn::_linear_pointwise"  # of X and the transpose of W
-PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", ONEDNN)
+PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
+OURS = "lorapre::"  # kernels for CPUs, which the profiler does not see by itself, by what they count for
 
 app = App(help=__doc__)
 
@@ -60,7 +63,7 @@ def main(
     size: int = 2000,
     rank: int = 64,
     optimizer: Literal["adamw", "muon"] = "adamw",
-    variant: Variant = "calibrated",
+    variant: Variant = "split",
     dtype: Literal["fp32", "bf16"] = "fp32",
     device: str = "cpu",
     fit_from: Annotated[tuple[int, int], Parameter(show_default=True)] = (1024, 64),
@@ -150,13 +153,13 @@ def shares(step: Callable[[], Any], r: int, device: torch.device) -> dict[str, f
     """What part of a step's operations, by time, is spent on r x r matrices."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities, record_shapes=True) as recorded:
+    with labelled(r), profile(activities=activities, record_shapes=True) as recorded:
         for _ in range(2):
             step()
     total, parts = 0.0, dict.fromkeys(("factor", "gram", "small"), 0.0)
     for event in recorded.key_averages(group_by_input_shape=True):
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if event.key.startswith(("aten::", ONEDNN)):
+        if event.key.startswith(("aten::", OURS)):
             total += spent
         if kind := kind_of(event.key, event.input_shapes, r):
             parts[kind] += spent
@@ -165,17 +168,45 @@ def shares(step: Callable[[], Any], r: int, device: torch.device) -> dict[str, f
 
 def kind_of(name: str, inputs: Sequence[Sequence[int]], r: int) -> str | None:
     """Which share an operation counts for."""
+    if name.startswith(OURS):
+        return name.removeprefix(OURS) or None
     if any(part in name for part in FACTOR):
         return "factor"
     if name in PRODUCTS:
         first = name.startswith(("aten::addmm", "aten::baddbmm"))  # what is added comes before the factors
-        left, right = (list(shape[-2:]) for shape in inputs[first : first + 2])
-        right = right[::-1] if name == ONEDNN else right
-        if left[0] == right[1] == r:
-            return "gram"
-        if [r, r] in (left, right):
-            return "small"
+        return kind_of_product(*(list(shape[-2:]) for shape in inputs[first : first + 2]), r)
     return None
+
+
+def kind_of_product(left: list[int], right: list[int], r: int) -> str | None:
+    """Which share a product of two such matrices counts for."""
+    if left[0] == right[1] == r:
+        return "gram"
+    return "small" if [r, r] in (left, right) else None
+
+
+@contextmanager
+def labelled(r: int) -> Iterator[None]:
+    """Within it, calls of kernels for CPUs are ranges of the profiler."""
+    names = ("adam", "row_products", "column_products", "products", "inverse_roots", "whitening")
+    kernels = {name: getattr(cpu_kernels, name) for name in names}
+
+    def label(name: str, args: Sequence[Any]) -> str:
+        if name == "products":
+            return OURS + (kind_of_product(*(list(x.shape[-2:]) for x in args[:2]), r) or "")
+        return OURS + ("factor" if name in ("inverse_roots", "whitening") else "")
+
+    def call(name: str, *args: Any, **options: Any) -> Any:
+        with record_function(label(name, args)):
+            return kernels[name](*args, **options)
+
+    try:
+        for name in names:
+            setattr(cpu_kernels, name, functools.partial(call, name))
+        yield
+    finally:
+        for name, kernel in kernels.items():
+            setattr(cpu_kernels, name, kernel)
 
 
 def draw(figure: Any, result: Result) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cases import CASES, FACTORISED, Case, parameters, set_gradients
 from lorapre import cpu_kernels, moments, rounding
-from lorapre.factors import _damped_root
+from lorapre.factors import _damped_root, _whitening
 from lorapre.operands import Dense, Factors, Split
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -191,7 +191,7 @@ def test_products(n: int, a: int, b: int, c: int, turned: tuple[bool, bool]) -> 
             assert_near(cpu_kernels.products(x, y, kind), x.double() @ y.double())
 
 
-@pytest.mark.parametrize("r", [1, 7, 64, 128])
+@pytest.mark.parametrize("r", [1, 7, 64, 128, 200])
 def test_inverse_roots(r: int) -> None:
     X = torch.randn(5, r + 9, r)
     G = X.mT @ X / r + 0.01 * torch.eye(r)
@@ -381,3 +381,16 @@ def test_the_root_of_a_large_matrix_is_made_by_halves() -> None:
     R, damping = _damped_root(G.clone(), 0.0).double(), 1e-6 * G.diagonal(dim1=1, dim2=2).sum(1)
     damped = G.double() + damping[:, None, None] * torch.eye(300)
     assert_near(R @ damped @ R.mT, torch.eye(300).expand(2, -1, -1), 1e-4)
+
+
+@pytest.mark.parametrize("r", [1, 40, 150])
+def test_whitening_is_that_of_the_operations_of_torch(r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    Y = torch.randn(3, 200, r) * torch.rand(r)
+    Y[0, :, -1] = 0
+    G = Y.mT @ Y
+    SRt, lengths = cpu_kernels.whitening(G, 1e-4)
+    monkeypatch.setattr(cpu_kernels, "ready", lambda: False)
+    expected = _whitening(G, 1e-4)
+    assert torch.equal(SRt, SRt.triu())
+    assert_near(SRt, expected[0], 1e-5)
+    assert_near(lengths, expected[1], 1e-5)

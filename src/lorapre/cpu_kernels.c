@@ -19,7 +19,7 @@ enum { LANES = 8, ROWS = 4 }; /* 12 of 16 */
 #else
 enum { LANES = 4, ROWS = 8 }; /* 24 of 32, of Arm */
 #endif
-enum { VECTORS = 3, PANEL = VECTORS * LANES, HEIGHT = 128, DEPTH = 128, SPAN = 4 * PANEL, WIDTH = 8 * PANEL };
+enum { VECTORS = 3, PANEL = VECTORS * LANES, HEIGHT = 128, DEPTH = 128, SPAN = 8 * PANEL, WIDTH = 8 * PANEL };
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
@@ -435,33 +435,104 @@ void products(int64_t count, int64_t a, int64_t b, int64_t c, const float *X, co
     }
 }
 
-/* R (count, r, r) of G (count, r, r), contiguous: lower triangular, R^T R = G^-1. Where rounding has left nothing of a
-   direction, its row of R is zero. G is overwritten. */
-void inverse_roots(int64_t count, int64_t r, float *G, float *R, int64_t threads) {
+/* U, upper triangular, and R = U^-T of the n x n matrix G = U^T U in U; lines are `line` apart. Where rounding has left
+   nothing of a direction, its row of R is zero. */
+static void small_root(int64_t n, float *U, float *R, int64_t line) {
+    for (int64_t k = 0; k < n; k++) {
+        float *const row = U + k * line;
+        const float pivot = row[k], inverse = pivot <= 0 ? 0 : 1 / sqrtf(pivot);
+        for (int64_t j = k; j < n; j++) row[j] *= inverse;
+        for (int64_t i = k + 1; i < n; i++)
+            for (int64_t j = i; j < n; j++) U[i * line + j] -= row[i] * row[j];
+        R[k * line + k] = inverse;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        float *const to = R + i * line;
+        const float inverse = to[i];
+        to[i] = 0;
+        for (int64_t k = 0; k < i; k++)
+            for (int64_t j = 0; j <= k; j++) to[j] -= U[k * line + i] * R[k * line + j];
+        for (int64_t j = 0; j < i; j++) to[j] *= inverse;
+        to[i] = inverse;
+    }
+}
+
+enum { NARROW = 32 };
+
+INLINE int64_t line_of(int64_t r) { return blocks(r, PANEL) * PANEL; }
+
+/* The same of larger matrices, by blocks of NARROW rows, most of it products; `panel` holds 2 r PANEL floats. */
+static void root(int64_t r, float *U, float *R, float *panel) {
+    const int64_t line = line_of(r);
+    float *const block = panel + r * PANEL;
+    for (int64_t k0 = 0; k0 < r; k0 += NARROW) {
+        const int64_t n = min(NARROW, r - k0), next = k0 + n;
+        small_root(n, U + k0 * line + k0, R + k0 * line + k0, line);
+        for (int64_t j0 = next / PANEL * PANEL; j0 < r; j0 += PANEL) {
+            /* The rest of the rows of U, to the left of which nothing is read, and what they leave of G. */
+            pack(panel, U + k0 * line + j0, line, 1, n, PANEL, VECTORS);
+            product(n, VECTORS, n, R + k0 * line + k0, line, 1, panel, block, PANEL, 0);
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t j = 0; j < PANEL; j++)
+                    if (j0 + j >= next) U[(k0 + i) * line + j0 + j] = block[i * PANEL + j];
+        }
+        for (int64_t j0 = next / PANEL * PANEL; j0 < r; j0 += PANEL) {
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t j = 0; j < PANEL; j++) panel[i * PANEL + j] = -U[(k0 + i) * line + j0 + j];
+            product(min(r, j0 + PANEL) - next, VECTORS, n, U + k0 * line + next, 1, line, panel,
+                    U + next * line + j0, line, 1);
+        }
+        for (int64_t j0 = 0; j0 < k0; j0 += PANEL) {
+            pack(panel, R + j0, line, 1, k0, PANEL, VECTORS);
+            product(n, VECTORS, k0, U + k0, 1, line, panel, block, PANEL, 0);
+            pack(panel, block, PANEL, 1, n, PANEL, VECTORS);
+            product(n, VECTORS, n, R + k0 * line + k0, line, 1, panel, block, PANEL, 0);
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t j = 0; j < PANEL && j0 + j < k0; j++) R[(k0 + i) * line + j0 + j] = -block[i * PANEL + j];
+        }
+    }
+}
+
+/* Floats of scratch space that `inverse_roots` and `whitening` want. */
+int64_t roots_scratch(int64_t r, int64_t threads) { return threads * (2 * r * line_of(r) + 2 * r * PANEL + r); }
+
+/* R (count, r, r), lower triangular, of G (count, r, r): R^T R = G^-1. */
+void inverse_roots(int64_t count, int64_t r, const float *G, float *out, int64_t threads, float *scratch) {
+    const int64_t line = line_of(r);
 #pragma omp parallel for schedule(static) num_threads((int)threads)
     for (int64_t n = 0; n < count; n++) {
-        float *const U = G + n * r * r, *const out = R + n * r * r;
-        memset(out, 0, (size_t)(r * r) * 4);
-        for (int64_t k = 0; k < r; k++) { /* G = U^T U, by rows of U */
-            float *const row = U + k * r;
-            const float pivot = row[k], inverse = pivot <= 0 ? 0 : 1 / sqrtf(pivot);
-            for (int64_t j = k; j < r; j++) row[j] *= inverse;
-            for (int64_t i = k + 1; i < r; i++) {
-                const float x = row[i];
-                for (int64_t j = i; j < r; j++) U[i * r + j] -= x * row[j];
-            }
-            out[k * r + k] = inverse;
+        float *const U = scratch + thread() * roots_scratch(r, 1), *const R = U + r * line;
+        memset(U, 0, (size_t)(2 * r * line) * 4);
+        for (int64_t i = 0; i < r; i++) memcpy(U + i * line, G + (n * r + i) * r, (size_t)r * 4);
+        root(r, U, R, R + r * line);
+        for (int64_t i = 0; i < r; i++) memcpy(out + (n * r + i) * r, R + i * line, (size_t)r * 4);
+    }
+}
+
+/* With S the diagonal that makes that of S G S one, and R the inverse root of S G S + shift I: S R^T (count, r, r), and
+   the squared lengths of the rows of R (count, r). */
+void whitening(int64_t count, int64_t r, const float *G, float shift, float *out, float *lengths, int64_t threads,
+               float *scratch) {
+    const int64_t line = line_of(r);
+#pragma omp parallel for schedule(static) num_threads((int)threads)
+    for (int64_t n = 0; n < count; n++) {
+        float *const U = scratch + thread() * roots_scratch(r, 1), *const R = U + r * line, *const scale = R + r * line;
+        memset(U, 0, (size_t)(2 * r * line) * 4);
+        for (int64_t i = 0; i < r; i++) {
+            const float square = G[(n * r + i) * r + i];
+            scale[i] = square <= 0 ? 0 : 1 / sqrtf(square);
         }
-        for (int64_t i = 0; i < r; i++) { /* row i of R = U^-T */
-            float *const to = out + i * r;
-            const float inverse = to[i];
-            to[i] = 0;
-            for (int64_t k = 0; k < i; k++) {
-                const float x = U[k * r + i];
-                for (int64_t j = 0; j <= k; j++) to[j] -= x * out[k * r + j];
-            }
-            for (int64_t j = 0; j < i; j++) to[j] *= inverse;
-            to[i] = inverse;
+        for (int64_t i = 0; i < r; i++) {
+            for (int64_t j = 0; j < r; j++) U[i * line + j] = scale[i] * G[(n * r + i) * r + j] * scale[j];
+            U[i * line + i] += shift;
         }
+        root(r, U, R, scale + r);
+        for (int64_t i = 0; i < r; i++) {
+            float sum = 0;
+            for (int64_t j = 0; j <= i; j++) sum += R[i * line + j] * R[i * line + j];
+            lengths[n * r + i] = sum;
+        }
+        for (int64_t j = 0; j < r; j++)
+            for (int64_t i = 0; i < r; i++) out[(n * r + j) * r + i] = scale[j] * R[i * line + j];
     }
 }

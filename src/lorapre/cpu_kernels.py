@@ -183,11 +183,25 @@ def products(X: Tensor, Y: Tensor, kind: int = GENERAL) -> Tensor:
 
 
 def inverse_roots(G: Tensor) -> Tensor:
-    """R (n, r, r), lower triangular, with R^T R = G^-1 of G (n, r, r), float32, positive definite."""
-    G = G.clone(memory_format=torch.contiguous_format)
-    R = torch.empty_like(G)
-    _loaded().inverse_roots(*G.shape[:2], G.data_ptr(), R.data_ptr(), torch.get_num_threads())
+    """R (n, r, r), lower triangular, with R^T R = G^-1 of G (n, r, r), float32, positive definite.
+
+    Where rounding has left nothing of a direction, its row of R is zero.
+    """
+    (n, r, _), threads, G = G.shape, torch.get_num_threads(), G.contiguous()
+    R, scratch = torch.empty_like(G), G.new_empty(_loaded().roots_scratch(r, threads))
+    _loaded().inverse_roots(n, r, G.data_ptr(), R.data_ptr(), threads, scratch.data_ptr())
     return R
+
+
+def whitening(G: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+    """What `factors._whitening` makes of G (n, r, r), float32: (n, r, r) and (n, r)."""
+    (n, r, _), threads, G = G.shape, torch.get_num_threads(), G.contiguous()
+    out, lengths = torch.empty_like(G), G.new_empty(n, r)
+    scratch = G.new_empty(_loaded().roots_scratch(r, threads))
+    _loaded().whitening(
+        n, r, G.data_ptr(), shift, out.data_ptr(), lengths.data_ptr(), threads, scratch.data_ptr()
+    )
+    return out, lengths
 
 
 # What a pointer points to has to live until the call: that is what the lists `held` are for.
@@ -271,6 +285,7 @@ def _library() -> Any:
         "column_products_scratch": [c_int64] * 2,
         "adam_scratch": [c_int64] * 6,
         "products_scratch": [c_int64],
+        "roots_scratch": [c_int64] * 2,
     }.items():
         getattr(library, name).argtypes, getattr(library, name).restype = arguments, c_int64
     library.row_products.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p]
@@ -278,7 +293,8 @@ def _library() -> Any:
         c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p
     ]  # fmt: skip
     library.adam.argtypes = [c_void_p] * 7
-    library.inverse_roots.argtypes = [c_int64, c_int64, c_void_p, c_void_p, c_int64]
+    library.inverse_roots.argtypes = [c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p]
+    library.whitening.argtypes = [c_int64, c_int64, c_void_p, c_float, *[c_void_p] * 2, c_int64, c_void_p]
     library.products.argtypes = [
         *[c_int64] * 4, *[c_void_p] * 4, c_int64, c_void_p, c_int64, c_void_p
     ]  # fmt: skip

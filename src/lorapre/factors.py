@@ -536,24 +536,33 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
     r, eps = Y.shape[-1], torch.finfo(Y.dtype).eps
     (size,) = shards.sum_rows(_largest(Y))
     # The shifts are what rounding of the Gram needs: less, and Cholesky meets negative eigenvalues.
-    Y, R = _cholesky_qr(Y.div_(torch.where(size > 0, size, 1)), (r + 16) * eps, shards)
+    Y.div_(torch.where(size > 0, size, 1))
+    SRt, lengths = _whitening(shards.gram(Y), (r + 16) * eps)
+    Y = matmul(Y, SRt, cpu_kernels.UPPER)
     # Q^T Q = R (R^-1 R^-T - shift I) R^T = I - shift R R^T: what the squared lengths of the columns of Q lack
     # to one, nothing where a column has survived and all where Y has lost it.
-    lost = (r + 16) * eps * R.square().sum(-1)[..., None, :]
+    lost = (r + 16) * eps * lengths[..., None, :]
     Y.addcmul_(4e-5 * lost, _waves(Y, shards.rows, shards.size(Y.shape[-2], 1)[0], ALL))
-    Y, _ = _cholesky_qr(Y, 16 * eps, shards)
-    return _cholesky_qr(Y, eps, shards)[0]
+    for shift in (16 * eps, eps):
+        SRt, _ = _whitening(shards.gram(Y), shift)
+        Y = matmul(Y, SRt, cpu_kernels.UPPER)
+    return Y
 
 
-def _cholesky_qr(Y: Tensor, shift: float, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Q = Y R^T (..., p, r) and R, R^T R = (Y^T Y + shift I)^-1, the columns of Y of unit length before."""
-    G = shards.gram(Y)
+def _whitening(G: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+    """S R^T (..., r, r), upper triangular, and the squared lengths of the rows of R (..., r).
+
+    S, diagonal, makes the diagonal of S G S (..., r, r) one, and R is the root of its inverse, with a shift:
+    R^T R = (S G S + shift I)^-1. Columns Y with the Gram matrix G become orthonormal by S R^T, but for that.
+    """
+    if _compiled(G, 2**18):
+        return cpu_kernels.whitening(G, shift)
     squares = G.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(squares > 0, squares.rsqrt(), 0)[..., None, :]
     G = scale.mT * G * scale
     G.diagonal(dim1=-2, dim2=-1).add_(shift)
     R = _inverse_root(G)
-    return matmul(Y, (R * scale).mT.contiguous(), cpu_kernels.UPPER), R
+    return (R * scale).mT, R.square().sum(-1)
 
 
 def _waves(like: Tensor, indices: Callable[[int, torch.device], Tensor], total: int, part: slice) -> Tensor:
@@ -598,9 +607,9 @@ def _inverse_root(G: Tensor) -> Tensor:
     matrices: libraries solve triangular systems at a fraction of their speed, on CPUs one after the other.
     """
     r = G.shape[-1]
+    if _compiled(G, 2**18):
+        return cpu_kernels.inverse_roots(G)
     if r <= 128:
-        if _compiled(G, 2**18):
-            return cpu_kernels.inverse_roots(G)
         C = torch.linalg.cholesky_ex(G).L
         eye = torch.eye(r, dtype=G.dtype, device=G.device).expand_as(G)
         root: Tensor = torch.linalg.solve_triangular(C, eye, upper=False)
