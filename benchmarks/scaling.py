@@ -58,7 +58,7 @@ app = App(help=__doc__)
 @app.default
 def main(
     *,
-    sizes: Annotated[list[int], Parameter(consume_multiple=True)] = [256, 512, 1024, 2000, 4096],  # noqa: B006
+    sizes: Annotated[list[int], Parameter(consume_multiple=True)] = [512, 1024, 2000, 4096, 8000],  # noqa: B006
     ranks: Ranks = [8, 16, 32, 64, 128, 256, 512],  # noqa: B006
     size: int = 2000,
     rank: int = 64,
@@ -66,7 +66,7 @@ def main(
     variant: Variant = "split",
     dtype: Literal["fp32", "bf16"] = "fp32",
     device: str = "cpu",
-    fit_from: Annotated[tuple[int, int], Parameter(show_default=True)] = (1024, 64),
+    fit_from: Annotated[tuple[int, int], Parameter(show_default=True)] = (2000, 64),
     rounds: int = 9,
     out: Path | None = None,
 ) -> None:
