@@ -24,6 +24,7 @@ enum { VECTORS = 3, PANEL = VECTORS * LANES, HEIGHT = 128, DEPTH = 128, SPAN = 8
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
+#define ALIGNED __attribute__((aligned(64)))
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { FACTORS, DENSE, SPLIT };
@@ -283,15 +284,18 @@ void column_products(const Tile *t, const float *const *L, int64_t L_stride, int
 }
 
 /* Floats of scratch space that `adam` wants, sums of columns in parts included. */
-int64_t adam_scratch(int64_t count, int64_t rows, int64_t columns, int64_t rank, int64_t threads, int64_t sums) {
-    return threads * (2 * PANEL * (HEIGHT + rank) + HEIGHT * LANES) + (sums ? count * blocks(rows, HEIGHT) * columns : 0);
+int64_t adam_scratch(int64_t count, int64_t rows, int64_t columns, int64_t threads, int64_t sums) {
+    return threads * (PANEL * (2 * HEIGHT + DEPTH) + HEIGHT * LANES) + (sums ? count * blocks(rows, HEIGHT) * columns : 0);
 }
 
 /* Products of the h rows of B at i0 with the columns of A at j0, (h, PANEL). */
 INLINE void moment_product(const Moment *m, int64_t n, int64_t i0, int64_t h, int64_t j0, int64_t w, float *panel,
                            float *to) {
-    pack(panel, m->A[n] + j0, m->A_stride, 1, m->rank, w, VECTORS);
-    product(h, VECTORS, m->rank, m->B[n] + i0 * m->B_stride, m->B_stride, 1, panel, to, PANEL, 0);
+    for (int64_t k0 = 0; k0 < m->rank; k0 += DEPTH) {
+        const int64_t K = min(DEPTH, m->rank - k0);
+        pack(panel, m->A[n] + k0 * m->A_stride + j0, m->A_stride, 1, K, w, VECTORS);
+        product(h, VECTORS, K, m->B[n] + i0 * m->B_stride + k0, m->B_stride, 1, panel, to, PANEL, k0 > 0);
+    }
 }
 
 /* The EMA of x (PANEL) in a dense moment, updated in place and taken divided by the correction. */
@@ -308,14 +312,13 @@ INLINE void dense(const Moment *m, int64_t n, int64_t i, int64_t j, int64_t w, c
    (count, columns) are added to `row_sums` and `column_sums`, unless these are NULL. */
 void adam(const Tile *t, const Weights *w, const Moment *first, const Moment *second, float *row_sums,
           float *column_sums, float *scratch) {
-    const int64_t bands = blocks(t->rows, HEIGHT), rank = first->rank > second->rank ? first->rank : second->rank;
-    const int64_t space = 2 * PANEL * (HEIGHT + rank) + HEIGHT * LANES;
+    const int64_t bands = blocks(t->rows, HEIGHT), space = PANEL * (2 * HEIGHT + DEPTH) + HEIGHT * LANES;
     float *const parts = scratch + t->threads * space;
 #pragma omp parallel num_threads((int)t->threads)
     {
         float *const M = scratch + thread() * space, *const V = M + HEIGHT * PANEL;
-        float *const panel = V + HEIGHT * PANEL, *const other = panel + PANEL * rank;
-        float *const of_rows = other + PANEL * rank; /* a vector of partial sums for each row */
+        float *const panel = V + HEIGHT * PANEL;
+        float *const of_rows = panel + PANEL * DEPTH; /* a vector of partial sums for each row */
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < t->count * bands; item++) {
             const int64_t n = item / bands, i0 = item % bands * HEIGHT, h = min(HEIGHT, t->rows - i0);
@@ -323,16 +326,16 @@ void adam(const Tile *t, const Weights *w, const Moment *first, const Moment *se
             memset(of_rows, 0, HEIGHT * LANES * 4);
             for (int64_t j0 = 0; j0 < t->columns; j0 += PANEL) {
                 const int64_t width = min(PANEL, t->columns - j0);
-                float squares[PANEL] = {0}, column[PANEL] = {0};
+                float squares[PANEL] ALIGNED = {0}, column[PANEL] ALIGNED = {0};
                 if (skipped) {
                     if (column_sums) memset(parts + item * t->columns + j0, 0, (size_t)width * 4);
                     continue;
                 }
                 if (first->kind == FACTORS) moment_product(first, n, i0, h, j0, width, panel, M);
-                if (second->kind != DENSE) moment_product(second, n, i0, h, j0, width, other, V);
+                if (second->kind != DENSE) moment_product(second, n, i0, h, j0, width, panel, V);
                 if (second->column) memcpy(column, second->column[n] + j0, (size_t)width * 4);
                 for (int64_t i = 0; i < h; i++) {
-                    float g[PANEL], square[PANEL], x[PANEL];
+                    float g[PANEL] ALIGNED, square[PANEL] ALIGNED, x[PANEL] ALIGNED;
                     float *const m = M + i * PANEL, *const v = V + i * PANEL;
                     prefetch(t->data[n], t->dtype, (i0 + i) * t->stride + j0 + PANEL, PANEL);
                     prefetch(w->data[n], w->dtype, (i0 + i) * w->stride + j0 + PANEL, PANEL);
@@ -375,8 +378,11 @@ void adam(const Tile *t, const Weights *w, const Moment *first, const Moment *se
                 }
                 if (column_sums) memcpy(parts + item * t->columns + j0, squares, (size_t)width * 4);
             }
-            for (int64_t i = 0; row_sums && i < h; i++)
-                for (int k = 0; k < LANES; k++) row_sums[n * t->rows + i0 + i] += of_rows[i * LANES + k];
+            for (int64_t i = 0; row_sums && i < h; i++) {
+                float sum = 0;
+                for (int k = 0; k < LANES; k++) sum += of_rows[i * LANES + k];
+                row_sums[n * t->rows + i0 + i] += sum;
+            }
         }
         if (column_sums) {
 #pragma omp for schedule(static)

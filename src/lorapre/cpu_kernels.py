@@ -156,7 +156,7 @@ def adam(
         None if keys is None else _pointer(keys.long().contiguous(), held),
         _vector(decay, n, held), _vector(lr, n, held), eps,
     )  # fmt: skip
-    space = library.adam_scratch(n, p, q, max(m.rank, v.rank), tile.threads, int(sums))
+    space = library.adam_scratch(n, p, q, tile.threads, int(sums))
     scratch = torch.empty(space)
     row_sums, column_sums = (torch.zeros(n, k) if sums else None for k in (p, q))
     library.adam(
@@ -283,7 +283,7 @@ def _library() -> Any:
     for name, arguments in {
         "row_products_scratch": [c_int64] * 4,
         "column_products_scratch": [c_int64] * 2,
-        "adam_scratch": [c_int64] * 6,
+        "adam_scratch": [c_int64] * 5,
         "products_scratch": [c_int64],
         "roots_scratch": [c_int64] * 2,
     }.items():
