@@ -35,6 +35,10 @@ LLAMA_1M: Rates = SHORT_RUN | {
     "adamw": (0.02, 0.1),
     "galore": (0.02, 0.4),
     "fira": (0.02, 0.4),
+    "muon": (0.02, 0.4),
+    "muon-no-momentum": (0.02, 0.8),
+    "lorapre-muon": (0.02, 0.8),
+    "galore-muon": (0.02, 0.8),
 }
 LLAMA_5M: Rates = SHORT_RUN | {"adamw": (0.02, 0.05)}
 
