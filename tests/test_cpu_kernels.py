@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import CASES, FACTORISED, Case, parameters, set_gradients
 from lorapre import cpu_kernels, moments, rounding
@@ -357,6 +358,18 @@ def test_nothing_is_said_where_there_is_one(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert say({"LORAPRE_CACHE": str(tmp_path / "file" / "cache")}, tmp_path) == "0"
+
+
+def test_tensors_without_memory_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those that tools step to estimate memory."""
+    monkeypatch.setattr(moments, "_said", set())
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.ones(700, 800))]
+        params[0].grad = torch.ones(700, 800)
+        optimizer = CASES["adam-split"].make(params, rank=64)
+        with pytest.warns(UserWarning, match="is a FakeTensor, not a plain tensor"):
+            optimizer.step()
+        assert optimizer.state[params[0]]["m_B"].shape == (700, 64)
 
 
 def test_a_damaged_library_is_said(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ A tile is the same part (rows, columns) of n matrices. Everything is computed in
 and depends neither on the number of threads nor on which of them was first.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 from ctypes import c_float, c_int64, c_void_p
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lorapre.operands import Dense, Factors, Matrices, Numbers, Split, addresses, stride
 
@@ -61,6 +64,8 @@ class _Moment(ctypes.Structure):
 def why_not(weights: Matrices, grads: Matrices) -> str | None:
     """Why the kernels cannot take these tiles, for a warning, or None where they can."""
     for name, tensors in (("weight", weights), ("gradient", grads)):
+        if any(type(x) not in (Tensor, Parameter) for x in tensors):
+            return f"a {name} is a {type(tensors[0]).__name__}, not a plain tensor"
         if any(x.dtype not in DTYPES for x in tensors):
             return f"there is no kernel for {name}s in {tensors[0].dtype}"
         if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in tensors):
@@ -269,8 +274,8 @@ def _library() -> Any:
         # What the compiler defines names its version and, with -march=native, all that the processor can.
         asked = [*compiler, *FLAGS.split(), "-dM", "-E", "-x", "c", os.devnull]
         defined = subprocess.run(asked, capture_output=True, check=True).stdout
-        key = hashlib.sha256(defined + FLAGS.encode() + SOURCE.read_bytes()).hexdigest()[:16]
-        path = _folder() / f"cpu_kernels-{key}.so"
+        made_of = repr((compiler, FLAGS, defined, SOURCE.read_bytes()))
+        path = _folder() / f"cpu_kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
         if not path.exists():
             _compile(compiler, path)
         library = ctypes.CDLL(str(path))
@@ -314,12 +319,16 @@ def _compile(compiler: list[str], path: Path) -> None:
 
 
 def _folder() -> Path:
-    """Where compiled kernels are kept; a folder of this process alone where that cannot be written."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapre"
-    folder = Path(os.environ.get("LORAPRE_CACHE") or cache)
-    with contextlib.suppress(OSError):
+    """Where compiled kernels are kept; where that cannot be written, a folder that this process removes."""
+    with contextlib.suppress(OSError, RuntimeError):  # the latter where there is no home
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(os.environ.get("LORAPRE_CACHE") or Path(cache) / "lorapre")
         folder.mkdir(parents=True, exist_ok=True)
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp())
+        if os.access(folder, os.W_OK):
+            return folder
+    folder = Path(tempfile.mkdtemp(prefix="lorapre-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _complaint(message: bytes) -> str:

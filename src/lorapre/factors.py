@@ -98,8 +98,8 @@ def matmul(X: Tensor, Y: Tensor, kind: int = cpu_kernels.GENERAL) -> Tensor:
 
 def _compiled(X: Tensor, operations: int) -> bool:
     """Whether kernels for CPUs take X, with so many multiplications a matrix."""
-    large = X.ndim == 3 and X.is_cpu and X.dtype == torch.float32 and operations >= 2**18
-    return large and not torch.compiler.is_compiling() and cpu_kernels.ready()
+    plain = type(X) is Tensor and X.ndim == 3 and X.is_cpu and X.dtype == torch.float32
+    return plain and operations >= 2**18 and not torch.compiler.is_compiling() and cpu_kernels.ready()
 
 
 def gram(X: Tensor, scale: Tensor | None = None) -> Tensor:
