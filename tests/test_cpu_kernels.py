@@ -360,6 +360,14 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
     assert say({"LORAPRE_CACHE": str(tmp_path / "file" / "cache")}, tmp_path) == "0"
 
 
+def test_a_cache_that_others_can_write_is_not_loaded_from(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    assert say({}, tmp_path) == "0"
+    assert not list(cache.iterdir())
+
+
 def test_tensors_without_memory_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those that tools step to estimate memory."""
     monkeypatch.setattr(moments, "_said", set())

@@ -16,6 +16,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from ctypes import c_float, c_int64, c_void_p
@@ -319,12 +320,16 @@ def _compile(compiler: list[str], path: Path) -> None:
 
 
 def _folder() -> Path:
-    """Where compiled kernels are kept; where that cannot be written, a folder that this process removes."""
-    with contextlib.suppress(OSError, RuntimeError):  # the latter where there is no home
+    """Where compiled kernels are kept; a folder that this process removes where that is not its user's alone.
+
+    What lies there is loaded: who can write it can run code here.
+    """
+    with contextlib.suppress(OSError, RuntimeError, AttributeError):  # no home, or no users
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(os.environ.get("LORAPRE_CACHE") or Path(cache) / "lorapre")
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        owned = folder.stat()
+        if os.access(folder, os.W_OK) and owned.st_uid == os.getuid() and not owned.st_mode & stat.S_IWOTH:
             return folder
     folder = Path(tempfile.mkdtemp(prefix="lorapre-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
