@@ -402,7 +402,8 @@ class Subspace(Tracker):
     def _start_left(self, G: Tensor) -> None:
         self._root = _damped_root(G.clone(), 0.0)
         self.W = torch.empty_like(self.A)
-        size = max(1, 2**18 // self.A.shape[-2])
+        # In parts, for memory's sake; GPUs rather take fewer calls.
+        size = self.A.shape[-1] if self.A.is_cuda else max(1, 2**18 // self.A.shape[-2])
         for start in range(0, self.A.shape[-1], size):
             columns = slice(start, start + size)
             self.W[..., columns] = matmul(self._root, super().probe(columns), cpu_kernels.LOWER)
