@@ -461,6 +461,16 @@ def test_transposed_and_broadcast_memory_gives_the_same_result(
     assert_near(weights(strided), weights(plain), 1e-6)
 
 
+@factorised
+def test_a_graph_made_with_the_old_weights_is_refused(case: Case) -> None:
+    (weight,) = parameters([(12, 20)])
+    x = torch.ones(3, 20, requires_grad=True)
+    stale = nn.functional.linear(x, weight).sum()
+    train(case.make([weight]), [weight], 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
+
+
 # --- batches and tiles
 
 

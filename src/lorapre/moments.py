@@ -316,6 +316,8 @@ def adam(
         )
     same: dict[str, Any] = dict(lr=lr * scale, decay=1 - lr * weight_decay, eps=eps)
     if launches or batch.compiled:
+        # So that autograd refuses a graph that was made with the old weights, as after operations of torch.
+        torch.autograd.graph.increment_version(batch.weights)
         m, v = _operands(batch, first, second, betas, correction)
         if launches:
             _kernel_sweeps(batch, followed, m, v, means, **same)
