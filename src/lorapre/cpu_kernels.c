@@ -1,8 +1,8 @@
 /* The operations of a step of Adam on tiles of gradients, for CPUs; cpu_kernels.py compiles and calls them.
 
    A tile is a part (rows, columns) of each of `count` same-shaped matrices. Everything is computed in float32,
-   whatever the dtype. Work is cut into blocks that depend on the shape alone, each of them the work of one thread
-   from its beginning to its end, so that results do not depend on the number of threads.
+   whatever the dtype. In what order a sum is formed depends on the shape and on the width of the processor's vectors,
+   never on the number of threads or on which of them was first.
 
    Products are made as in BLIS (Van Zee, van de Geijn 2015): a block of ROWS x VECTORS vectors of the result stays
    in registers while one operand is read a number at a time and the other, packed, a panel row at a time. */
@@ -19,7 +19,15 @@ enum { LANES = 8, ROWS = 4 }; /* 12 of 16 */
 #else
 enum { LANES = 4, ROWS = 8 }; /* 24 of 32, of Arm */
 #endif
-enum { VECTORS = 3, PANEL = VECTORS * LANES, HEIGHT = 128, DEPTH = 128, SPAN = 8 * PANEL, WIDTH = 8 * PANEL };
+enum {
+    VECTORS = 3,
+    PANEL = VECTORS * LANES, /* columns of a block of a product */
+    DEPTH = 128,             /* terms of a sum that are added up before they join the rest: a panel fits the first cache */
+    HEIGHT = 128,            /* rows that a thread takes, for whose products a panel is packed once */
+    SPAN = 8 * PANEL,        /* columns that a thread takes in `column_products` */
+    WIDTH = 8 * PANEL,       /* and in `products` */
+    NARROW = 32,             /* rows of a block of a root */
+};
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
@@ -29,7 +37,8 @@ typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { FACTORS, DENSE, SPLIT };
 
-/* A tile of the gradients, see `Tile` of cpu_kernels.py, as the next three structures. */
+/* What cpu_kernels.py hands over: gradients, weights and how a moment comes about. `data`, B, A, row and column have an
+   address for each matrix, `finite`, keys, decay, lr, keep and fresh a number. Strides are from row to row. */
 typedef struct {
     int64_t count, rows, columns, stride, dtype, threads;
     void *const *data;
@@ -49,8 +58,8 @@ typedef struct {
     int64_t kind, rank;
     float *const *B, *const *A; /* of DENSE, B is the moment; of SPLIT they are C and W */
     int64_t B_stride, A_stride;
-    const float *keep, *fresh; /* of DENSE, `keep` is the correction */
-    float share;                  /* of DENSE, 1 - beta */
+    const float *keep, *fresh;         /* of DENSE, `keep` is the correction */
+    float share;                       /* of DENSE, 1 - beta */
     float *const *row, *const *column; /* or NULL */
 } Moment;
 
@@ -95,7 +104,8 @@ INLINE void load(float *to, const void *from, int64_t dtype, int64_t n, int64_t 
 }
 
 /* n numbers, rounded to the dtype; to a bfloat16 nearby, if there is a key, by the index of the first. */
-INLINE void store_some(void *to, const float *from, int64_t dtype, const int64_t n, const int64_t *key, uint32_t index) {
+INLINE void store_some(void *to, const float *from, int64_t dtype, const int64_t n, const int64_t *key,
+                       uint32_t index) {
     if (dtype == FLOAT32)
         for (int64_t j = 0; j < n; j++) ((float *)to)[j] = from[j];
     else if (dtype == FLOAT16)
@@ -116,7 +126,7 @@ INLINE const void *address(const void *data, int64_t dtype, int64_t index) {
     return (const char *)data + index * (dtype == FLOAT32 ? 4 : 2);
 }
 
-/* n numbers, into the second cache: the hardware does not foresee the step to another tile. */
+/* The hardware does not foresee the step to another panel. */
 INLINE void prefetch(const void *data, int64_t dtype, int64_t index, int64_t n) {
     const char *const from = address(data, dtype, index), *const end = address(data, dtype, index + n);
     for (const char *line = from; line < end; line += 64) __builtin_prefetch(line);
@@ -285,7 +295,8 @@ void column_products(const Tile *t, const float *const *L, int64_t L_stride, int
 
 /* Floats of scratch space that `adam` wants, sums of columns in parts included. */
 int64_t adam_scratch(int64_t count, int64_t rows, int64_t columns, int64_t threads, int64_t sums) {
-    return threads * (PANEL * (2 * HEIGHT + DEPTH) + HEIGHT * LANES) + (sums ? count * blocks(rows, HEIGHT) * columns : 0);
+    const int64_t parts = sums ? count * blocks(rows, HEIGHT) * columns : 0;
+    return threads * (PANEL * (2 * HEIGHT + DEPTH) + HEIGHT * LANES) + parts;
 }
 
 /* Products of the h rows of B at i0 with the columns of A at j0, (h, PANEL). */
@@ -352,7 +363,8 @@ void adam(const Tile *t, const Weights *w, const Moment *first, const Moment *se
                         for (int k = 0; k < PANEL; k++) m[k] = first->keep[n] * m[k] + first->fresh[n] * g[k];
                     if (second->kind == DENSE) dense(second, n, i0 + i, j0, width, square, v);
                     else if (second->kind == SPLIT) {
-                        const float kept = second->keep[n] * (1 - second->share), held = second->keep[n] * second->share;
+                        const float kept = second->keep[n] * (1 - second->share);
+                        const float held = second->keep[n] * second->share;
                         const float row = second->row[n][i0 + i], fresh = second->fresh[n];
                         const float keep_m = first->keep[n], fresh_m = first->fresh[n];
                         for (int k = 0; k < PANEL; k++) {
@@ -463,11 +475,10 @@ static void small_root(int64_t n, float *U, float *R, int64_t line) {
     }
 }
 
-enum { NARROW = 32 };
-
 INLINE int64_t line_of(int64_t r) { return blocks(r, PANEL) * PANEL; }
 
-/* The same of larger matrices, by blocks of NARROW rows, most of it products; `panel` holds 2 r PANEL floats. */
+/* The same of matrices of any size, by blocks of NARROW rows, most of it products; lines are `line_of(r)` apart, and
+   `panel` holds 2 r PANEL floats. */
 static void root(int64_t r, float *U, float *R, float *panel) {
     const int64_t line = line_of(r);
     float *const block = panel + r * PANEL;
