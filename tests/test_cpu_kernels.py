@@ -17,6 +17,8 @@ from lorapre import cpu_kernels, moments, rounding
 from lorapre.factors import _damped_root, _whitening
 from lorapre.operands import Dense, Factors, Split
 
+pytestmark = pytest.mark.usefixtures("compiler")
+
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 dtypes = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 # Below, at and above what a block holds, in every direction; nothing to sum, no rows and no columns.
