@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -197,6 +197,9 @@ FEW = settings(
 
 @pytest.mark.parametrize("name", CASES)
 @FEW
+@example(
+    plan=Plan((8, 2), 1, torch.bfloat16, "noise", "same", (19, 19), (0.9, 0.95), 0)
+)  # squares are infinite
 @given(plan=plans())
 def test_no_gradient_makes_a_nan_or_an_update_above_its_bound(name: str, plan: Plan) -> None:
     check(CASES[name], plan)

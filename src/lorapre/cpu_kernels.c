@@ -309,12 +309,16 @@ INLINE void moment_product(const Moment *m, int64_t n, int64_t i0, int64_t h, in
     }
 }
 
-/* The EMA of x (PANEL) in a dense moment, updated in place and taken divided by the correction. */
-INLINE void dense(const Moment *m, int64_t n, int64_t i, int64_t j, int64_t w, const float *x, float *to) {
+/* A dense moment, the EMA of g (PANEL) or, the second, of g^2, updated in place and taken divided by the correction. */
+INLINE void dense(const Moment *m, const int second, int64_t n, int64_t i, int64_t j, int64_t w, const float *g,
+                  float *to) {
     float *const ema = m->B[n] + i * m->B_stride + j;
+    const float fresh = m->share, correction = m->keep[n];
     for (int64_t k = 0; k < w; k++) {
-        ema[k] += m->share * (x[k] - ema[k]);
-        to[k] = ema[k] / m->keep[n];
+        /* No difference: a square may be infinite, and the EMA then is for good. */
+        const float part = second ? fresh * g[k] * g[k] : fresh * g[k];
+        ema[k] = (1 - fresh) * ema[k] + part;
+        to[k] = ema[k] / correction;
     }
     for (int64_t k = w; k < PANEL; k++) to[k] = 0;
 }
@@ -358,10 +362,10 @@ void adam(const Tile *t, const Weights *w, const Moment *first, const Moment *se
                         vec *const total = (vec *)(of_rows + i * LANES);
                         for (int k = 0; k < VECTORS; k++) *total += *(const vec *)(square + k * LANES);
                     }
-                    if (first->kind == DENSE) dense(first, n, i0 + i, j0, width, g, m);
+                    if (first->kind == DENSE) dense(first, 0, n, i0 + i, j0, width, g, m);
                     else if (second->kind != SPLIT)
                         for (int k = 0; k < PANEL; k++) m[k] = first->keep[n] * m[k] + first->fresh[n] * g[k];
-                    if (second->kind == DENSE) dense(second, n, i0 + i, j0, width, square, v);
+                    if (second->kind == DENSE) dense(second, 1, n, i0 + i, j0, width, g, v);
                     else if (second->kind == SPLIT) {
                         const float kept = second->keep[n] * (1 - second->share);
                         const float held = second->keep[n] * second->share;
@@ -371,14 +375,14 @@ void adam(const Tile *t, const Weights *w, const Moment *first, const Moment *se
                             /* Weighed before they are squared: a square may be infinite, and a weight zero. */
                             const float of_m = (kept * m[k]) * m[k], of_h = (held * v[k]) * v[k];
                             const float part = m[k] - v[k];
-                            v[k] = of_m + of_h + fresh * square[k] + row * column[k];
+                            v[k] = of_m + of_h + fresh * g[k] * g[k] + row * column[k];
                             m[k] = keep_m * part + fresh_m * g[k];
                         }
                     } else {
                         const float row = second->row ? second->row[n][i0 + i] : 1;
                         for (int k = 0; k < PANEL; k++) {
                             const float root = row * v[k] * (second->column ? column[k] : 1);
-                            v[k] = second->keep[n] * root * root + second->fresh[n] * square[k];
+                            v[k] = second->keep[n] * root * root + second->fresh[n] * g[k] * g[k];
                         }
                     }
                     const int64_t at = (i0 + i) * w->stride + j0;

@@ -482,7 +482,7 @@ def _row_sweep(
         elif not SECOND:
             at = vB + i.to(tl.int64)[:, None] * q + j[None, :]
             old = tl.load(at, mask=inside, other=0.0)
-            new = old + weight_v * (g * g - old)
+            new = (1 - weight_v) * old + weight_v * g * g  # without a difference of what may be infinite
             tl.store(at, new, mask=inside)
             v = new / tl.load(keep_v + n)
         else:
