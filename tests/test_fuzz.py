@@ -197,9 +197,8 @@ FEW = settings(
 
 @pytest.mark.parametrize("name", CASES)
 @FEW
-@example(
-    plan=Plan((8, 2), 1, torch.bfloat16, "noise", "same", (19, 19), (0.9, 0.95), 0)
-)  # squares are infinite
+# Squares that are infinite.
+@example(plan=Plan((8, 2), 1, torch.bfloat16, "noise", "same", (19, 19), (0.9, 0.95), 0))
 @given(plan=plans())
 def test_no_gradient_makes_a_nan_or_an_update_above_its_bound(name: str, plan: Plan) -> None:
     check(CASES[name], plan)
