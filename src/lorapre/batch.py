@@ -111,6 +111,8 @@ class Batch:
             return [matrix for x in tensors for matrix in x.unbind()]
         if tensors[0].ndim < 2:
             return [x.view(1, -1) for x in tensors]
+        if tensors[0].ndim == 2:
+            return tensors
         return [x.view(self.p, self.q) if x.is_contiguous() else x for x in tensors]
 
     def _per_matrix(self, x: Tensor) -> Tensor:
@@ -211,9 +213,7 @@ class Batch:
         tensors = self.state[name]
         if self.finite is not None:
             new = torch.where(self.finite.view(-1, *[1] * (new.ndim - 1)), new, self.read(name))
-        torch._foreach_copy_(
-            tensors, [y.view(x.shape) for x, y in zip(tensors, torch.split(new, self.E), strict=True)]
-        )
+        torch._foreach_copy_(tensors, list(torch.split(new, self.E) if self.fused else new.unbind()))
 
 
 def batches(
@@ -229,14 +229,17 @@ def batches(
     """
     kinds: dict[Any, list[int]] = {}
     starts, offset = [], 0
+    shapes_of: dict[Any, dict[str, tuple[int, ...]]] = {}
     for i, (p, g) in enumerate(zip(weights, grads, strict=True)):
         kinds.setdefault((p.shape, p.dtype, g.dtype, p.device, sharding.layout(p)), []).append(i)
+        if p.shape not in shapes_of:
+            shapes_of[p.shape] = state_shapes(group, p.shape)
         starts.append(offset)
-        offset += len(state_shapes(group, p.shape))
+        offset += len(shapes_of[p.shape])
     for (shape, *_), members in kinds.items():
         if 0 in shape:
             continue  # no elements, nothing to step
-        shapes = state_shapes(group, shape)
+        shapes = shapes_of[shape]
         # Factors are stacked; of sharded weights, of which a part counts, Muon stacks the matrices: it wants
         # one for every process.
         stacked = sum(math.prod(s) for name, s in shapes.items() if name.endswith(("_B", "_A")))

@@ -27,11 +27,12 @@ enum {
     SPAN = 8 * PANEL,        /* columns that a thread takes in `column_products` */
     WIDTH = 8 * PANEL,       /* and in `products` */
     NARROW = 32,             /* rows of a block of a root */
+    BAND = 32,               /* rows of a gradient that `adam` works on at a time */
 };
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #define ALIGNED __attribute__((aligned(64)))
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
@@ -87,64 +88,69 @@ INLINE uint16_t noisy_bfloat16(float x, uint32_t index, uint32_t key) {
     return (uint16_t)((bits & 0x7F800000) == 0x7F800000 ? nearest_bfloat16(x) : rounded);
 }
 
-INLINE void load_some(float *to, const void *from, int64_t dtype, const int64_t n) {
-    if (dtype == FLOAT32)
-        for (int64_t j = 0; j < n; j++) to[j] = ((const float *)from)[j];
-    else if (dtype == BFLOAT16)
-        for (int64_t j = 0; j < n; j++) to[j] = bits_to_float((uint32_t)((const uint16_t *)from)[j] << 16);
-    else
-        for (int64_t j = 0; j < n; j++) to[j] = (float)((const _Float16 *)from)[j];
-}
-
-/* n <= count numbers from `from`, as float32, and zeros up to count. */
-INLINE void load(float *to, const void *from, int64_t dtype, int64_t n, int64_t count) {
-    if (n == PANEL) load_some(to, from, dtype, PANEL); /* much faster for a constant */
-    else load_some(to, from, dtype, n);
-    for (int64_t j = n; j < count; j++) to[j] = 0;
-}
-
-/* n numbers, rounded to the dtype; to a bfloat16 nearby, if there is a key, by the index of the first. */
-INLINE void store_some(void *to, const float *from, int64_t dtype, const int64_t n, const int64_t *key,
-                       uint32_t index) {
-    if (dtype == FLOAT32)
-        for (int64_t j = 0; j < n; j++) ((float *)to)[j] = from[j];
-    else if (dtype == FLOAT16)
-        for (int64_t j = 0; j < n; j++) ((_Float16 *)to)[j] = (_Float16)from[j];
-    else if (key)
-        for (int64_t j = 0; j < n; j++)
-            ((uint16_t *)to)[j] = noisy_bfloat16(from[j], index + (uint32_t)j, (uint32_t)*key);
-    else
-        for (int64_t j = 0; j < n; j++) ((uint16_t *)to)[j] = nearest_bfloat16(from[j]);
-}
-
-INLINE void store(void *to, const float *from, int64_t dtype, int64_t n, const int64_t *key, uint32_t index) {
-    if (n == PANEL) store_some(to, from, dtype, PANEL, key, index);
-    else store_some(to, from, dtype, n, key, index);
-}
-
 INLINE const void *address(const void *data, int64_t dtype, int64_t index) {
     return (const char *)data + index * (dtype == FLOAT32 ? 4 : 2);
 }
 
-/* The hardware does not foresee the step to another panel. */
-INLINE void prefetch(const void *data, int64_t dtype, int64_t index, int64_t n) {
-    const char *const from = address(data, dtype, index), *const end = address(data, dtype, index + n);
-    for (const char *line = from; line < end; line += 64) __builtin_prefetch(line);
+/* PANEL numbers that are read soon: the hardware does not foresee the step to another panel. */
+INLINE void prefetch(const char *data) {
+    UNROLL for (int k = 0; k < VECTORS; k++) __builtin_prefetch(data + 64 * k);
 }
 
-/* Columns j to j + n of row i of a gradient, and zeros up to count. */
-INLINE void load_gradient(const Tile *t, int64_t matrix, int64_t i, int64_t j, int64_t n, int64_t count, float *to) {
-    if (t->finite && !t->finite[matrix]) {
-        memset(to, 0, (size_t)count * 4);
-        return;
+/* One number of a dtype, as float32. */
+INLINE float number(const int dtype, const void *data, int64_t index) {
+    if (dtype == FLOAT32) return ((const float *)data)[index];
+    if (dtype == BFLOAT16) return bits_to_float((uint32_t)((const uint16_t *)data)[index] << 16);
+    return (float)((const _Float16 *)data)[index];
+}
+
+INLINE void load_lines(const int dtype, const int64_t n, const float sign, const int absolute, float *to,
+                       int64_t to_line, const void *from, int64_t line, int64_t lines) {
+    for (int64_t i = 0; i < lines; i++)
+        for (int64_t j = 0; j < n; j++) {
+            const float x = sign * number(dtype, from, i * line + j);
+            to[i * to_line + j] = absolute ? fabsf(x) : x;
+        }
+}
+
+INLINE void load_any(const int dtype, int64_t n, float sign, int absolute, float *to, int64_t to_line, const void *from,
+                     int64_t line, int64_t lines) {
+    /* Much faster for constants. */
+    if (n == PANEL && sign == 1 && !absolute) load_lines(dtype, PANEL, 1, 0, to, to_line, from, line, lines);
+    else load_lines(dtype, n, sign, absolute, to, to_line, from, line, lines);
+}
+
+/* (h, n) of a gradient from row i and column j on or its absolute value, in lines `to_line` apart that zeros fill up to
+   `count`. */
+static void load_gradient(const Tile *t, int64_t matrix, int64_t i, int64_t h, int64_t j, int64_t n, int absolute,
+                          float *to, int64_t to_line, int64_t count) {
+    const int zero = t->finite && !t->finite[matrix];
+    const void *const from = address(t->data[matrix], t->dtype, i * t->stride + j);
+    if (zero) n = 0;
+    else if (t->dtype == FLOAT32) load_any(FLOAT32, n, t->sign, absolute, to, to_line, from, t->stride, h);
+    else if (t->dtype == BFLOAT16) load_any(BFLOAT16, n, t->sign, absolute, to, to_line, from, t->stride, h);
+    else load_any(FLOAT16, n, t->sign, absolute, to, to_line, from, t->stride, h);
+    for (int64_t k = 0; n < count && k < h; k++) memset(to + k * to_line + n, 0, (size_t)(count - n) * 4);
+}
+
+/* LANES x LANES numbers, mirrored at the diagonal, of lines `from_line` and `to_line` apart. */
+INLINE void transpose(float *to, int64_t to_line, const float *from, int64_t from_line) {
+    typedef int32_t places __attribute__((vector_size(4 * LANES)));
+    places low, high;
+    UNROLL for (int k = 0; k < LANES; k++) {
+        low[k] = k / 2 + k % 2 * LANES;
+        high[k] = low[k] + LANES / 2;
     }
-    load(to, address(t->data[matrix], t->dtype, i * t->stride + j), t->dtype, n, count);
-    if (t->sign != 1)
-        for (int64_t k = 0; k < n; k++) to[k] *= t->sign;
-}
-
-INLINE void absolute(float *x, int64_t count) {
-    for (int64_t j = 0; j < count; j++) x[j] = fabsf(x[j]);
+    vec x[LANES], y[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) x[i] = *(const vec *)(from + i * from_line);
+    UNROLL for (int size = 1; size < LANES; size *= 2) { /* riffle halves, of lines and of numbers */
+        UNROLL for (int i = 0; i < LANES / 2; i++) {
+            y[2 * i] = __builtin_shuffle(x[i], x[i + LANES / 2], low);
+            y[2 * i + 1] = __builtin_shuffle(x[i], x[i + LANES / 2], high);
+        }
+        UNROLL for (int i = 0; i < LANES; i++) x[i] = y[i];
+    }
+    UNROLL for (int i = 0; i < LANES; i++) *(vec *)(to + i * to_line) = x[i];
 }
 
 /* n <= PANEL columns of K rows, side by side in `vectors` vectors that zeros fill up. Of columns next to each other, or
@@ -158,10 +164,14 @@ INLINE void pack(float *to, const float *from, int64_t row, int64_t column, int6
             for (int64_t j = n; j < width; j++) to[j] = 0;
         }
     else
-        for (int64_t k0 = 0; k0 < K; k0 += 16) /* a line of the cache at a time */
-            for (int64_t j = 0; j < width; j++)
-                for (int64_t k = k0; k < min(k0 + 16, K); k++)
-                    to[k * width + j] = j < n ? from[k * row + j * column] : 0;
+        for (int64_t k0 = 0; k0 < K; k0 += LANES)
+            for (int64_t j0 = 0; j0 < width; j0 += LANES)
+                if (row == 1 && k0 + LANES <= K && j0 + LANES <= n)
+                    transpose(to + k0 * width + j0, width, from + k0 + j0 * column, column);
+                else
+                    for (int64_t j = j0; j < j0 + LANES; j++)
+                        for (int64_t k = k0; k < min(k0 + LANES, K); k++)
+                            to[k * width + j] = j < n ? from[k * row + j * column] : 0;
 }
 
 /* c[i][j] (+)= sum over k < K of a[i * row + k * step] b[k][j], for `rows` x `vectors` LANES, both constants. Sums are
@@ -244,10 +254,7 @@ void row_products(const Tile *t, const float *const *P, int64_t P_stride, int64_
             if (t->columns == 0) memset(sums, 0, (size_t)(HEIGHT * full) * 4);
             for (int64_t j0 = 0; j0 < t->columns; j0 += DEPTH) {
                 const int64_t w = min(DEPTH, t->columns - j0);
-                for (int64_t i = 0; i < h; i++) {
-                    load_gradient(t, n, i0 + i, j0, w, w, tile + i * DEPTH);
-                    if (absolutes) absolute(tile + i * DEPTH, w);
-                }
+                load_gradient(t, n, i0, h, j0, w, absolutes != 0, tile, DEPTH, w);
                 for (int64_t k0 = 0; k0 < full; k0 += PANEL)
                     product(h, min(VECTORS, (full - k0) / LANES), w, tile, DEPTH, 1,
                             packed + (n * t->columns + j0) * full + k0 * w, sums + k0, full, j0 > 0);
@@ -275,13 +282,8 @@ void column_products(const Tile *t, const float *const *L, int64_t L_stride, int
             const int64_t panels = blocks(w, PANEL);
             for (int64_t i0 = 0; i0 < t->rows; i0 += HEIGHT) {
                 const int64_t h = min(HEIGHT, t->rows - i0);
-                for (int64_t i = 0; i < h; i++)
-                    for (int64_t panel = 0; panel < panels; panel++) {
-                        float *const to = tile + (panel * HEIGHT + i) * PANEL;
-                        const int64_t j = panel * PANEL;
-                        load_gradient(t, n, i0 + i, j0 + j, min(PANEL, w - j), PANEL, to);
-                        if (absolutes) absolute(to, PANEL);
-                    }
+                for (int64_t panel = 0, j = 0; panel < panels; panel++, j += PANEL)
+                    load_gradient(t, n, i0, h, j0 + j, min(PANEL, w - j), absolutes != 0, tile + j * HEIGHT, PANEL, PANEL);
                 for (int64_t panel = 0; panel < panels; panel++)
                     product(rank, VECTORS, h, L[n] + i0 * L_stride, L_step, L_stride,
                             tile + panel * HEIGHT * PANEL, sums + panel * PANEL, SPAN, i0 > 0);
@@ -291,12 +293,6 @@ void column_products(const Tile *t, const float *const *L, int64_t L_stride, int
                 memcpy(out + (n * rank + k) * t->columns + j0, sums + k * SPAN, (size_t)w * 4);
         }
     }
-}
-
-/* Floats of scratch space that `adam` wants, sums of columns in parts included. */
-int64_t adam_scratch(int64_t count, int64_t rows, int64_t columns, int64_t threads, int64_t sums) {
-    const int64_t parts = sums ? count * blocks(rows, HEIGHT) * columns : 0;
-    return threads * (PANEL * (2 * HEIGHT + DEPTH) + HEIGHT * LANES) + parts;
 }
 
 /* Products of the h rows of B at i0 with the columns of A at j0, (h, PANEL). */
@@ -309,31 +305,120 @@ INLINE void moment_product(const Moment *m, int64_t n, int64_t i0, int64_t h, in
     }
 }
 
-/* A dense moment, the EMA of g (PANEL) or, the second, of g^2, updated in place and taken divided by the correction. */
-INLINE void dense(const Moment *m, const int second, int64_t n, int64_t i, int64_t j, int64_t w, const float *g,
-                  float *to) {
-    float *const ema = m->B[n] + i * m->B_stride + j;
-    const float fresh = m->share, correction = m->keep[n];
-    for (int64_t k = 0; k < w; k++) {
-        /* No difference: a square may be infinite, and the EMA then is for good. */
-        const float part = second ? fresh * g[k] * g[k] : fresh * g[k];
-        ema[k] = (1 - fresh) * ema[k] + part;
-        to[k] = ema[k] / correction;
+/* Sums of g^2 over rows (h, LANES), in LANES parts, and columns (PANEL) are added to those there. */
+static void add_squares(const float *g, int64_t h, float *of_rows, float *of_columns) {
+    vec sum[VECTORS] = {0};
+    for (int64_t i = 0; i < h; i++, g += PANEL, of_rows += LANES) {
+        vec total = *(const vec *)of_rows;
+        UNROLL for (int k = 0; k < VECTORS; k++) {
+            const vec x = *(const vec *)(g + k * LANES);
+            total += x * x;
+            sum[k] += x * x;
+        }
+        *(vec *)of_rows = total;
     }
-    for (int64_t k = w; k < PANEL; k++) to[k] = 0;
+    UNROLL for (int k = 0; k < VECTORS; k++) *(vec *)(of_columns + k * LANES) += sum[k];
+}
+
+/* A dense moment, the EMA of g (h, PANEL) or, the second, of g^2, updated in place and taken divided by the correction.
+   In it, i and j are row and column of the first, and w is the number of columns. */
+static void dense(const Moment *m, const int second, int64_t n, int64_t i, int64_t h, int64_t j, int64_t w,
+                  const float *g, float *to) {
+    const float fresh = m->share, correction = m->keep[n];
+    for (; h > 0; h--, i++, g += PANEL, to += PANEL) {
+        float *const ema = m->B[n] + i * m->B_stride + j;
+        for (int64_t k = 0; k < w; k++) {
+            /* No difference: a square may be infinite, and the EMA then is for good. */
+            const float part = second ? fresh * g[k] * g[k] : fresh * g[k];
+            ema[k] = (1 - fresh) * ema[k] + part;
+            to[k] = ema[k] / correction;
+        }
+        for (int64_t k = w; k < PANEL; k++) to[k] = 0;
+    }
+}
+
+/* keep m + fresh g, in place. */
+static void first_moment(float keep, float fresh, int64_t h, const float *g, float *m) {
+    for (int64_t k = 0; k < h * PANEL; k++) m[k] = keep * m[k] + fresh * g[k];
+}
+
+/* keep (row v column)^2 + fresh g^2, in place; `row` may be NULL. */
+static void second_moment(float keep, float fresh, const float *row, const float *column, int64_t h, const float *g,
+                          float *v) {
+    for (int64_t i = 0; i < h; i++, g += PANEL, v += PANEL) {
+        const float scale = row ? row[i] : 1;
+        for (int k = 0; k < PANEL; k++) {
+            const float root = scale * v[k] * column[k];
+            v[k] = keep * root * root + fresh * g[k] * g[k];
+        }
+    }
+}
+
+/* Both moments of SPLIT, in place of B A in m and C W in v. */
+static void split_moments(const Moment *first, const Moment *second, int64_t n, const float *row, const float *column,
+                          int64_t h, const float *g, float *m, float *v) {
+    const float kept = second->keep[n] * (1 - second->share), held = second->keep[n] * second->share;
+    const float fresh = second->fresh[n], keep_m = first->keep[n], fresh_m = first->fresh[n];
+    for (int64_t i = 0; i < h; i++, g += PANEL, m += PANEL, v += PANEL)
+        for (int k = 0; k < PANEL; k++) {
+            /* Weighed before they are squared: a square may be infinite, and a weight zero. */
+            const float of_m = (kept * m[k]) * m[k], of_h = (held * v[k]) * v[k], part = m[k] - v[k];
+            v[k] = of_m + of_h + fresh * g[k] * g[k] + row[i] * column[k];
+            m[k] = keep_m * part + fresh_m * g[k];
+        }
+}
+
+INLINE void update_lines(const Tile *t, const Weights *w, const int dtype, const int noisy, const int64_t width, int64_t n, int64_t i,
+                         int64_t h, int64_t j, const float *m, const float *v) {
+    const float decay = w->decay[n], lr = w->lr[n], eps = w->eps;
+    const uint32_t key = noisy ? (uint32_t)w->keys[n] : 0;
+    for (; h > 0; h--, i++, m += PANEL, v += PANEL) {
+        void *const x = (void *)address(w->data[n], dtype, i * w->stride + j);
+        prefetch(address(w->data[n], dtype, i * w->stride + j + PANEL));
+        prefetch(address(t->data[n], dtype, i * t->stride + j + PANEL));
+        const uint32_t index = (uint32_t)((w->row0 + i) * w->width + w->column0 + j);
+        for (int64_t k = 0; k < width; k++) {
+            const float new = decay * number(dtype, x, k) - lr * m[k] / (sqrtf(v[k]) + eps);
+            if (dtype == FLOAT32) ((float *)x)[k] = new;
+            else if (dtype == FLOAT16) ((_Float16 *)x)[k] = (_Float16)new;
+            else if (noisy) ((uint16_t *)x)[k] = noisy_bfloat16(new, index + (uint32_t)k, key);
+            else ((uint16_t *)x)[k] = nearest_bfloat16(new);
+        }
+    }
+}
+
+INLINE void update_any(const Tile *t, const Weights *w, const int dtype, const int noisy, int64_t width, int64_t n, int64_t i,
+                       int64_t h, int64_t j, const float *m, const float *v) {
+    if (width == PANEL) update_lines(t, w, dtype, noisy, PANEL, n, i, h, j, m, v);
+    else update_lines(t, w, dtype, noisy, width, n, i, h, j, m, v);
+}
+
+/* (h, width) of weights, from row i and column j on. */
+static void update(const Tile *t, const Weights *w, int64_t width, int64_t n, int64_t i, int64_t h, int64_t j, const float *m,
+                   const float *v) {
+    if (w->dtype == FLOAT32) update_any(t, w, FLOAT32, 0, width, n, i, h, j, m, v);
+    else if (w->dtype == FLOAT16) update_any(t, w, FLOAT16, 0, width, n, i, h, j, m, v);
+    else if (w->keys) update_any(t, w, BFLOAT16, 1, width, n, i, h, j, m, v);
+    else update_any(t, w, BFLOAT16, 0, width, n, i, h, j, m, v);
+}
+
+/* Floats of scratch space that `adam` wants, sums of columns in parts included. */
+int64_t adam_scratch(int64_t count, int64_t rows, int64_t columns, int64_t threads, int64_t sums) {
+    const int64_t parts = sums ? count * blocks(rows, HEIGHT) * columns : 0;
+    return threads * (PANEL * (2 * HEIGHT + BAND + DEPTH) + HEIGHT * LANES) + parts;
 }
 
 /* Weights <- decay weights - lr m / (sqrt(v) + eps); sums of g^2 over rows (count, rows) and columns
    (count, columns) are added to `row_sums` and `column_sums`, unless these are NULL. */
 void adam(const Tile *t, const Weights *w, const Moment *first, const Moment *second, float *row_sums,
           float *column_sums, float *scratch) {
-    const int64_t bands = blocks(t->rows, HEIGHT), space = PANEL * (2 * HEIGHT + DEPTH) + HEIGHT * LANES;
+    const int64_t bands = blocks(t->rows, HEIGHT), space = PANEL * (2 * HEIGHT + BAND + DEPTH) + HEIGHT * LANES;
     float *const parts = scratch + t->threads * space;
 #pragma omp parallel num_threads((int)t->threads)
     {
-        float *const M = scratch + thread() * space, *const V = M + HEIGHT * PANEL;
-        float *const panel = V + HEIGHT * PANEL;
-        float *const of_rows = panel + PANEL * DEPTH; /* a vector of partial sums for each row */
+        float *const M = scratch + thread() * space, *const V = M + HEIGHT * PANEL, *const G = V + HEIGHT * PANEL;
+        float *const panel = G + BAND * PANEL;
+        float *const of_rows = panel + DEPTH * PANEL; /* a vector of partial sums for each row */
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < t->count * bands; item++) {
             const int64_t n = item / bands, i0 = item % bands * HEIGHT, h = min(HEIGHT, t->rows - i0);
@@ -342,55 +427,21 @@ void adam(const Tile *t, const Weights *w, const Moment *first, const Moment *se
             for (int64_t j0 = 0; j0 < t->columns; j0 += PANEL) {
                 const int64_t width = min(PANEL, t->columns - j0);
                 float squares[PANEL] ALIGNED = {0}, column[PANEL] ALIGNED = {0};
-                if (skipped) {
-                    if (column_sums) memset(parts + item * t->columns + j0, 0, (size_t)width * 4);
-                    continue;
-                }
-                if (first->kind == FACTORS) moment_product(first, n, i0, h, j0, width, panel, M);
-                if (second->kind != DENSE) moment_product(second, n, i0, h, j0, width, panel, V);
-                if (second->column) memcpy(column, second->column[n] + j0, (size_t)width * 4);
-                for (int64_t i = 0; i < h; i++) {
-                    float g[PANEL] ALIGNED, square[PANEL] ALIGNED, x[PANEL] ALIGNED;
+                if (first->kind == FACTORS && !skipped) moment_product(first, n, i0, h, j0, width, panel, M);
+                if (second->kind != DENSE && !skipped) moment_product(second, n, i0, h, j0, width, panel, V);
+                for (int64_t k = 0; k < width; k++) column[k] = second->column ? second->column[n][j0 + k] : 1;
+                for (int64_t i = 0; i < h && !skipped; i += BAND) {
+                    const int64_t few = min(BAND, h - i), at = i0 + i;
+                    const float *const row = second->row ? second->row[n] + at : NULL;
                     float *const m = M + i * PANEL, *const v = V + i * PANEL;
-                    prefetch(t->data[n], t->dtype, (i0 + i) * t->stride + j0 + PANEL, PANEL);
-                    prefetch(w->data[n], w->dtype, (i0 + i) * w->stride + j0 + PANEL, PANEL);
-                    load_gradient(t, n, i0 + i, j0, width, PANEL, g);
-                    for (int k = 0; k < PANEL; k++) square[k] = g[k] * g[k];
-                    if (column_sums)
-                        for (int k = 0; k < PANEL; k++) squares[k] += square[k];
-                    if (row_sums) {
-                        vec *const total = (vec *)(of_rows + i * LANES);
-                        for (int k = 0; k < VECTORS; k++) *total += *(const vec *)(square + k * LANES);
-                    }
-                    if (first->kind == DENSE) dense(first, 0, n, i0 + i, j0, width, g, m);
-                    else if (second->kind != SPLIT)
-                        for (int k = 0; k < PANEL; k++) m[k] = first->keep[n] * m[k] + first->fresh[n] * g[k];
-                    if (second->kind == DENSE) dense(second, 1, n, i0 + i, j0, width, g, v);
-                    else if (second->kind == SPLIT) {
-                        const float kept = second->keep[n] * (1 - second->share);
-                        const float held = second->keep[n] * second->share;
-                        const float row = second->row[n][i0 + i], fresh = second->fresh[n];
-                        const float keep_m = first->keep[n], fresh_m = first->fresh[n];
-                        for (int k = 0; k < PANEL; k++) {
-                            /* Weighed before they are squared: a square may be infinite, and a weight zero. */
-                            const float of_m = (kept * m[k]) * m[k], of_h = (held * v[k]) * v[k];
-                            const float part = m[k] - v[k];
-                            v[k] = of_m + of_h + fresh * g[k] * g[k] + row * column[k];
-                            m[k] = keep_m * part + fresh_m * g[k];
-                        }
-                    } else {
-                        const float row = second->row ? second->row[n][i0 + i] : 1;
-                        for (int k = 0; k < PANEL; k++) {
-                            const float root = row * v[k] * (second->column ? column[k] : 1);
-                            v[k] = second->keep[n] * root * root + second->fresh[n] * g[k] * g[k];
-                        }
-                    }
-                    const int64_t at = (i0 + i) * w->stride + j0;
-                    load(x, address(w->data[n], w->dtype, at), w->dtype, width, PANEL);
-                    const float decay = w->decay[n], lr = w->lr[n], eps = w->eps;
-                    for (int k = 0; k < PANEL; k++) x[k] = decay * x[k] - lr * m[k] / (sqrtf(v[k]) + eps);
-                    store((void *)address(w->data[n], w->dtype, at), x, w->dtype, width, w->keys ? w->keys + n : NULL,
-                          (uint32_t)((w->row0 + i0 + i) * w->width + w->column0 + j0));
+                    load_gradient(t, n, at, few, j0, width, 0, G, PANEL, PANEL);
+                    if (row_sums) add_squares(G, few, of_rows + i * LANES, squares);
+                    if (first->kind == DENSE) dense(first, 0, n, at, few, j0, width, G, m);
+                    else if (second->kind != SPLIT) first_moment(first->keep[n], first->fresh[n], few, G, m);
+                    if (second->kind == DENSE) dense(second, 1, n, at, few, j0, width, G, v);
+                    else if (second->kind == SPLIT) split_moments(first, second, n, row, column, few, G, m, v);
+                    else second_moment(second->keep[n], second->fresh[n], row, column, few, G, v);
+                    update(t, w, width, n, at, few, j0, m, v);
                 }
                 if (column_sums) memcpy(parts + item * t->columns + j0, squares, (size_t)width * 4);
             }

@@ -91,13 +91,13 @@ def matmul(X: Tensor, Y: Tensor, kind: int = cpu_kernels.GENERAL) -> Tensor:
 
     `kind` is what `cpu_kernels.products`, which takes large ones on CPUs, is told of zeros and symmetry.
     """
-    if _compiled(X, X.shape[-2] * X.shape[-1] * Y.shape[-1]):
+    if _compiled(X, X.numel() * Y.shape[-1]):
         return cpu_kernels.products(X, Y, kind)
     return torch.mm(X[0], Y[0])[None] if X.ndim == 3 and len(X) == 1 else X @ Y
 
 
 def _compiled(X: Tensor, operations: int) -> bool:
-    """Whether kernels for CPUs take X, with so many multiplications a matrix."""
+    """Whether kernels for CPUs take X, with so many multiplications."""
     plain = type(X) is Tensor and X.ndim == 3 and X.is_cpu and X.dtype == torch.float32
     return plain and operations >= 2**18 and not torch.compiler.is_compiling() and cpu_kernels.ready()
 

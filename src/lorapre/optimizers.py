@@ -100,13 +100,16 @@ class LoRAPreOptimizer(Optimizer):
         torch.compile runs the method of this name by itself, outside the graph, and takes the lists it has
         filled as the graph's inputs.
         """
+        shapes_of: dict[Any, dict[str, tuple[int, ...]]] = {}
         for p in group["params"]:
             if not _waits(p):
                 continue
             own = self.state[p]
             if own and own["step"].device != p.device:  # the model has been moved
                 own.update({name: value.to(p.device) for name, value in own.items()})
-            shapes = state_shapes(group, p.shape)
+            if p.shape not in shapes_of:
+                shapes_of[p.shape] = state_shapes(group, p.shape)
+            shapes = shapes_of[p.shape]
             if "step" not in own:
                 with torch.autocast(p.device.type, enabled=False):
                     own.update(_start(p, group, shapes))
