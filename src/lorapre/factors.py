@@ -98,8 +98,17 @@ def matmul(X: Tensor, Y: Tensor, kind: int = cpu_kernels.GENERAL) -> Tensor:
 
 def _compiled(X: Tensor, operations: int) -> bool:
     """Whether kernels for CPUs take X, with so many multiplications."""
-    plain = type(X) is Tensor and X.ndim == 3 and X.is_cpu and X.dtype == torch.float32
-    return plain and operations >= 2**18 and not torch.compiler.is_compiling() and cpu_kernels.ready()
+    return X.ndim == 3 and X.dtype == torch.float32 and operations >= 2**18 and _at_hand(X)
+
+
+def _at_hand(X: Tensor) -> bool:
+    """Whether X is in this process's memory, for kernels for CPUs and for the host to look at."""
+    return type(X) is Tensor and X.is_cpu and not torch.compiler.is_compiling() and cpu_kernels.ready()
+
+
+def _all(condition: Tensor) -> bool:
+    """Whether a condition holds everywhere; False where a look would make the host wait, or break a graph."""
+    return _at_hand(condition) and bool(condition.all())
 
 
 def gram(X: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -164,11 +173,13 @@ def gauge_(B: Tensor, A: Tensor, shards: Shards = WHOLE, before: Tensor | None =
     size = norm(A, shards, columns=True) / math.sqrt(A.shape[-2])
     alive = (size >= torch.finfo(A.dtype).tiny) & size.isfinite()
     A.mul_(torch.where(alive, 1 / size, 0))
+    B.mul_(torch.where(alive, size, 0))
+    if _all(alive):
+        return
     if before is not None:
         torch.where(alive, A, before, out=A)
     else:
         A.diagonal(dim1=-2, dim2=-1).add_((~alive).squeeze(-1))
-    B.mul_(torch.where(alive, size, 0))
 
 
 def start(sketch: Tensor, fallback: Tensor, shards: Shards = WHOLE) -> Tensor:
@@ -193,7 +204,7 @@ ALL = slice(None)  # never a default: torch.compile of torch 2.9 takes no slice 
 
 
 class Tracker(ABC):
-    """How the factors of N momenta follow their targets; B and A are overwritten.
+    """How the factors of N momenta follow their targets; B and A are overwritten, or replaced.
 
         tracker = Newton(B, A, rate)
         tracker.left(members, rows, T[members, rows] @ tracker.probe(ALL)[members].mT)        for all rows
@@ -395,7 +406,7 @@ class Subspace(Tracker):
 
     Attributes:
         W: (N, r, q), until `turn`.
-        BG: B A A^T (N, p, r), until `turn`.
+        BAWt: B A W^T (N, p, r), until `turn`.
         seen: T W^T (N, p, r), summed over columns; full from `turn` on, which lets go of it.
     """
 
@@ -407,7 +418,7 @@ class Subspace(Tracker):
         for start in range(0, self.A.shape[-1], size):
             columns = slice(start, start + size)
             self.W[..., columns] = matmul(self._root, super().probe(columns), cpu_kernels.LOWER)
-        self.BG = matmul(self.B, G)
+        self.BAWt = matmul(self.B, matmul(G, self._root.mT))
         self.seen = torch.empty_like(self.B)
 
     def probe(self, columns: slice) -> Tensor:
@@ -423,10 +434,9 @@ class Subspace(Tracker):
 
     def _estimate(self) -> Tensor:
         """(beta B A + (1 - beta) T) W^T (N, p, r)."""
-        held = matmul(self.BG, self._root.mT.contiguous(), cpu_kernels.UPPER)
-        held.lerp_(self.seen, 1 - self.rate)
-        del self.W, self.BG, self.seen
-        return held
+        estimate = self.BAWt.lerp_(self.seen, 1 - self.rate)
+        del self.W, self.BAWt, self.seen
+        return estimate
 
     def basis(self, members: slice, rows: slice) -> Tensor:
         """Q^T (n, r, rows)."""
@@ -443,8 +453,7 @@ class Subspace(Tracker):
 
     def _finish(self) -> None:
         gauge_(self._Q, self._new_A, self.shards, before=self.A)
-        self.B.copy_(self._Q)
-        self.A.copy_(self._new_A)
+        self.B, self.A = self._Q, self._new_A
 
 
 def track(
@@ -462,7 +471,7 @@ def track(
 
 
 def match_means(
-    B: Tensor, A: Tensor, row: Tensor, column: Tensor, shards: Shards = WHOLE, BG: Tensor | None = None
+    B: Tensor, A: Tensor, row: Tensor, column: Tensor, shards: Shards = WHOLE, squares: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Factors on rows of B, then on columns of A, that make `row`, then `column` the means of (B A)**2.
 
@@ -475,23 +484,22 @@ def match_means(
         row: (..., p), wanted means over each row.
         column: (..., q), wanted means over each column; these hold exactly, those of the rows nearly.
         shards: how to sum over other processes.
-        BG: (..., p, r), B A A^T if it is known.
+        squares: (..., p), sums of (B A)**2 over each row if they are known.
 
     Returns:
         Of the rows (..., p, 1), and of the columns (..., 1, q).
     """
     p, q = shards.size(B.shape[-2], A.shape[-1])
-    if BG is None:
+    if squares is None:
         (G,) = shards.sum_columns(gram(A.mT))
-        BG = matmul(B, G)
-    now = (BG * B).sum(-1) / q
-    rows = _root_of_ratio(row, now)[..., None]
+        squares = (matmul(B, G) * B).sum(-1)
+    rows = _root_of_ratio(row, squares / q)[..., None]
     now = (matmul(shards.gram(B * rows), A) * A).sum(-2) / p
     return rows, _root_of_ratio(column, now)[..., None, :]
 
 
 def rank_one_rest(
-    B: Tensor, A: Tensor, BG: Tensor, keep: Tensor, row: Tensor, column: Tensor, shards: Shards = WHOLE
+    B: Tensor, A: Tensor, squares: Tensor, keep: Tensor, row: Tensor, column: Tensor, shards: Shards = WHOLE
 ) -> tuple[Tensor, Tensor]:
     """Vectors whose outer product has the means that keep (B A)**2 leaves of `row` and `column`.
 
@@ -500,7 +508,7 @@ def rank_one_rest(
     Args:
         B: (..., p, r), its columns orthogonal and of one length, as Subspace makes them.
         A: (..., r, q).
-        BG: (..., p, r), B A A^T.
+        squares: (..., p), sums of (B A)**2 over each row.
         keep: (..., 1), how much of the square counts.
         row: (..., p), means of a non-negative matrix over each row.
         column: (..., q), its means over each column.
@@ -511,10 +519,10 @@ def rank_one_rest(
     """
     p, q = shards.size(B.shape[-2], A.shape[-1])
     # Infinities of both signs, of squares above 1e38, sum up to NaN: then nothing is known to be left.
-    rows = (row - keep * (BG * B).sum(-1) / q).clamp(min=0).nan_to_num(nan=0.0)
-    total, square = shards.sum_rows(rows.sum(-1, keepdim=True), B.square().sum((-2, -1))[..., None])
-    # B^T B is square / r times the identity.
-    gathered = A.square().sum(-2) * (square / B.shape[-1])
+    rows = (row - keep * squares / q).clamp(min=0).nan_to_num(nan=0.0)
+    total, length = shards.sum_rows(rows.sum(-1, keepdim=True), B[..., :1].square().sum(-2))
+    # B^T B is `length` times the identity.
+    gathered = A.square().sum(-2) * length
     columns = (column - keep * gathered / p).clamp(min=0).nan_to_num(nan=0.0)
     ratio = columns / (total / p)
     return rows[..., None], torch.where(ratio.isfinite(), ratio, 0)[..., None, :]
@@ -530,7 +538,8 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
     """An orthonormal basis Q (..., p, r) of the range of Y (..., p, r), r <= p; Y is overwritten.
 
     Cholesky QR, three times over: shifted twice, so that columns which almost depend on each other survive,
-    then plain. Where Y has lost rank (a gradient of rank below r, an expert with few tokens) the free columns
+    then plain; the second may be left out where the first has lost less than half of any one direction, since
+    the condition of Q then is below 1.5. Where Y has lost rank (a gradient of rank below r, an expert with few tokens) the free columns
     of Q are directions in general position, orthogonal to the range. It needs no more than Y^T Y, so the rows
     of Y may be spread over processes.
     """
@@ -543,8 +552,11 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
     # Q^T Q = R (R^-1 R^-T - shift I) R^T = I - shift R R^T: what the squared lengths of the columns of Q lack
     # to one, nothing where a column has survived and all where Y has lost it.
     lost = (r + 16) * eps * lengths[..., None, :]
-    Y.addcmul_(4e-5 * lost, _waves(Y, shards.rows, shards.size(Y.shape[-2], 1)[0], ALL))
-    for shift in (16 * eps, eps):
+    shifts = [eps]
+    if shards.count > 1 or not _all(lost.sum(-1) < 0.5):  # a collective too few would be one forever
+        Y.addcmul_(4e-5 * lost, _waves(Y, shards.rows, shards.size(Y.shape[-2], 1)[0], ALL))
+        shifts = [16 * eps, eps]
+    for shift in shifts:
         SRt, _ = _whitening(shards.gram(Y), shift)
         Y = matmul(Y, SRt, cpu_kernels.UPPER)
     return Y

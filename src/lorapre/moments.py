@@ -42,8 +42,8 @@ VARIANTS = {
 class Tracking:
     """Factorised moments of a batch, one after the other: B (k N, p, r), A (k N, r, q) of k moments.
 
-    The first moment (m) follows g, the second (v) |g|. What is tracked of a single parameter is tracked in
-    place; of several, or of shards, whose sums then share collectives, in stacked copies.
+    The first moment (m) follows g, the second (v) |g|. The factors of a single parameter are those of its state;
+    of several, or of shards, whose sums then share collectives, they are stacked copies.
     """
 
     def __init__(
@@ -51,7 +51,6 @@ class Tracking:
     ) -> None:
         """`rates` (N,) of each moment, as the tracker takes them; `gain` is a factor on the targets."""
         self.batch, self.names, self.gain = batch, tuple(rates), gain
-        self.in_place = len(batch.state["step"]) == len(rates) == 1 and batch.finite is None
         pairs = [(batch.read(f"{name}_B"), batch.read(f"{name}_A")) for name in rates]
         if len(pairs) > 1:
             B, A = (torch.cat(pair) for pair in zip(*pairs, strict=True))
@@ -59,6 +58,8 @@ class Tracking:
             ((B, A),) = pairs
             if batch.finite is not None:
                 B, A = B.clone(), A.clone()
+        # The state itself, for trackers that work in place.
+        self.state = B if len(batch.state["step"]) == len(rates) == 1 and batch.finite is None else None
         rate = torch.cat(list(rates.values()))[:, None, None].to(B.dtype)
         self.tracker = kind(B, A, rate, batch.shards, whole=len(rates) > 1)
         self.sums: list[tuple[slice, Tensor]] = []
@@ -73,10 +74,10 @@ class Tracking:
             start + (members.start or 0), start + (self.batch.N if members.stop is None else members.stop)
         )
 
-    def BG(self, name: str) -> Tensor:
-        """B A A^T (N, p, r) of a moment, before the sweeps; the subspace tracker has it."""
+    def squares(self, name: str) -> Tensor:
+        """Sums of (B A)**2 over the rows (N, p) of a moment, before the sweeps; the subspace tracker has them."""
         assert isinstance(self.tracker, factors.Subspace)
-        return self.tracker.BG[self.of(name)]
+        return torch.linalg.vector_norm(self.tracker.BAWt[self.of(name)], dim=-1).square()
 
     def places(self, members: slice) -> list[tuple[slice, bool]]:
         """Of k moments the place, and whether the target is |g|."""
@@ -137,7 +138,7 @@ class Tracking:
     def finish(self) -> None:
         """Store the new factors."""
         self.tracker.finish()
-        for name in self.names if not self.in_place else ():
+        for name in self.names if self.tracker.B is not self.state else ():
             self.batch.write(f"{name}_B", self.tracker.B[self.of(name)])
             self.batch.write(f"{name}_A", self.tracker.A[self.of(name)])
 
@@ -249,7 +250,7 @@ class Split:
         self.past = rules.debias(betas[0], batch.t - 1).to(dtype)
         self.keep = rules.debias(betas[1], batch.t - 1).to(dtype)
         self.row, self.column = factors.rank_one_rest(
-            first.B, first.A, tracking.BG("m"), self.keep[:, None], means.row, means.column, batch.shards
+            first.B, first.A, tracking.squares("m"), self.keep[:, None], means.row, means.column, batch.shards
         )
 
     def moments(
@@ -312,7 +313,7 @@ def adam(
         correction = beta2 * ramp.square() + (1 - beta2)
     elif isinstance(second, Product) and means is not None:
         second.rows, second.columns = factors.match_means(
-            second.B, second.A, means.row, means.column, batch.shards, of["v"].BG("v")
+            second.B, second.A, means.row, means.column, batch.shards, of["v"].squares("v")
         )
     same: dict[str, Any] = dict(lr=lr * scale, decay=1 - lr * weight_decay, eps=eps)
     if launches or batch.compiled:
