@@ -2,11 +2,13 @@
 
    A tile is a part (rows, columns) of each of `count` same-shaped matrices. Everything is computed in float32,
    whatever the dtype. In what order a sum is formed depends on the shape and on the width of the processor's vectors,
-   never on the number of threads or on which of them was first.
+   never on the number of threads. Each thread takes a part of the matrices, the same in all functions and nearly that
+   of torch's operations: what is in its cache mostly is what it needs next.
 
    Products are made as in BLIS (Van Zee, van de Geijn 2015): a block of ROWS x VECTORS vectors of the result stays
    in registers while one operand is read a number at a time and the other, packed, a panel row at a time. */
 
+#include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -246,7 +248,7 @@ void row_products(const Tile *t, const float *const *P, int64_t P_stride, int64_
                      min(PANEL, rank - k0), min(VECTORS, (full - k0) / LANES));
             }
         }
-#pragma omp for schedule(dynamic) nowait
+#pragma omp for schedule(static) nowait
         for (int64_t item = 0; item < t->count * bands; item++) {
             const int64_t n = item / bands, i0 = item % bands * HEIGHT, h = min(HEIGHT, t->rows - i0);
             float *const tile = space + thread() * HEIGHT * (DEPTH + full);
@@ -276,7 +278,7 @@ void column_products(const Tile *t, const float *const *L, int64_t L_stride, int
     {
         float *const tile = scratch + thread() * SPAN * (HEIGHT + rank);
         float *const sums = tile + SPAN * HEIGHT;
-#pragma omp for schedule(dynamic) nowait
+#pragma omp for schedule(static) nowait
         for (int64_t item = 0; item < t->count * spans; item++) {
             const int64_t n = item / spans, j0 = item % spans * SPAN, w = min(SPAN, t->columns - j0);
             const int64_t panels = blocks(w, PANEL);
@@ -419,7 +421,7 @@ void adam(const Tile *t, const Weights *w, const Moment *first, const Moment *se
         float *const M = scratch + thread() * space, *const V = M + HEIGHT * PANEL, *const G = V + HEIGHT * PANEL;
         float *const panel = G + BAND * PANEL;
         float *const of_rows = panel + DEPTH * PANEL; /* a vector of partial sums for each row */
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
         for (int64_t item = 0; item < t->count * bands; item++) {
             const int64_t n = item / bands, i0 = item % bands * HEIGHT, h = min(HEIGHT, t->rows - i0);
             const int skipped = t->finite && !t->finite[n];
@@ -476,7 +478,7 @@ void products(int64_t count, int64_t a, int64_t b, int64_t c, const float *X, co
 #pragma omp parallel num_threads((int)threads)
     {
         float *const panel = scratch + thread() * (DEPTH * PANEL + HEIGHT * WIDTH), *const sums = panel + DEPTH * PANEL;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
         for (int64_t item = 0; item < count * bands * groups; item++) {
             const int64_t n = item / (bands * groups), i0 = item / groups % bands * height, h = min(height, a - i0);
             const int64_t first = item % groups * width, last = min(first + width, c);
@@ -606,5 +608,92 @@ void whitening(int64_t count, int64_t r, const float *G, float shift, float *out
         }
         for (int64_t j = 0; j < r; j++)
             for (int64_t i = 0; i < r; i++) out[(n * r + j) * r + i] = scale[j] * R[i * line + j];
+    }
+}
+
+/* out (count, r, q) = A + scale waves, of the columns from `first` on: wave k is the sine of 2 pi frac(sqrt(2) k) times the
+   number of the column, both counted from one. `turns` holds 2 r doubles. */
+void add_waves(int64_t count, int64_t r, int64_t q, const float *A, const int64_t *strides, int64_t first, float scale,
+               float *out, int64_t threads, double *turns) {
+    for (int64_t k = 0; k < r; k++) {
+        const double angle = sqrt(2) * (double)(k + 1), turn = 2 * M_PI * (angle - floor(angle));
+        turns[2 * k] = turn;
+        turns[2 * k + 1] = fmod(turn * (double)(first + 1), 2 * M_PI);
+    }
+#pragma omp parallel for schedule(static) num_threads((int)threads)
+    for (int64_t item = 0; item < count * r; item++) {
+        const int64_t n = item / r, k = item % r;
+        const float *const from = A + n * strides[0] + k * strides[1];
+        float *const to = out + item * q;
+        float sine[LANES], cosine[LANES];
+        const double turn = turns[2 * k], start = turns[2 * k + 1], s = sin(turn), c = cos(turn);
+        double x = sin(start), y = cos(start);
+        for (int l = 0; l < LANES; l++) {
+            sine[l] = (float)x * scale;
+            cosine[l] = (float)y * scale;
+            const double next = x * c + y * s;
+            y = y * c - x * s;
+            x = next;
+        }
+        const float S = (float)sin(LANES * turn), C = (float)cos(LANES * turn);
+        for (int64_t j = 0; j < q; j += LANES) {
+            for (int64_t l = 0; l < min(LANES, q - j); l++) to[j + l] = from[j + l] + sine[l];
+            for (int l = 0; l < LANES; l++) {
+                const float next = sine[l] * C + cosine[l] * S;
+                cosine[l] = cosine[l] * C - sine[l] * S;
+                sine[l] = next;
+            }
+        }
+    }
+}
+
+enum { CHUNK = 1 << 14 };
+
+/* Numbers of scratch space that `gauge` wants. */
+int64_t gauge_scratch(int64_t count, int64_t a) { return count * blocks(a, CHUNK); }
+
+/* B (count, b) and A (count, a) times and by such numbers that the norm of A becomes `norm`. Where the quotient of norms
+   is no normal number, B becomes zero and A what it was `before` or, if that is NULL, one in every `step`-th number. */
+void gauge(int64_t count, int64_t b, int64_t a, float norm, float *B, float *A, const float *before, int64_t step,
+           int64_t threads, double *scratch) {
+    typedef double wide __attribute__((vector_size(8 * LANES)));
+    const int64_t parts = blocks(a, CHUNK), all = parts + blocks(b, CHUNK);
+#pragma omp parallel num_threads((int)threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < count * parts; item++) {
+            const int64_t start = item % parts * CHUNK, n = min(CHUNK, a - start);
+            const float *const x = A + item / parts * a + start;
+            wide sums = {0};
+            double sum = 0;
+            int64_t j = 0;
+            for (; j + LANES <= n; j += LANES) {
+                const wide y = __builtin_convertvector(*(const vec *)(x + j), wide);
+                sums += y * y;
+            }
+            for (; j < n; j++) sum += (double)x[j] * x[j];
+            for (int l = 0; l < LANES; l++) sum += sums[l];
+            scratch[item] = sum;
+        }
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < count * all; item++) {
+            const int64_t n = item / all, part = item % all;
+            double sum = 0;
+            for (int64_t k = 0; k < parts; k++) sum += scratch[n * parts + k];
+            const float size = (float)(sqrt(sum) / norm);
+            const int alive = size >= FLT_MIN && size <= FLT_MAX;
+            if (part < parts) {
+                const int64_t last = min((part + 1) * CHUNK, a);
+                float *const x = A + n * a;
+                const float inverse = 1 / size;
+                for (int64_t j = part * CHUNK; j < last && alive; j++) x[j] *= inverse;
+                for (int64_t j = part * CHUNK; j < last && !alive; j++)
+                    x[j] = before ? before[n * a + j] : (float)(j % step == 0);
+            } else {
+                const int64_t last = min((part - parts + 1) * CHUNK, b);
+                float *const x = B + n * b;
+                for (int64_t j = (part - parts) * CHUNK; j < last; j++) x[j] = alive ? x[j] * size : 0;
+            }
+        }
     }
 }

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import shlex
 import shutil
@@ -210,6 +211,30 @@ def whitening(G: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     return out, lengths
 
 
+def add_waves(A: Tensor, columns: slice, scale: float) -> Tensor:
+    """A (n, r, columns), float32, plus `scale` times the rows that `factors._waves` has for them."""
+    A = _rows(A[..., columns])
+    (n, r, q), threads = A.shape, torch.get_num_threads()
+    out, turns = A.new_empty(n, r, q), A.new_empty(2 * r, dtype=torch.float64)
+    strides = (c_int64 * 2)(*A.stride()[:2])
+    _loaded().add_waves(
+        n, r, q, A.data_ptr(), ctypes.addressof(strides), columns.start or 0, scale, out.data_ptr(), threads,
+        turns.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def gauge_(B: Tensor, A: Tensor, before: Tensor | None) -> None:
+    """`factors.gauge_` of B (n, p, r) and A (n, r, q), contiguous float32."""
+    (n, p, r), q, threads = B.shape, A.shape[-1], torch.get_num_threads()
+    scratch = A.new_empty(_loaded().gauge_scratch(n, r * q), dtype=torch.float64)
+    before = before if before is None else before.contiguous()
+    _loaded().gauge(
+        n, p * r, r * q, math.sqrt(r), B.data_ptr(), A.data_ptr(), None if before is None else before.data_ptr(),
+        q + 1, threads, scratch.data_ptr(),
+    )  # fmt: skip
+
+
 # What a pointer points to has to live until the call: that is what the lists `held` are for.
 
 
@@ -292,6 +317,7 @@ def _library() -> Any:
         "adam_scratch": [c_int64] * 5,
         "products_scratch": [c_int64],
         "roots_scratch": [c_int64] * 2,
+        "gauge_scratch": [c_int64] * 2,
     }.items():
         getattr(library, name).argtypes, getattr(library, name).restype = arguments, c_int64
     library.row_products.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p]
@@ -301,6 +327,10 @@ def _library() -> Any:
     library.adam.argtypes = [c_void_p] * 7
     library.inverse_roots.argtypes = [c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p]
     library.whitening.argtypes = [c_int64, c_int64, c_void_p, c_float, *[c_void_p] * 2, c_int64, c_void_p]
+    library.add_waves.argtypes = [
+        *[c_int64] * 3, c_void_p, c_void_p, c_int64, c_float, c_void_p, c_int64, c_void_p
+    ]  # fmt: skip
+    library.gauge.argtypes = [*[c_int64] * 3, c_float, *[c_void_p] * 3, *[c_int64] * 2, c_void_p]
     library.products.argtypes = [
         *[c_int64] * 4, *[c_void_p] * 4, c_int64, c_void_p, c_int64, c_void_p
     ]  # fmt: skip

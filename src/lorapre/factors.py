@@ -170,12 +170,12 @@ def gauge_(B: Tensor, A: Tensor, shards: Shards = WHOLE, before: Tensor | None =
     Where A is zero, or has left the range of its type, the product becomes zero and A what it was `before`,
     or the first r unit vectors, so that the factor always has directions.
     """
+    if shards.count == 1 and A.is_contiguous() and B.is_contiguous() and _compiled(A, A.numel()):
+        return cpu_kernels.gauge_(B, A, before)
     size = norm(A, shards, columns=True) / math.sqrt(A.shape[-2])
     alive = (size >= torch.finfo(A.dtype).tiny) & size.isfinite()
     A.mul_(torch.where(alive, 1 / size, 0))
     B.mul_(torch.where(alive, size, 0))
-    if _all(alive):
-        return
     if before is not None:
         torch.where(alive, A, before, out=A)
     else:
@@ -247,9 +247,11 @@ class Tracker(ABC):
         """
         if not self.probes:
             return self.A[..., columns]
-        q = self.shards.size(1, self.A.shape[-1])[1]
+        q, eps = self.shards.size(1, self.A.shape[-1])[1], torch.finfo(self.A.dtype).eps
+        if self.shards.count == 1 and _compiled(self.A, self.A.numel()):
+            return cpu_kernels.add_waves(self.A, columns, eps * math.sqrt(2 / q))
         W = _waves(self.A.mT, self.shards.columns, q, columns).mT
-        return torch.add(self.A[..., columns], W, alpha=torch.finfo(W.dtype).eps)
+        return torch.add(self.A[..., columns], W, alpha=eps)
 
     def left(self, members: slice, rows: slice, TAt: Tensor) -> None:
         """The left half-step of some rows, from T A^T (n, rows, r), summed over the columns held here."""
@@ -412,12 +414,15 @@ class Subspace(Tracker):
 
     def _start_left(self, G: Tensor) -> None:
         self._root = _damped_root(G.clone(), 0.0)
-        self.W = torch.empty_like(self.A)
         # In parts, for memory's sake; GPUs rather take fewer calls.
         size = self.A.shape[-1] if self.A.is_cuda else max(1, 2**18 // self.A.shape[-2])
-        for start in range(0, self.A.shape[-1], size):
-            columns = slice(start, start + size)
-            self.W[..., columns] = matmul(self._root, super().probe(columns), cpu_kernels.LOWER)
+        parts = [slice(start, start + size) for start in range(0, self.A.shape[-1], size)]
+        if len(parts) == 1:
+            self.W = matmul(self._root, super().probe(ALL), cpu_kernels.LOWER)
+        else:
+            self.W = torch.empty_like(self.A)
+            for columns in parts:
+                self.W[..., columns] = matmul(self._root, super().probe(columns), cpu_kernels.LOWER)
         self.BAWt = matmul(self.B, matmul(G, self._root.mT))
         self.seen = torch.empty_like(self.B)
 
