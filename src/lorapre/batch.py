@@ -178,7 +178,8 @@ class Batch:
 
     def tiles(self, tensors: list[Tensor], members: slice, rows: slice, columns: slice) -> list[Tensor]:
         """Tiles (rows, columns) of matrices, sharing their memory."""
-        return [x[rows, columns] for x in tensors[members]]
+        whole = rows == slice(0, self.p) and columns == slice(0, self.q)
+        return tensors[members] if whole else [x[rows, columns] for x in tensors[members]]
 
     def work(self, x: Tensor, rows: slice, columns: slice) -> Tensor:
         """A tile of a matrix, contiguous and in the dtype of the update; a view if that is what it is."""

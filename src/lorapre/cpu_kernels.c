@@ -6,13 +6,17 @@
    of torch's operations: what is in its cache mostly is what it needs next.
 
    Products are made as in BLIS (Van Zee, van de Geijn 2015): a block of ROWS x VECTORS vectors of the result stays
-   in registers while one operand is read a number at a time and the other, packed, a panel row at a time. */
+   in registers while one operand is read a number at a time and the other, packed, a panel row at a time. Of bfloat16
+   gradients two terms of a sum lie in the place of one float32, as processors that can multiply bfloat16 take them. */
 
 #include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 enum { LANES = 16, ROWS = 8 }; /* 24 of 32 registers hold sums */
@@ -33,12 +37,15 @@ enum {
 };
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float held __attribute__((vector_size(4 * LANES))); /* in registers; `vec` is in memory, of any alignment */
+typedef int32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define ALIGNED __attribute__((aligned(64)))
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { FACTORS, DENSE, SPLIT };
+enum { NUMBERS, PAIRS };
 
 /* What cpu_kernels.py hands over: gradients, weights and how a moment comes about. `data`, B, A, row and column have an
    address for each matrix, `finite`, keys, decay, lr, keep and fresh a number. Strides are from row to row. */
@@ -176,20 +183,34 @@ INLINE void pack(float *to, const float *from, int64_t row, int64_t column, int6
                             to[k * width + j] = j < n ? from[k * row + j * column] : 0;
 }
 
-/* c[i][j] (+)= sum over k < K of a[i * row + k * step] b[k][j], for `rows` x `vectors` LANES, both constants. Sums are
-   added to what is there at the end, so that errors of long ones in parts do not grow with their length. */
-INLINE void block(const int rows, const int vectors, int64_t K, const float *a, int64_t row, int64_t step,
+/* sum + x y of pairs, one of x and LANES of y: two products in each place. */
+INLINE held add_pairs(held sum, const float *x, held y) {
+    int32_t bits; /* no arithmetic may touch them as a float */
+    memcpy(&bits, x, 4);
+    const words pair = (words){0} + bits;
+#ifdef __AVX512BF16__
+    return (held)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pair, (__m512bh)y);
+#else
+    const words high = (words){0} + (int32_t)0xFFFF0000;
+    return sum + (held)(pair << 16) * (held)((words)y << 16) + (held)(pair & high) * (held)((words)y & high);
+#endif
+}
+
+/* c[i][j] (+)= sum over k < K of a[i * row + k * step] b[k][j], for `rows` x `vectors` LANES, constants as `kind` is. Sums
+   are added to what is there at the end, so that errors of long ones in parts do not grow with their length. */
+INLINE void block(const int kind, const int rows, const int vectors, int64_t K, const float *a, int64_t row, int64_t step,
                   const float *b, float *c, int64_t c_stride, int add) {
-    vec sum[ROWS][VECTORS];
+    held sum[ROWS][VECTORS];
     UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = (vec){0};
+        UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = (held){0};
     for (int64_t k = 0; k < K; k++, a += step, b += vectors * LANES) {
-        vec y[VECTORS];
+        held y[VECTORS];
         UNROLL for (int j = 0; j < vectors; j++) y[j] = *(const vec *)(b + j * LANES);
-        UNROLL for (int i = 0; i < rows; i++) {
-            const float x = a[i * row];
-            UNROLL for (int j = 0; j < vectors; j++) sum[i][j] += x * y[j];
-        }
+        UNROLL for (int i = 0; i < rows; i++)
+            UNROLL for (int j = 0; j < vectors; j++) {
+                if (kind == PAIRS) sum[i][j] = add_pairs(sum[i][j], a + i * row, y[j]);
+                else sum[i][j] += a[i * row] * y[j];
+            }
     }
     UNROLL for (int i = 0; i < rows; i++)
         UNROLL for (int j = 0; j < vectors; j++) {
@@ -199,19 +220,69 @@ INLINE void block(const int rows, const int vectors, int64_t K, const float *a, 
         }
 }
 
-INLINE void rows_of_blocks(int64_t rows, const int vectors, int64_t K, const float *a, int64_t row, int64_t step,
-                           const float *b, float *c, int64_t c_stride, int add) {
+INLINE void rows_of_blocks(const int kind, int64_t rows, const int vectors, int64_t K, const float *a, int64_t row,
+                           int64_t step, const float *b, float *c, int64_t c_stride, int add) {
     int64_t i = 0;
     for (; i + ROWS <= rows; i += ROWS)
-        block(ROWS, vectors, K, a + i * row, row, step, b, c + i * c_stride, c_stride, add);
-    for (; i < rows; i++) block(1, vectors, K, a + i * row, row, step, b, c + i * c_stride, c_stride, add);
+        block(kind, ROWS, vectors, K, a + i * row, row, step, b, c + i * c_stride, c_stride, add);
+    for (; i < rows; i++) block(kind, 1, vectors, K, a + i * row, row, step, b, c + i * c_stride, c_stride, add);
+}
+
+INLINE void product_of(const int kind, int64_t rows, int64_t vectors, int64_t K, const float *a, int64_t row,
+                       int64_t step, const float *b, float *c, int64_t c_stride, int add) {
+    if (vectors == 1) rows_of_blocks(kind, rows, 1, K, a, row, step, b, c, c_stride, add);
+    else if (vectors == 2) rows_of_blocks(kind, rows, 2, K, a, row, step, b, c, c_stride, add);
+    else rows_of_blocks(kind, rows, 3, K, a, row, step, b, c, c_stride, add);
 }
 
 static void product(int64_t rows, int64_t vectors, int64_t K, const float *a, int64_t row, int64_t step,
                     const float *b, float *c, int64_t c_stride, int add) {
-    if (vectors == 1) rows_of_blocks(rows, 1, K, a, row, step, b, c, c_stride, add);
-    else if (vectors == 2) rows_of_blocks(rows, 2, K, a, row, step, b, c, c_stride, add);
-    else rows_of_blocks(rows, 3, K, a, row, step, b, c, c_stride, add);
+    product_of(NUMBERS, rows, vectors, K, a, row, step, b, c, c_stride, add);
+}
+
+static void product_of_pairs(int64_t rows, int64_t vectors, int64_t K, const float *a, int64_t row, int64_t step,
+                             const float *b, float *c, int64_t c_stride, int add) {
+    product_of(PAIRS, rows, vectors, K, a, row, step, b, c, c_stride, add);
+}
+
+/* n pairs of two rows of numbers, of which the second may be NULL for zeros, rounded to bfloat16. */
+INLINE void fold(float *to, const float *first, const float *second, int64_t n) {
+    for (int64_t j = 0; j < n; j++) {
+        const uint32_t low = nearest_bfloat16(first[j]), high = second ? nearest_bfloat16(second[j]) : 0;
+        to[j] = bits_to_float(low | high << 16);
+    }
+}
+
+/* `load_gradient` of bfloat16, in pairs of numbers next to each other (h, n / 2) in lines of DEPTH. */
+static void load_row_pairs(const Tile *t, int64_t matrix, int64_t i, int64_t h, int64_t j, int64_t n, int absolute,
+                           float *to) {
+    const uint32_t flip = t->sign < 0 && !absolute ? 0x80008000 : 0, keep = absolute ? 0x7FFF7FFF : 0xFFFFFFFF;
+    const int zero = t->finite && !t->finite[matrix];
+    for (int64_t k = 0; k < h; k++, to += DEPTH) {
+        const uint16_t *const from = (const uint16_t *)t->data[matrix] + (i + k) * t->stride + j;
+        for (int64_t l = 0; l < n / 2; l++) {
+            uint32_t pair;
+            memcpy(&pair, from + 2 * l, 4);
+            to[l] = bits_to_float(zero ? 0 : (pair ^ flip) & keep);
+        }
+        if (n % 2) to[n / 2] = bits_to_float(zero ? 0 : ((from[n - 1] ^ flip) & keep) & 0xFFFF);
+    }
+}
+
+/* The same in pairs of numbers below each other, (h / 2, PANEL). */
+INLINE void load_column_pairs(const Tile *t, int64_t matrix, int64_t i, int64_t h, int64_t j, const int64_t n,
+                              int absolute, float *to) {
+    const uint32_t flip = t->sign < 0 && !absolute ? 0x80008000 : 0, keep = absolute ? 0x7FFF7FFF : 0xFFFFFFFF;
+    const int zero = t->finite && !t->finite[matrix];
+    for (int64_t k = 0; k < h; k += 2, to += PANEL) {
+        const uint16_t *const from = (const uint16_t *)t->data[matrix] + (i + k) * t->stride + j;
+        const uint16_t *const below = k + 1 < h ? from + t->stride : NULL;
+        for (int64_t l = 0; l < n; l++) {
+            const uint32_t pair = from[l] | (below ? (uint32_t)below[l] << 16 : 0);
+            to[l] = bits_to_float(zero ? 0 : (pair ^ flip) & keep);
+        }
+        for (int64_t l = n; l < PANEL; l++) to[l] = 0;
+    }
 }
 
 /* Which of the threads this is. */
@@ -231,11 +302,13 @@ int64_t row_products_scratch(int64_t count, int64_t columns, int64_t rank, int64
     return count * columns * padded(rank) + threads * HEIGHT * (DEPTH + padded(rank));
 }
 
-/* out (count, rows, rank) = T P^T with P (rank, columns) of each, T the gradient or its absolute value. */
+/* out (count, rows, rank) = T P^T with P (rank, columns) of each, T the gradient or its absolute value. P is rounded to
+   bfloat16 if the gradient is. */
 void row_products(const Tile *t, const float *const *P, int64_t P_stride, int64_t rank, int64_t absolutes, float *out,
                   float *scratch) {
     const int64_t parts = blocks(t->columns, DEPTH), full = padded(rank);
     const int64_t bands = blocks(t->rows, HEIGHT);
+    const int pairs = t->dtype == BFLOAT16;
     float *const packed = scratch, *const space = scratch + t->count * t->columns * full;
 #pragma omp parallel num_threads((int)t->threads)
     {
@@ -244,8 +317,11 @@ void row_products(const Tile *t, const float *const *P, int64_t P_stride, int64_
         for (int64_t item = 0; item < t->count * parts; item++) {
             const int64_t n = item / parts, j0 = item % parts * DEPTH, w = min(DEPTH, t->columns - j0);
             for (int64_t k0 = 0; k0 < rank; k0 += PANEL) {
-                pack(packed + (n * t->columns + j0) * full + k0 * w, P[n] + k0 * P_stride + j0, 1, P_stride, w,
-                     min(PANEL, rank - k0), min(VECTORS, (full - k0) / LANES));
+                float *const to = packed + (n * t->columns + j0) * full + k0 * w;
+                const int64_t vectors = min(VECTORS, (full - k0) / LANES), width = vectors * LANES;
+                pack(to, P[n] + k0 * P_stride + j0, 1, P_stride, w, min(PANEL, rank - k0), vectors);
+                for (int64_t j = 0; pairs && j < w; j += 2)
+                    fold(to + j / 2 * width, to + j * width, j + 1 < w ? to + (j + 1) * width : NULL, width);
             }
         }
 #pragma omp for schedule(static) nowait
@@ -256,10 +332,12 @@ void row_products(const Tile *t, const float *const *P, int64_t P_stride, int64_
             if (t->columns == 0) memset(sums, 0, (size_t)(HEIGHT * full) * 4);
             for (int64_t j0 = 0; j0 < t->columns; j0 += DEPTH) {
                 const int64_t w = min(DEPTH, t->columns - j0);
-                load_gradient(t, n, i0, h, j0, w, absolutes != 0, tile, DEPTH, w);
+                if (pairs) load_row_pairs(t, n, i0, h, j0, w, absolutes != 0, tile);
+                else load_gradient(t, n, i0, h, j0, w, absolutes != 0, tile, DEPTH, w);
                 for (int64_t k0 = 0; k0 < full; k0 += PANEL)
-                    product(h, min(VECTORS, (full - k0) / LANES), w, tile, DEPTH, 1,
-                            packed + (n * t->columns + j0) * full + k0 * w, sums + k0, full, j0 > 0);
+                    (pairs ? product_of_pairs : product)(
+                        h, min(VECTORS, (full - k0) / LANES), pairs ? (w + 1) / 2 : w, tile, DEPTH, 1,
+                        packed + (n * t->columns + j0) * full + k0 * w, sums + k0, full, j0 > 0);
             }
             for (int64_t i = 0; i < h; i++)
                 memcpy(out + ((n * t->rows + i0 + i) * rank), sums + i * full, (size_t)rank * 4);
@@ -268,27 +346,51 @@ void row_products(const Tile *t, const float *const *P, int64_t P_stride, int64_
 }
 
 /* Floats of scratch space that `column_products` wants. */
-int64_t column_products_scratch(int64_t rank, int64_t threads) { return threads * SPAN * (HEIGHT + rank); }
+int64_t column_products_scratch(int64_t count, int64_t rows, int64_t dtype, int64_t rank, int64_t threads) {
+    return threads * SPAN * (HEIGHT + rank) + (dtype == BFLOAT16 ? count * blocks(rows, 2) * rank : 0);
+}
 
-/* out (count, rank, columns) = L^T T with L (rows, rank) of each, T the gradient or its absolute value. */
+/* out (count, rank, columns) = L^T T with L (rows, rank) of each, T the gradient or its absolute value. L is rounded to
+   bfloat16 if the gradient is. */
 void column_products(const Tile *t, const float *const *L, int64_t L_stride, int64_t L_step, int64_t rank,
                      int64_t absolutes, float *out, float *scratch) {
-    const int64_t spans = blocks(t->columns, SPAN);
+    const int64_t spans = blocks(t->columns, SPAN), half = blocks(t->rows, 2);
+    const int pairs = t->dtype == BFLOAT16;
+    float *const folded = scratch + t->threads * SPAN * (HEIGHT + rank);
 #pragma omp parallel num_threads((int)t->threads)
     {
         float *const tile = scratch + thread() * SPAN * (HEIGHT + rank);
         float *const sums = tile + SPAN * HEIGHT;
+        if (pairs) {
+#pragma omp for schedule(static)
+            for (int64_t item = 0; item < t->count * half; item++) {
+                const float *const first = L[item / half] + item % half * 2 * L_stride;
+                const float *const second = item % half * 2 + 1 < t->rows ? first + L_stride : NULL;
+                if (L_step == 1) fold(folded + item * rank, first, second, rank);
+                else
+                    for (int64_t k = 0; k < rank; k++)
+                        fold(folded + item * rank + k, first + k * L_step, second ? second + k * L_step : NULL, 1);
+            }
+        }
 #pragma omp for schedule(static) nowait
         for (int64_t item = 0; item < t->count * spans; item++) {
             const int64_t n = item / spans, j0 = item % spans * SPAN, w = min(SPAN, t->columns - j0);
             const int64_t panels = blocks(w, PANEL);
             for (int64_t i0 = 0; i0 < t->rows; i0 += HEIGHT) {
                 const int64_t h = min(HEIGHT, t->rows - i0);
-                for (int64_t panel = 0, j = 0; panel < panels; panel++, j += PANEL)
-                    load_gradient(t, n, i0, h, j0 + j, min(PANEL, w - j), absolutes != 0, tile + j * HEIGHT, PANEL, PANEL);
-                for (int64_t panel = 0; panel < panels; panel++)
-                    product(rank, VECTORS, h, L[n] + i0 * L_stride, L_step, L_stride,
-                            tile + panel * HEIGHT * PANEL, sums + panel * PANEL, SPAN, i0 > 0);
+                for (int64_t panel = 0, j = 0; panel < panels; panel++, j += PANEL) {
+                    float *const to = tile + j * HEIGHT, *const sum = sums + j;
+                    const int64_t n_columns = min(PANEL, w - j);
+                    if (!pairs) {
+                        load_gradient(t, n, i0, h, j0 + j, n_columns, absolutes != 0, to, PANEL, PANEL);
+                        product(rank, VECTORS, h, L[n] + i0 * L_stride, L_step, L_stride, to, sum, SPAN, i0 > 0);
+                        continue;
+                    }
+                    if (n_columns == PANEL) load_column_pairs(t, n, i0, h, j0 + j, PANEL, absolutes != 0, to);
+                    else load_column_pairs(t, n, i0, h, j0 + j, n_columns, absolutes != 0, to);
+                    product_of_pairs(rank, VECTORS, (h + 1) / 2, folded + (n * half + i0 / 2) * rank, 1, rank, to, sum, SPAN,
+                                     i0 > 0);
+                }
             }
             if (t->rows == 0) memset(sums, 0, (size_t)(rank * SPAN) * 4);
             for (int64_t k = 0; k < rank; k++)

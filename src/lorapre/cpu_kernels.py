@@ -90,7 +90,7 @@ def row_products(
 
     Args:
         grads: n tiles g (rows, columns), as `why_not` checks.
-        probe: A (n, r, columns), float32.
+        probe: A (n, r, columns), float32; rounded to bfloat16 where the gradients are.
         absolute: whether T is |g|, not g.
         sign: -1 to maximise; multiplies g.
         finite: (n,), bool. Where False, g is taken as zero.
@@ -114,14 +114,15 @@ def column_products(
 
     Args:
         grads: n tiles g (rows, columns).
-        basis: L^T (n, r, rows), float32, one of its strides 1.
+        basis: L^T (n, r, rows), float32, one of its strides 1; rounded as there.
         absolute: as there.
         sign: as there.
         finite: as there.
     """
     held: list[Any] = []
     tile, library, r = _tile(grads, sign, finite, held), _loaded(), basis.shape[1]
-    scratch = basis.new_empty(library.column_products_scratch(r, tile.threads))
+    size = library.column_products_scratch(tile.count, tile.rows, tile.dtype, r, tile.threads)
+    scratch = basis.new_empty(size)
     out = basis.new_empty(tile.count, r, tile.columns)
     library.column_products(
         ctypes.byref(tile), _pointers([basis], held), basis.stride(2), basis.stride(1), r, int(absolute),
@@ -313,7 +314,7 @@ def _library() -> Any:
         return f"the kernels that {compiler[0]!r} compiled cannot be kept or loaded: {error}"
     for name, arguments in {
         "row_products_scratch": [c_int64] * 4,
-        "column_products_scratch": [c_int64] * 2,
+        "column_products_scratch": [c_int64] * 5,
         "adam_scratch": [c_int64] * 5,
         "products_scratch": [c_int64],
         "roots_scratch": [c_int64] * 2,

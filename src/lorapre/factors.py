@@ -170,7 +170,7 @@ def gauge_(B: Tensor, A: Tensor, shards: Shards = WHOLE, before: Tensor | None =
     Where A is zero, or has left the range of its type, the product becomes zero and A what it was `before`,
     or the first r unit vectors, so that the factor always has directions.
     """
-    if shards.count == 1 and A.is_contiguous() and B.is_contiguous() and _compiled(A, A.numel()):
+    if shards.count == 1 and A.is_contiguous() and B.is_contiguous() and _compiled(A, 2**18):
         return cpu_kernels.gauge_(B, A, before)
     size = norm(A, shards, columns=True) / math.sqrt(A.shape[-2])
     alive = (size >= torch.finfo(A.dtype).tiny) & size.isfinite()
@@ -248,7 +248,7 @@ class Tracker(ABC):
         if not self.probes:
             return self.A[..., columns]
         q, eps = self.shards.size(1, self.A.shape[-1])[1], torch.finfo(self.A.dtype).eps
-        if self.shards.count == 1 and _compiled(self.A, self.A.numel()):
+        if self.shards.count == 1 and _compiled(self.A, 2**18):
             return cpu_kernels.add_waves(self.A, columns, eps * math.sqrt(2 / q))
         W = _waves(self.A.mT, self.shards.columns, q, columns).mT
         return torch.add(self.A[..., columns], W, alpha=eps)

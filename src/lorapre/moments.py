@@ -93,12 +93,14 @@ class Tracking:
         """Add up T A^T (n, rows, r) over the tiles g (n, rows, columns) of some rows."""
         probe = self.probe
         if probe is None:
-            probe = self.tracker.probe(columns).to(self.batch.products)
+            probe = self.tracker.probe(columns)
+            if not self.batch.compiled:
+                probe = probe.to(self.batch.products)
             if columns == slice(0, self.batch.q):
                 self.probe = probe
         if isinstance(g, list):
             products = [
-                (at, cpu_kernels.row_products(g, probe[at].float(), absolute, **self.batch.signs(members)))
+                (at, cpu_kernels.row_products(g, probe[at], absolute, **self.batch.signs(members)))
                 for at, absolute in self.places(members)
             ]
         else:
@@ -117,17 +119,16 @@ class Tracking:
 
     def answer(self, members: slice, rows: slice, g: Tensor | list[Tensor]) -> None:
         """Add up L^T T (n, r, columns) over the tiles g (n, rows, columns) of some columns."""
-
-        def basis(at: slice) -> Tensor:  # one at a time: each is a copy
-            return self.tracker.basis(at, rows).to(self.batch.products)
-
+        basis = self.tracker.basis
         if isinstance(g, list):
             products = [
-                (at, cpu_kernels.column_products(g, basis(at).float(), absolute, **self.batch.signs(members)))
+                (at, cpu_kernels.column_products(g, basis(at, rows), absolute, **self.batch.signs(members)))
                 for at, absolute in self.places(members)
             ]
         else:
-            products = [(at, _times(basis(at), T)) for at, T in self.targets(members, g)]
+            products = [
+                (at, _times(basis(at, rows).to(self.batch.products), T)) for at, T in self.targets(members, g)
+            ]
         self._add(products)
 
     def right(self, members: slice, columns: slice) -> None:
