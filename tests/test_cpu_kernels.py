@@ -48,12 +48,15 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 3e-6) -> No
 @sizes
 @dtypes
 @pytest.mark.parametrize("absolute", [False, True])
-def test_products_with_the_gradient(p: int, q: int, r: int, dtype: torch.dtype, absolute: bool) -> None:
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_products_with_the_gradient(
+    p: int, q: int, r: int, dtype: torch.dtype, absolute: bool, sign: float
+) -> None:
     grads, finite = matrices(3, p, q, dtype), torch.tensor([True, False, True])
     T = torch.stack(grads).double() * finite[:, None, None]
-    T = T.abs() if absolute else -T
+    T = T.abs() if absolute else sign * T
     A, Lt = torch.randn(3, r, q + 1)[..., :q], torch.randn(3, p, r).mT
-    options: dict[str, Any] = dict(sign=-1.0, finite=finite)
+    options: dict[str, Any] = dict(sign=sign, finite=finite)
     taken = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     rows = cpu_kernels.row_products(grads, A, absolute, **options)
     assert_near(rows, T @ A.to(taken).double().mT)

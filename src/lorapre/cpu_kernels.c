@@ -142,6 +142,14 @@ static void load_gradient(const Tile *t, int64_t matrix, int64_t i, int64_t h, i
     for (int64_t k = 0; n < count && k < h; k++) memset(to + k * to_line + n, 0, (size_t)(count - n) * 4);
 }
 
+/* Where the numbers, or pairs, that `load_gradient` and `load_row_pairs` would load lie already, or NULL. */
+INLINE const float *as_it_is(const Tile *t, int64_t matrix, int64_t i, int64_t j, int64_t n, int absolute) {
+    const char *const from = address(t->data[matrix], t->dtype, i * t->stride + j);
+    if (t->sign != 1 || absolute || (t->finite && !t->finite[matrix])) return NULL;
+    const int whole = n % 2 == 0 && t->stride % 2 == 0 && (uintptr_t)from % 4 == 0; /* pairs, and where float32 may lie */
+    return t->dtype == FLOAT32 || (t->dtype == BFLOAT16 && whole) ? (const float *)(const void *)from : NULL;
+}
+
 /* LANES x LANES numbers, mirrored at the diagonal, of lines `from_line` and `to_line` apart. */
 INLINE void transpose(float *to, int64_t to_line, const float *from, int64_t from_line) {
     typedef int32_t places __attribute__((vector_size(4 * LANES)));
@@ -332,11 +340,16 @@ void row_products(const Tile *t, const float *const *P, int64_t P_stride, int64_
             if (t->columns == 0) memset(sums, 0, (size_t)(HEIGHT * full) * 4);
             for (int64_t j0 = 0; j0 < t->columns; j0 += DEPTH) {
                 const int64_t w = min(DEPTH, t->columns - j0);
-                if (pairs) load_row_pairs(t, n, i0, h, j0, w, absolutes != 0, tile);
-                else load_gradient(t, n, i0, h, j0, w, absolutes != 0, tile, DEPTH, w);
+                const float *from = as_it_is(t, n, i0, j0, w, absolutes != 0);
+                const int64_t line = from ? t->stride / (1 + pairs) : DEPTH;
+                if (!from) {
+                    if (pairs) load_row_pairs(t, n, i0, h, j0, w, absolutes != 0, tile);
+                    else load_gradient(t, n, i0, h, j0, w, absolutes != 0, tile, DEPTH, w);
+                    from = tile;
+                }
                 for (int64_t k0 = 0; k0 < full; k0 += PANEL)
                     (pairs ? product_of_pairs : product)(
-                        h, min(VECTORS, (full - k0) / LANES), pairs ? (w + 1) / 2 : w, tile, DEPTH, 1,
+                        h, min(VECTORS, (full - k0) / LANES), pairs ? (w + 1) / 2 : w, from, line, 1,
                         packed + (n * t->columns + j0) * full + k0 * w, sums + k0, full, j0 > 0);
             }
             for (int64_t i = 0; i < h; i++)
