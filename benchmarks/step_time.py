@@ -4,20 +4,26 @@
 
 All optimizers step the same weights with the same gradients in one process, in interleaved rounds. GaLore,
 Fira and APOLLO compute their projections anew every 200 steps: that step is timed by itself and shared out.
+For comparison, torch.mm makes the products of gradients and factors, and nothing else, that a step of GaLore
+(two) or LoRA-Pre (four) cannot do without.
 """
 
 import statistics
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from common import (
     DTYPES,
     SVD,
+    Build,
     Column,
+    Contender,
     NotMeasured,
     Ranks,
     Result,
     Row,
+    Weights,
     contenders,
     device_of,
     interleaved,
@@ -70,6 +76,7 @@ def main(
     """
     shapes = shapes_of(model, layers)
     listed = list(contenders(ranks, DTYPES[dtype]))
+    listed += [Contender(f"torch.mm, {n} p q r", rank, products(rank, n)) for rank in ranks for n in (2, 4)]
     rows: list[Row] = [{"optimizer": c.name, "rank": c.rank} for c in listed]
     svd_seconds: dict[str, float] = {}
     try:
@@ -118,9 +125,39 @@ def main(
             f"r: rank; ms: median of {rounds} interleaved rounds; spread: interquartile range / median.",
             "GaLore, Fira, APOLLO: (t with new projections + 199 t without) / 200; their SVD was timed once "
             "for each shape.",
+            "torch.mm: products of gradients and factors alone; GaLore has 2 p q r, LoRA-Pre, split 4 p q r.",
             *([f"Layers of the model taken: the first {layers}."] if layers else []),
         ],
     ).save(out, draw)
+
+
+class Products(Optimizer):
+    """No optimizer: its step makes products of the gradients (p, q) with factors of a rank."""
+
+    def __init__(self, matrices: Weights, rank: int, count: int) -> None:
+        """`count` products of each matrix; even, as many into factors as out of them."""
+        super().__init__(matrices, {})
+        self.count = count
+        with torch.no_grad():
+            self.factors = [(p[:, :1].repeat(1, rank), p[:1].repeat(rank, 1)) for p in matrices]
+            self.results = [
+                tuple(map(torch.empty_like, (*x, p))) for x, p in zip(self.factors, matrices, strict=True)
+            ]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """T A^T, B A and, of four, B^T T, B A, in memory that is reused."""
+        weights = self.param_groups[0]["params"]
+        for p, (B, A), (like_B, like_A, like_p) in zip(weights, self.factors, self.results, strict=True):
+            torch.mm(p.grad, A.mT, out=like_B)
+            torch.mm(B, A, out=like_p)
+            if self.count == 4:
+                torch.mm(B.mT, p.grad, out=like_A)
+                torch.mm(B, A, out=like_p)
+
+
+def products(rank: int, count: int) -> Build:
+    return lambda matrices, rest: Products(matrices, rank, count)
 
 
 def figures(times: list[float], refresh: float | None, gap: int) -> Row:

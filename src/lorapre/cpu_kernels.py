@@ -229,11 +229,11 @@ def gauge_(B: Tensor, A: Tensor, before: Tensor | None) -> None:
     """`factors.gauge_` of B (n, p, r) and A (n, r, q), contiguous float32."""
     (n, p, r), q, threads = B.shape, A.shape[-1], torch.get_num_threads()
     scratch = A.new_empty(_loaded().gauge_scratch(n, r * q), dtype=torch.float64)
-    before = before if before is None else before.contiguous()
+    held: list[Any] = []
+    old = None if before is None else _pointer(before.contiguous(), held)
     _loaded().gauge(
-        n, p * r, r * q, math.sqrt(r), B.data_ptr(), A.data_ptr(), None if before is None else before.data_ptr(),
-        q + 1, threads, scratch.data_ptr(),
-    )  # fmt: skip
+        n, p * r, r * q, math.sqrt(r), B.data_ptr(), A.data_ptr(), old, q + 1, threads, scratch.data_ptr()
+    )
 
 
 # What a pointer points to has to live until the call: that is what the lists `held` are for.

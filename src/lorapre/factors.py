@@ -543,16 +543,14 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
     """An orthonormal basis Q (..., p, r) of the range of Y (..., p, r), r <= p; Y is overwritten.
 
     Cholesky QR, three times over: shifted twice, so that columns which almost depend on each other survive,
-    then plain; the second may be left out where the first has lost less than half of any one direction, since
-    the condition of Q then is below 1.5. Where Y has lost rank (a gradient of rank below r, an expert with few tokens) the free columns
-    of Q are directions in general position, orthogonal to the range. It needs no more than Y^T Y, so the rows
-    of Y may be spread over processes.
+    then plain. The second is left out where a look shows that the first has lost less than half of any one
+    direction: the condition of Q then is below 1.5. Where Y has lost rank (a gradient of rank below r, an
+    expert with few tokens) the free columns of Q are directions in general position, orthogonal to the range.
+    It needs no more than Y^T Y, so the rows of Y may be spread over processes.
     """
     r, eps = Y.shape[-1], torch.finfo(Y.dtype).eps
-    (size,) = shards.sum_rows(_largest(Y))
     # The shifts are what rounding of the Gram needs: less, and Cholesky meets negative eigenvalues.
-    Y.div_(torch.where(size > 0, size, 1))
-    SRt, lengths = _whitening(shards.gram(Y), (r + 16) * eps)
+    SRt, lengths = _whitening(_scaled_gram_(Y, shards), (r + 16) * eps)
     Y = matmul(Y, SRt, cpu_kernels.UPPER)
     # Q^T Q = R (R^-1 R^-T - shift I) R^T = I - shift R R^T: what the squared lengths of the columns of Q lack
     # to one, nothing where a column has survived and all where Y has lost it.
@@ -565,6 +563,17 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
         SRt, _ = _whitening(shards.gram(Y), shift)
         Y = matmul(Y, SRt, cpu_kernels.UPPER)
     return Y
+
+
+def _scaled_gram_(Y: Tensor, shards: Shards) -> Tensor:
+    """Y^T Y (..., r, r), of Y (..., p, r) in units of its largest number, where the squares need that."""
+    if shards.count == 1 and _at_hand(Y):
+        G = gram(Y)
+        squares = G.diagonal(dim1=-2, dim2=-1)
+        if _all((squares > 1e-20) & (squares < 1e30)):
+            return G
+    (size,) = shards.sum_rows(_largest(Y))
+    return shards.gram(Y.div_(torch.where(size > 0, size, 1)))
 
 
 def _whitening(G: Tensor, shift: float) -> tuple[Tensor, Tensor]:

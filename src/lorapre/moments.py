@@ -42,8 +42,8 @@ VARIANTS = {
 class Tracking:
     """Factorised moments of a batch, one after the other: B (k N, p, r), A (k N, r, q) of k moments.
 
-    The first moment (m) follows g, the second (v) |g|. The factors of a single parameter are those of its state;
-    of several, or of shards, whose sums then share collectives, they are stacked copies.
+    The first moment (m) follows g, the second (v) |g|. The factors of a single parameter are those of its
+    state; of several, or of shards, whose sums then share collectives, they are stacked copies.
     """
 
     def __init__(
@@ -75,9 +75,10 @@ class Tracking:
         )
 
     def squares(self, name: str) -> Tensor:
-        """Sums of (B A)**2 over the rows (N, p) of a moment, before the sweeps; the subspace tracker has them."""
+        """Sums of (B A)**2 over the rows (N, p) of a moment, of the subspace tracker before the sweeps."""
         assert isinstance(self.tracker, factors.Subspace)
-        return torch.linalg.vector_norm(self.tracker.BAWt[self.of(name)], dim=-1).square()
+        norms: Tensor = torch.linalg.vector_norm(self.tracker.BAWt[self.of(name)], dim=-1)
+        return norms.square()
 
     def places(self, members: slice) -> list[tuple[slice, bool]]:
         """Of k moments the place, and whether the target is |g|."""
