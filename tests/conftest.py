@@ -38,16 +38,17 @@ def compiler() -> None:
     assert reason is None, reason
 
 
-@pytest.fixture(params=["compiled", "torch"])
-def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test is run twice: with the kernels for CPUs, and with torch's operations in their place."""
-    from lorapre import cpu_kernels
+@pytest.fixture
+def torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernels for CPUs: what is done then is done on other devices too."""
+    monkeypatch.setattr("lorapre.moments._wants_cpu_kernels", lambda batch: False)
+    monkeypatch.setattr("lorapre.cpu_kernels.ready", lambda: False)
 
-    if request.param == "torch":
-        monkeypatch.setattr("lorapre.moments._wants_cpu_kernels", lambda batch: False)
-        monkeypatch.setattr(cpu_kernels, "ready", lambda: False)
-    else:
-        request.getfixturevalue("compiler")
+
+@pytest.fixture(params=["compiler", "torch_operations"], ids=["compiled", "torch"])
+def arithmetic(request: pytest.FixtureRequest) -> None:
+    """The test is run twice: with the kernels for CPUs, and with torch's operations in their place."""
+    request.getfixturevalue(request.param)
 
 
 @pytest.fixture

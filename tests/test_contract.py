@@ -565,11 +565,8 @@ class Forbid(TorchDispatchMode):
 
 @every_case
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
-def test_a_step_never_waits_for_the_device(
-    case: Case, nonfinite: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lorapre.moments._wants_cpu_kernels", lambda batch: False)  # as on a GPU
-    monkeypatch.setattr("lorapre.cpu_kernels.ready", lambda: False)
+@pytest.mark.usefixtures("torch_operations")
+def test_a_step_never_waits_for_the_device(case: Case, nonfinite: str) -> None:
     with pytest.raises(AssertionError, match="waits"), Forbid():
         torch.ones(()).item()
     params = parameters()

@@ -225,6 +225,7 @@ def test_copies_and_checkpoints_of_the_model_can_be_made_between() -> None:
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 @two_cases
+@pytest.mark.usefixtures("torch_operations")
 def test_the_host_never_waits_for_the_device(name: str, nonfinite: str) -> None:
     model = Model().bfloat16()
     optimizer = make(CASES[name], model, nonfinite=nonfinite, stochastic_rounding=True)
