@@ -32,7 +32,7 @@ enum {
     HEIGHT = 128,            /* rows that a thread takes, for whose products a panel is packed once */
     SPAN = 8 * PANEL,        /* columns that a thread takes in `column_products` */
     WIDTH = 8 * PANEL,       /* and in `products` */
-    NARROW = 32,             /* rows of a block of a root */
+    NARROW = 16,             /* rows of a block of a root */
     BAND = 32,               /* rows of a gradient that `adam` works on at a time */
 };
 

@@ -283,8 +283,10 @@ def _pointers(tensors: Matrices, held: list[Any]) -> int:
 
 def _vector(x: Numbers, n: int, held: list[Any]) -> int:
     """The address of n float32 numbers."""
-    x = x.to(torch.float32).reshape(-1).expand(n) if isinstance(x, Tensor) else torch.full((n,), float(x))
-    return _pointer(x.contiguous(), held)
+    if isinstance(x, Tensor):
+        return _pointer(x.to(torch.float32).reshape(-1).expand(n).contiguous(), held)
+    held.append((c_float * n)(*[x] * n))
+    return ctypes.addressof(held[-1])
 
 
 def _loaded() -> Any:

@@ -242,13 +242,14 @@ class Split:
     """
 
     def __init__(
-        self, batch: Batch, tracking: Tracking, first: Product, means: Means, betas: tuple[float, float]
-    ) -> None:
-        """`first` holds the debiased mean; both moments are of before the step."""
+        self, batch: Batch, tracking: Tracking, first: Product, means: Means, betas: tuple[float, float],
+        rate: Tensor,
+    ) -> None:  # fmt: skip
+        """`first` holds the debiased mean, of `rate`; both moments are of before the step."""
         dtype = first.B.dtype
         assert isinstance(tracking.tracker, factors.Subspace)
         self.W, self.seen, self.beta2 = tracking.tracker.W, tracking.tracker.seen, betas[1]
-        self.rate = rules.debiased_rate(betas[0], batch.t).to(dtype)
+        self.rate = rate.to(dtype)
         self.past = rules.debias(betas[0], batch.t - 1).to(dtype)
         self.keep = rules.debias(betas[1], batch.t - 1).to(dtype)
         self.row, self.column = factors.rank_one_rest(
@@ -305,7 +306,7 @@ def adam(
     means = Means(batch, beta2) if "v_row" in batch.state else None
     if "v" not in of and means is not None:
         assert isinstance(first, Product)
-        second = Split(batch, of["m"], first, means, betas)
+        second = Split(batch, of["m"], first, means, betas, rates["m"])
     elif isinstance(first, Product) and debiased:
         # It follows the debiased EMA, where the rule starts from the EMA.
         first.rows = rules.debias(beta1, batch.t - 1)[:, None, None].to(first.B.dtype)

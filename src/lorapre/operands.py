@@ -96,6 +96,9 @@ def addresses(tensors: Matrices) -> list[int]:
     """Where each matrix begins."""
     starts = []
     for x in tensors:
-        step = (x.stride(0) if x.ndim == 3 else 0) * x.itemsize
-        starts += [x.data_ptr() + step * e for e in range(1 if x.ndim == 2 else x.shape[0])]
+        start = x.data_ptr()
+        if x.ndim == 2:
+            starts.append(start)
+        else:
+            starts += [start + e * x.stride(0) * x.itemsize for e in range(x.shape[0])]
     return starts
