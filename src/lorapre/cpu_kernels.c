@@ -336,8 +336,8 @@ void row_products(const Tile *t, const float *const *P, int64_t P_stride, int64_
         for (int64_t item = 0; item < t->count * bands; item++) {
             const int64_t n = item / bands, i0 = item % bands * HEIGHT, h = min(HEIGHT, t->rows - i0);
             float *const tile = space + thread() * HEIGHT * (DEPTH + full);
-            float *const sums = tile + HEIGHT * DEPTH;
-            if (t->columns == 0) memset(sums, 0, (size_t)(HEIGHT * full) * 4);
+            float *const to = out + (n * t->rows + i0) * rank, *const sums = full == rank ? to : tile + HEIGHT * DEPTH;
+            if (t->columns == 0) memset(sums, 0, (size_t)(h * full) * 4);
             for (int64_t j0 = 0; j0 < t->columns; j0 += DEPTH) {
                 const int64_t w = min(DEPTH, t->columns - j0);
                 const float *from = as_it_is(t, n, i0, j0, w, absolutes != 0);
@@ -352,8 +352,7 @@ void row_products(const Tile *t, const float *const *P, int64_t P_stride, int64_
                         h, min(VECTORS, (full - k0) / LANES), pairs ? (w + 1) / 2 : w, from, line, 1,
                         packed + (n * t->columns + j0) * full + k0 * w, sums + k0, full, j0 > 0);
             }
-            for (int64_t i = 0; i < h; i++)
-                memcpy(out + ((n * t->rows + i0 + i) * rank), sums + i * full, (size_t)rank * 4);
+            for (int64_t i = 0; sums != to && i < h; i++) memcpy(to + i * rank, sums + i * full, (size_t)rank * 4);
         }
     }
 }
@@ -373,7 +372,7 @@ void column_products(const Tile *t, const float *const *L, int64_t L_stride, int
 #pragma omp parallel num_threads((int)t->threads)
     {
         float *const tile = scratch + thread() * SPAN * (HEIGHT + rank);
-        float *const sums = tile + SPAN * HEIGHT;
+        float *const sums = tile + SPAN * HEIGHT; /* (rank, PANEL) of each panel */
         if (pairs) {
 #pragma omp for schedule(static)
             for (int64_t item = 0; item < t->count * half; item++) {
@@ -392,22 +391,24 @@ void column_products(const Tile *t, const float *const *L, int64_t L_stride, int
             for (int64_t i0 = 0; i0 < t->rows; i0 += HEIGHT) {
                 const int64_t h = min(HEIGHT, t->rows - i0);
                 for (int64_t panel = 0, j = 0; panel < panels; panel++, j += PANEL) {
-                    float *const to = tile + j * HEIGHT, *const sum = sums + j;
+                    float *const to = tile + j * HEIGHT, *const sum = sums + j * rank;
                     const int64_t n_columns = min(PANEL, w - j);
                     if (!pairs) {
                         load_gradient(t, n, i0, h, j0 + j, n_columns, absolutes != 0, to, PANEL, PANEL);
-                        product(rank, VECTORS, h, L[n] + i0 * L_stride, L_step, L_stride, to, sum, SPAN, i0 > 0);
+                        product(rank, VECTORS, h, L[n] + i0 * L_stride, L_step, L_stride, to, sum, PANEL, i0 > 0);
                         continue;
                     }
                     if (n_columns == PANEL) load_column_pairs(t, n, i0, h, j0 + j, PANEL, absolutes != 0, to);
                     else load_column_pairs(t, n, i0, h, j0 + j, n_columns, absolutes != 0, to);
-                    product_of_pairs(rank, VECTORS, (h + 1) / 2, folded + (n * half + i0 / 2) * rank, 1, rank, to, sum, SPAN,
+                    product_of_pairs(rank, VECTORS, (h + 1) / 2, folded + (n * half + i0 / 2) * rank, 1, rank, to, sum, PANEL,
                                      i0 > 0);
                 }
             }
             if (t->rows == 0) memset(sums, 0, (size_t)(rank * SPAN) * 4);
-            for (int64_t k = 0; k < rank; k++)
-                memcpy(out + (n * rank + k) * t->columns + j0, sums + k * SPAN, (size_t)w * 4);
+            for (int64_t j = 0; j < w; j += PANEL)
+                for (int64_t k = 0; k < rank; k++)
+                    memcpy(out + (n * rank + k) * t->columns + j0 + j, sums + j * rank + k * PANEL,
+                           (size_t)min(PANEL, w - j) * 4);
         }
     }
 }
@@ -592,11 +593,14 @@ void products(int64_t count, int64_t a, int64_t b, int64_t c, const float *X, co
     const int64_t width = few ? PANEL : WIDTH, bands = blocks(a, height), groups = blocks(c, width);
 #pragma omp parallel num_threads((int)threads)
     {
-        float *const panel = scratch + thread() * (DEPTH * PANEL + HEIGHT * WIDTH), *const sums = panel + DEPTH * PANEL;
+        float *const panel = scratch + thread() * (DEPTH * PANEL + HEIGHT * WIDTH);
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < count * bands * groups; item++) {
             const int64_t n = item / (bands * groups), i0 = item / groups % bands * height, h = min(height, a - i0);
             const int64_t first = item % groups * width, last = min(first + width, c);
+            float *const to = out + (n * a + i0) * c + first;
+            float *const sums = c % LANES ? panel + DEPTH * PANEL : to; /* of whole vectors */
+            const int64_t line = c % LANES ? WIDTH : c;
             for (int64_t k0 = 0; k0 < b || k0 == 0; k0 += DEPTH)
                 for (int64_t j0 = first; j0 < last; j0 += PANEL) {
                     const int64_t vectors = min(VECTORS, blocks(c - j0, LANES));
@@ -610,11 +614,11 @@ void products(int64_t count, int64_t a, int64_t b, int64_t c, const float *X, co
                         const int64_t rows = min(4 * ROWS, h - i);
                         product(rows, vectors, kind == LOWER ? min(K, i0 + i + rows - k0) : K,
                                 X + n * Xs[0] + (i0 + i) * Xs[1] + k0 * Xs[2], Xs[1], Xs[2], panel,
-                                sums + i * WIDTH + j0 - first, WIDTH, k0 > 0);
+                                sums + i * line + j0 - first, line, k0 > 0);
                     }
                 }
-            for (int64_t i = 0; i < h; i++)
-                memcpy(out + (n * a + i0 + i) * c + first, sums + i * WIDTH, (size_t)(last - first) * 4);
+            for (int64_t i = 0; sums != to && i < h; i++)
+                memcpy(to + i * c, sums + i * line, (size_t)(last - first) * 4);
         }
         if (kind == SYMMETRIC) {
 #pragma omp for schedule(static)
