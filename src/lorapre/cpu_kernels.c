@@ -28,7 +28,7 @@ enum { LANES = 4, ROWS = 8 }; /* 24 of 32, of Arm */
 enum {
     VECTORS = 3,
     PANEL = VECTORS * LANES, /* columns of a block of a product */
-    DEPTH = 128,             /* terms of a sum that are added up before they join the rest: a panel fits the first cache */
+    DEPTH = 128,             /* terms of a sum added up before they join the rest: a panel fits the first cache */
     HEIGHT = 128,            /* rows that a thread takes, for whose products a panel is packed once */
     SPAN = 8 * PANEL,        /* columns that a thread takes in `column_products` */
     WIDTH = 8 * PANEL,       /* and in `products` */
@@ -146,7 +146,7 @@ static void load_gradient(const Tile *t, int64_t matrix, int64_t i, int64_t h, i
 INLINE const float *as_it_is(const Tile *t, int64_t matrix, int64_t i, int64_t j, int64_t n, int absolute) {
     const char *const from = address(t->data[matrix], t->dtype, i * t->stride + j);
     if (t->sign != 1 || absolute || (t->finite && !t->finite[matrix])) return NULL;
-    const int whole = n % 2 == 0 && t->stride % 2 == 0 && (uintptr_t)from % 4 == 0; /* pairs, and where float32 may lie */
+    const int whole = n % 2 == 0 && t->stride % 2 == 0 && (uintptr_t)from % 4 == 0; /* pairs where float32 may lie */
     return t->dtype == FLOAT32 || (t->dtype == BFLOAT16 && whole) ? (const float *)(const void *)from : NULL;
 }
 
@@ -204,10 +204,10 @@ INLINE held add_pairs(held sum, const float *x, held y) {
 #endif
 }
 
-/* c[i][j] (+)= sum over k < K of a[i * row + k * step] b[k][j], for `rows` x `vectors` LANES, constants as `kind` is. Sums
-   are added to what is there at the end, so that errors of long ones in parts do not grow with their length. */
-INLINE void block(const int kind, const int rows, const int vectors, int64_t K, const float *a, int64_t row, int64_t step,
-                  const float *b, float *c, int64_t c_stride, int add) {
+/* c[i][j] (+)= sum over k < K of a[i * row + k * step] b[k][j], for `rows` x `vectors` LANES, constants as `kind` is.
+   Sums are added to what is there at the end, so that errors of long ones in parts do not grow with their length. */
+INLINE void block(const int kind, const int rows, const int vectors, int64_t K, const float *a, int64_t row,
+                  int64_t step, const float *b, float *c, int64_t c_stride, int add) {
     held sum[ROWS][VECTORS];
     UNROLL for (int i = 0; i < rows; i++)
         UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = (held){0};
@@ -400,8 +400,8 @@ void column_products(const Tile *t, const float *const *L, int64_t L_stride, int
                     }
                     if (n_columns == PANEL) load_column_pairs(t, n, i0, h, j0 + j, PANEL, absolutes != 0, to);
                     else load_column_pairs(t, n, i0, h, j0 + j, n_columns, absolutes != 0, to);
-                    product_of_pairs(rank, VECTORS, (h + 1) / 2, folded + (n * half + i0 / 2) * rank, 1, rank, to, sum, PANEL,
-                                     i0 > 0);
+                    product_of_pairs(rank, VECTORS, (h + 1) / 2, folded + (n * half + i0 / 2) * rank, 1, rank, to, sum,
+                                     PANEL, i0 > 0);
                 }
             }
             if (t->rows == 0) memset(sums, 0, (size_t)(rank * SPAN) * 4);
@@ -486,8 +486,8 @@ static void split_moments(const Moment *first, const Moment *second, int64_t n, 
         }
 }
 
-INLINE void update_lines(const Tile *t, const Weights *w, const int dtype, const int noisy, const int64_t width, int64_t n, int64_t i,
-                         int64_t h, int64_t j, const float *m, const float *v) {
+INLINE void update_lines(const Tile *t, const Weights *w, const int dtype, const int noisy, const int64_t width,
+                         int64_t n, int64_t i, int64_t h, int64_t j, const float *m, const float *v) {
     const float decay = w->decay[n], lr = w->lr[n], eps = w->eps;
     const uint32_t key = noisy ? (uint32_t)w->keys[n] : 0;
     for (; h > 0; h--, i++, m += PANEL, v += PANEL) {
@@ -505,15 +505,15 @@ INLINE void update_lines(const Tile *t, const Weights *w, const int dtype, const
     }
 }
 
-INLINE void update_any(const Tile *t, const Weights *w, const int dtype, const int noisy, int64_t width, int64_t n, int64_t i,
-                       int64_t h, int64_t j, const float *m, const float *v) {
+INLINE void update_any(const Tile *t, const Weights *w, const int dtype, const int noisy, int64_t width, int64_t n,
+                       int64_t i, int64_t h, int64_t j, const float *m, const float *v) {
     if (width == PANEL) update_lines(t, w, dtype, noisy, PANEL, n, i, h, j, m, v);
     else update_lines(t, w, dtype, noisy, width, n, i, h, j, m, v);
 }
 
 /* (h, width) of weights, from row i and column j on. */
-static void update(const Tile *t, const Weights *w, int64_t width, int64_t n, int64_t i, int64_t h, int64_t j, const float *m,
-                   const float *v) {
+static void update(const Tile *t, const Weights *w, int64_t width, int64_t n, int64_t i, int64_t h, int64_t j,
+                   const float *m, const float *v) {
     if (w->dtype == FLOAT32) update_any(t, w, FLOAT32, 0, width, n, i, h, j, m, v);
     else if (w->dtype == FLOAT16) update_any(t, w, FLOAT16, 0, width, n, i, h, j, m, v);
     else if (w->keys) update_any(t, w, BFLOAT16, 1, width, n, i, h, j, m, v);
@@ -730,8 +730,8 @@ void whitening(int64_t count, int64_t r, const float *G, float shift, float *out
     }
 }
 
-/* out (count, r, q) = A + scale waves, of the columns from `first` on: wave k is the sine of 2 pi frac(sqrt(2) k) times the
-   number of the column, both counted from one. `turns` holds 2 r doubles. */
+/* out (count, r, q) = A + scale waves, of the columns from `first` on: wave k is the sine of 2 pi frac(sqrt(2) k) times
+   the number of the column, both counted from one. `turns` holds 2 r doubles. */
 void add_waves(int64_t count, int64_t r, int64_t q, const float *A, const int64_t *strides, int64_t first, float scale,
                float *out, int64_t threads, double *turns) {
     for (int64_t k = 0; k < r; k++) {
@@ -771,8 +771,8 @@ enum { CHUNK = 1 << 14 };
 /* Numbers of scratch space that `gauge` wants. */
 int64_t gauge_scratch(int64_t count, int64_t a) { return count * blocks(a, CHUNK); }
 
-/* B (count, b) and A (count, a) times and by such numbers that the norm of A becomes `norm`. Where the quotient of norms
-   is no normal number, B becomes zero and A what it was `before` or, if that is NULL, one in every `step`-th number. */
+/* A (count, a) is divided, and B (count, b) multiplied, by such numbers that the norm of A becomes `norm`. Where there
+   is none, B becomes zero and A what it was `before` or, if that is NULL, one in every `step`-th place and zero. */
 void gauge(int64_t count, int64_t b, int64_t a, float norm, float *B, float *A, const float *before, int64_t step,
            int64_t threads, double *scratch) {
     typedef double wide __attribute__((vector_size(8 * LANES)));
