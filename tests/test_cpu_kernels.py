@@ -1,5 +1,6 @@
 """The kernels for CPUs: against their equations in float64, and in a step against torch's operations."""
 
+import math
 import subprocess
 import sys
 import warnings
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import CASES, FACTORISED, Case, parameters, set_gradients
 from lorapre import cpu_kernels, moments, rounding
-from lorapre.factors import _damped_root, _whitening
+from lorapre.factors import WHOLE, _damped_root, _waves, _whitening, gauge_
 from lorapre.operands import Dense, Factors, Split
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -423,3 +424,27 @@ def test_whitening_is_that_of_the_operations_of_torch(r: int, monkeypatch: pytes
     assert torch.equal(SRt, SRt.triu())
     assert_near(SRt, expected[0], 1e-5)
     assert_near(lengths, expected[1], 1e-5)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_gauge_is_that_of_the_operations_of_torch(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second A is zero, the third not finite; the fourth has squares beyond float32."""
+    B, A = torch.randn(4, 70, 9), torch.randn(4, 9, 2000)
+    A[1], A[2, 3, 5], A[3] = 0, torch.inf, A[3] * 1e25
+    old = torch.randn_like(A) if before else None
+    found, expected = (B.clone(), A.clone()), (B.clone(), A.clone())
+    gauge_(*found, before=old)
+    monkeypatch.setattr(cpu_kernels, "ready", lambda: False)
+    if old is None:
+        expected[1][2] = 0  # torch's operations would make it NaN, and never meet it: they have `before`
+    gauge_(*expected, before=old)
+    for x, y in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
+        assert_near(x, y)
+
+
+@pytest.mark.parametrize("columns", [slice(0, 300), slice(37, 301)], ids=str)
+def test_the_waves_are_those_of_the_operations_of_torch_in_float64(columns: slice) -> None:
+    A = torch.zeros(2, 50, 301)
+    expected = _waves(A.double().mT, WHOLE.columns, 301, columns).mT
+    found = cpu_kernels.add_waves(A, columns, math.sqrt(2 / 301))
+    assert_near(found, expected.expand(2, -1, -1), 2e-5)

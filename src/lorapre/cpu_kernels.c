@@ -152,6 +152,10 @@ INLINE const float *as_it_is(const Tile *t, int64_t matrix, int64_t i, int64_t j
 
 /* LANES x LANES numbers, mirrored at the diagonal, of lines `from_line` and `to_line` apart. */
 INLINE void transpose(float *to, int64_t to_line, const float *from, int64_t from_line) {
+#ifdef __clang__ /* it has no __builtin_shuffle */
+    for (int64_t i = 0; i < LANES; i++)
+        for (int64_t k = 0; k < LANES; k++) to[k * to_line + i] = from[i * from_line + k];
+#else
     typedef int32_t places __attribute__((vector_size(4 * LANES)));
     places low, high;
     UNROLL for (int k = 0; k < LANES; k++) {
@@ -168,6 +172,7 @@ INLINE void transpose(float *to, int64_t to_line, const float *from, int64_t fro
         UNROLL for (int i = 0; i < LANES; i++) x[i] = y[i];
     }
     UNROLL for (int i = 0; i < LANES; i++) *(vec *)(to + i * to_line) = x[i];
+#endif
 }
 
 /* n <= PANEL columns of K rows, side by side in `vectors` vectors that zeros fill up. Of columns next to each other, or
