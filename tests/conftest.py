@@ -5,6 +5,9 @@ import sys
 from collections.abc import Callable
 
 import pytest
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch loads: its profiler talks on stderr
+
 import torch
 
 # Before anything imports Triton: without a GPU its kernels run in its interpreter.

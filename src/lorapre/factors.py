@@ -407,7 +407,7 @@ class Subspace(Tracker):
     of A and spares `orth` their condition.
 
     Attributes:
-        W: (N, r, q), until `turn`.
+        W: (N, r, q); of columns that have taken their right half-step, the new A.
         BAWt: B A W^T (N, p, r), until `turn`.
         seen: T W^T (N, p, r), summed over columns; full from `turn` on, which lets go of it.
     """
@@ -440,7 +440,7 @@ class Subspace(Tracker):
     def _estimate(self) -> Tensor:
         """(beta B A + (1 - beta) T) W^T (N, p, r)."""
         estimate = self.BAWt.lerp_(self.seen, 1 - self.rate)
-        del self.W, self.BAWt, self.seen
+        del self.BAWt, self.seen
         return estimate
 
     def basis(self, members: slice, rows: slice) -> Tensor:
@@ -451,14 +451,16 @@ class Subspace(Tracker):
         return (matmul(self._Q.mT, self.B),)
 
     def _start_right(self, *parts: Tensor) -> None:
-        self._new_A = matmul(parts[0], self.A)
+        (self._QtB,) = parts
 
     def _right(self, members: slice, columns: slice, LtT: Tensor) -> None:
-        self._new_A[members, :, columns].lerp_(LtT, 1 - self.rate[members])
+        # The old A stays, for `gauge_`, and W has served.
+        kept = matmul(self._QtB[members], self.A[members, :, columns])
+        torch.lerp(kept, LtT, 1 - self.rate[members], out=self.W[members, :, columns])
 
     def _finish(self) -> None:
-        gauge_(self._Q, self._new_A, self.shards, before=self.A)
-        self.B, self.A = self._Q, self._new_A
+        gauge_(self._Q, self.W, self.shards, before=self.A)
+        self.B, self.A = self._Q, self.W
 
 
 def track(
@@ -527,7 +529,7 @@ def rank_one_rest(
     rows = (row - keep * squares / q).clamp(min=0).nan_to_num(nan=0.0)
     total, length = shards.sum_rows(rows.sum(-1, keepdim=True), B[..., :1].square().sum(-2))
     # B^T B is `length` times the identity.
-    gathered = A.square().sum(-2) * length
+    gathered = torch.cat([part.square().sum(-1) for part in _parts(A.mT)], -1) * length
     columns = (column - keep * gathered / p).clamp(min=0).nan_to_num(nan=0.0)
     ratio = columns / (total / p)
     return rows[..., None], torch.where(ratio.isfinite(), ratio, 0)[..., None, :]
@@ -551,7 +553,7 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
     r, eps = Y.shape[-1], torch.finfo(Y.dtype).eps
     # The shifts are what rounding of the Gram needs: less, and Cholesky meets negative eigenvalues.
     SRt, lengths = _whitening(_scaled_gram_(Y, shards), (r + 16) * eps)
-    Y = matmul(Y, SRt, cpu_kernels.UPPER)
+    Y = _times_triangular_(Y, SRt)
     # Q^T Q = R (R^-1 R^-T - shift I) R^T = I - shift R R^T: what the squared lengths of the columns of Q lack
     # to one, nothing where a column has survived and all where Y has lost it.
     lost = (r + 16) * eps * lengths[..., None, :]
@@ -561,7 +563,17 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
         shifts = [16 * eps, eps]
     for shift in shifts:
         SRt, _ = _whitening(shards.gram(Y), shift)
-        Y = matmul(Y, SRt, cpu_kernels.UPPER)
+        Y = _times_triangular_(Y, SRt)
+    return Y
+
+
+def _times_triangular_(Y: Tensor, U: Tensor) -> Tensor:
+    """Y U (..., p, r) of Y, overwritten where it is large, and U (..., r, r), upper triangular."""
+    parts = _parts(Y)
+    if len(parts) == 1 or Y.is_cuda:  # GPUs rather take fewer calls
+        return matmul(Y, U, cpu_kernels.UPPER)
+    for part in parts:
+        part.copy_(matmul(part, U, cpu_kernels.UPPER))
     return Y
 
 

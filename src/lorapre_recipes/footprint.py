@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorapre.batch import BATCH, SHARED
+from lorapre.batch import BATCH, PART, SHARED
 from lorapre.groups import matrix_shape
 from lorapre_recipes.config import (
     DEFAULT_VARIANT,
@@ -307,11 +307,10 @@ def step_transient(weights: Sequence[Weight], settings: Settings, mesh: Mesh) ->
     low_rank = [weight for weight in weights if weight.rank]
     if settings.variant == "split" and settings.optimizer == "lorapre-adamw":
         alike = Counter(weight.shape for weight in low_rank)
-        copies = [
-            factor_copies(weight, settings, mesh) * stacked(weight, alike[weight.shape])
-            for weight in low_rank
-        ]
-        return scratch // 4 + max(copies, default=0)  # most of the rest is for factors of stacked weights
+        return scratch // 4 + max(
+            (split_copies(weight, mesh, stacked(weight, alike[weight.shape])) for weight in low_rank),
+            default=0,
+        )
     if settings.variant in ("paper", "subspace"):
         scratch += max((factor_copies(weight, settings, mesh) for weight in low_rank), default=0)
     if settings.optimizer == "lorapre-muon":
@@ -320,16 +319,25 @@ def step_transient(weights: Sequence[Weight], settings: Settings, mesh: Mesh) ->
 
 
 def factor_copies(weight: Weight, settings: Settings, mesh: Mesh) -> int:
-    """Bytes that trackers other than Newton's take for a weight: of the old B, or of a basis and a new A.
+    """Bytes that trackers other than Newton's take for a weight: of the old B, or of a basis and a new A."""
+    assert weight.rank is not None
+    part, r = weight.matrices(mesh), weight.rank
+    kept = part.p if settings.variant == "paper" else 2 * part.p + part.q
+    return FLOAT32 * len(settings.moments) * part.E * r * (kept + 2 * r)
 
-    The split update wants T A^T and the old A beside them.
+
+def split_copies(weight: Weight, mesh: Mesh, count: int) -> int:
+    """Bytes that the split update takes for factors of `count` weights: T W^T, a basis and W.
+
+    Several weights are stacked, their factors too; of a single one there are cuts of `PART` elements.
     """
     assert weight.rank is not None
     part, r = weight.matrices(mesh), weight.rank
-    kept = {"paper": part.p, "split": 3 * part.p + 2 * part.q}.get(
-        settings.variant or "", 2 * part.p + part.q
-    )
-    return FLOAT32 * len(settings.moments) * part.E * r * (kept + 2 * r)
+    if count == 1:
+        kept, cuts = 2 * part.p + part.q, 2 * min(PART, r * max(part.p, part.q))
+    else:
+        kept, cuts = 3 * part.p + 2 * part.q, 0
+    return FLOAT32 * (count * part.E * r * (kept + 2 * r) + cuts)
 
 
 def stacked(weight: Weight, alike: int) -> int:
