@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, set_seed
 
-from lorapre import LoRAPreAdamW, moments, param_groups
+from lorapre import LoRAPreAdamW, param_groups, steps
 from lorapre_recipes.cli.launch import quieten
 from lorapre_recipes.config import Precision
 from lorapre_recipes.data import load_data
@@ -71,12 +71,12 @@ class Shadow:
     @contextlib.contextmanager
     def other_start(self) -> Iterator[None]:
         """The variant's start replaced, where this one has another; it counts at the first step."""
-        known = dict(moments.VARIANTS)
+        known = dict(steps.VARIANTS)
         if self.start is not None:
             variant = self.optimizer.param_groups[0]["variant"]
-            moments.VARIANTS[variant] = known[variant]._replace(start=self.start)
+            steps.VARIANTS[variant] = known[variant]._replace(start=self.start)
         yield
-        moments.VARIANTS.update(known)
+        steps.VARIANTS.update(known)
 
     def product(self, name: str) -> Tensor | None:
         """B A of the first moment, where it is low rank."""
@@ -195,7 +195,7 @@ def main(
 def shadows_of(matrices: dict[str, nn.Parameter], **options: Any) -> dict[str, Shadow]:
     """One for each variant, with both moments compressed and, but for split, one; and with other starts."""
     shadows = {}
-    for variant in moments.VARIANTS:
+    for variant in steps.VARIANTS:
         shadows[variant] = Shadow(matrices, variant=variant, **options)
         for compress in ("first", "second") if variant != "split" else ():
             shadows[f"{variant}/{compress}"] = Shadow(matrices, variant=variant, compress=compress, **options)

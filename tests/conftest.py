@@ -44,7 +44,7 @@ def compiler() -> None:
 @pytest.fixture
 def torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernels for CPUs: what is done then is done on other devices too."""
-    monkeypatch.setattr("lorapre.moments._wants_cpu_kernels", lambda batch: False)
+    monkeypatch.setattr("lorapre.launch._wants_cpu_kernels", lambda batch: False)
     monkeypatch.setattr("lorapre.cpu_kernels.ready", lambda: False)
 
 

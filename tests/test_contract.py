@@ -42,9 +42,10 @@ from cases import (
     train,
     weights,
 )
-from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, moments
+from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, launch
 from lorapre import batch as batch_module
 from lorapre.factors import gaussian
+from lorapre.steps import VARIANTS
 from reference import AdamReference, MuonReference, first_A
 
 
@@ -448,7 +449,7 @@ def test_transposed_and_broadcast_memory_gives_the_same_result(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Kernels do not take such memory, and other sums tell where the gradient is of rank one.
-    monkeypatch.setattr(moments, "_wants_cpu_kernels", lambda batch: False)
+    monkeypatch.setattr(launch, "_wants_cpu_kernels", lambda batch: False)
     strided, plain = parameters([(12, 20)]), parameters([(12, 20)])
     strided[0].data = strided[0].detach().t().contiguous().t()
     by_strided, by_plain = case.make(strided), case.make(plain)
@@ -823,5 +824,5 @@ def test_a_model_may_move_to_its_device_after_the_optimizer_was_made_and_stepped
 
 def test_the_table_has_a_row_for_every_variant_of_both_classes() -> None:
     rows = {(case.cls, case.options.get("variant", "calibrated")) for case in CASES.values()}
-    every = {(cls, variant) for cls in (LoRAPreAdamW, LoRAPreMuon) for variant in moments.VARIANTS}
+    every = {(cls, variant) for cls in (LoRAPreAdamW, LoRAPreMuon) for variant in VARIANTS}
     assert rows == every - {(LoRAPreMuon, "split")}  # Muon has no second moment

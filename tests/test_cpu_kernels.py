@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import CASES, FACTORISED, Case, parameters, set_gradients
-from lorapre import cpu_kernels, moments, rounding
-from lorapre.factors import WHOLE, _damped_root, _waves, _whitening, gauge_
+from lorapre import cpu_kernels, launch, rounding
+from lorapre.factors import _damped_root, gauge_
+from lorapre.linalg import WHOLE, _whitening, waves
 from lorapre.operands import Dense, Factors, Split
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -225,7 +226,7 @@ def train(case: Case, use: bool, dtype: torch.dtype, steps: int = 3, **options: 
     params = parameters([(65, 130), (65, 130), (300, 40), (4, 20, 30), (16, 3, 3, 3)], dtype)
     with pytest.MonkeyPatch.context() as patch:
         if not use:
-            patch.setattr(moments, "_wants_cpu_kernels", lambda batch: False)
+            patch.setattr(launch, "_wants_cpu_kernels", lambda batch: False)
             patch.setattr(cpu_kernels, "ready", lambda: False)
         optimizer = case.make(params, **options)
         for step in range(steps):
@@ -262,7 +263,7 @@ def large(use: bool, variant: str) -> list[Tensor]:
     weight = nn.Parameter(torch.zeros(700, 5000))
     with pytest.MonkeyPatch.context() as patch:
         if not use:
-            patch.setattr(moments, "_wants_cpu_kernels", lambda batch: False)
+            patch.setattr(launch, "_wants_cpu_kernels", lambda batch: False)
             patch.setattr(cpu_kernels, "ready", lambda: False)
         optimizer = CASES[f"adam-{variant}"].make([weight], rank=150, lr=1.0)
         for step in range(2):
@@ -379,7 +380,7 @@ def test_a_cache_that_others_can_write_is_not_loaded_from(tmp_path: Path) -> Non
 
 def test_tensors_without_memory_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those that tools step to estimate memory."""
-    monkeypatch.setattr(moments, "_said", set())
+    monkeypatch.setattr(launch, "_said", set())
     with FakeTensorMode():
         params = [nn.Parameter(torch.ones(700, 800))]
         params[0].grad = torch.ones(700, 800)
@@ -445,6 +446,6 @@ def test_the_gauge_is_that_of_the_operations_of_torch(before: bool, monkeypatch:
 @pytest.mark.parametrize("columns", [slice(0, 300), slice(37, 301)], ids=str)
 def test_the_waves_are_those_of_the_operations_of_torch_in_float64(columns: slice) -> None:
     A = torch.zeros(2, 50, 301)
-    expected = _waves(A.double().mT, WHOLE.columns, 301, columns).mT
+    expected = waves(A.double().mT, WHOLE.columns, 301, columns).mT
     found = cpu_kernels.add_waves(A, columns, math.sqrt(2 / 301))
     assert_near(found, expected.expand(2, -1, -1), 2e-5)

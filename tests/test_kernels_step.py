@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tenso
 
 from cases import CASES, assert_same, gradient, parameters
 from distributed import run
-from lorapre import kernels, moments
-from lorapre.factors import Shards
+from lorapre import kernels, launch
+from lorapre.linalg import Shards
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -72,8 +72,8 @@ class Run:
 
         row_sweep = kernels.row_sweep
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(moments, "_wants_kernels", lambda batch: self.use)
-            patch.setattr(moments, "_wants_cpu_kernels", lambda batch: False)  # they have tests of their own
+            patch.setattr(launch, "_wants_kernels", lambda batch: self.use)
+            patch.setattr(launch, "_wants_cpu_kernels", lambda batch: False)  # they have tests of their own
             patch.setattr(kernels, "row_sweep", count)
             self.optimizer.step()
 
@@ -163,7 +163,7 @@ def test_a_large_rank(name: str) -> None:  # the row sweep takes two launches
 
 @pytest.mark.parametrize("name", ["adam-paper", "adam-calibrated", "adam-subspace", "adam-split"])
 def test_factors_too_large_to_be_stacked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, "GPU_BATCH", 1)
+    monkeypatch.setattr("lorapre.steps.GPU_BATCH", 1)
     monkeypatch.setattr("lorapre.batch.GPU_BATCH", 1)
     check(*pair(name, shapes=SHAPES[2:4]))
 
@@ -213,7 +213,7 @@ def test_factors_find_rows_and_columns_that_were_zero(dtype: torch.dtype) -> Non
 
 
 def test_what_the_kernels_cannot_take_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, "_said", set())
+    monkeypatch.setattr(launch, "_said", set())
     wide = pair("adam-calibrated", (torch.float64, torch.float64), shapes=[(12, 20), (20, 12)])
     with pytest.warns(
         UserWarning, match=r"without Triton kernels.*no kernel for weights in torch.float64"
@@ -240,7 +240,7 @@ def test_what_the_kernels_cannot_take_is_said_once(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_loaded_moment_in_another_order_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, "_said", set())
+    monkeypatch.setattr(launch, "_said", set())
     ours, _ = pair("adam-calibrated-first", shapes=[(12, 20)])
     ours.step(0)
     state = ours.optimizer.state[ours.params[0]]
@@ -271,16 +271,16 @@ def test_a_shard_is_a_block_or_has_no_origin() -> None:
         weights=[torch.zeros(3, 1, device=DEVICE)], grads=[torch.zeros(3, 1, device=DEVICE)],
     )  # fmt: skip
     rows = [4, 5, 6]
-    assert moments._origin(batch) == (4, 7)
+    assert launch._origin(batch) == (4, 7)
     rows = []
-    assert moments._origin(batch) == (0, 7)
+    assert launch._origin(batch) == (0, 7)
     rows = [4, 5, 8]
-    assert moments._origin(batch) is None
-    assert "shards that are not blocks" in (moments._why_not(batch) or "")
+    assert launch._origin(batch) is None
+    assert "shards that are not blocks" in (launch._why_not(batch) or "")
     batch.rounds_stochastically = False
-    assert moments._why_not(batch) is None
+    assert launch._why_not(batch) is None
     batch.shards = Shards()
-    assert moments._origin(batch) == (0, 0)
+    assert launch._origin(batch) == (0, 0)
 
 
 def check_shards(name: str, placement: Placement) -> None:

@@ -29,7 +29,7 @@ import lorapre.rules
 from cases import CASES, assert_same, gradient, parameters
 from distributed import run
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, sharding
-from lorapre.factors import Shards
+from lorapre.linalg import Shards
 
 STEPS = 20
 VARIANTS = ["adam-paper", "adam-calibrated", "adam-subspace", "adam-split"]

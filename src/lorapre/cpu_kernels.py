@@ -202,7 +202,7 @@ def inverse_roots(G: Tensor) -> Tensor:
 
 
 def whitening(G: Tensor, shift: float) -> tuple[Tensor, Tensor]:
-    """What `factors._whitening` makes of G (n, r, r), float32: (n, r, r) and (n, r)."""
+    """What `linalg._whitening` makes of G (n, r, r), float32: (n, r, r) and (n, r)."""
     (n, r, _), threads, G = G.shape, torch.get_num_threads(), G.contiguous()
     out, lengths = torch.empty_like(G), G.new_empty(n, r)
     scratch = G.new_empty(_loaded().roots_scratch(r, threads))
@@ -213,7 +213,7 @@ def whitening(G: Tensor, shift: float) -> tuple[Tensor, Tensor]:
 
 
 def add_waves(A: Tensor, columns: slice, scale: float) -> Tensor:
-    """A (n, r, columns), float32, plus `scale` times the rows that `factors._waves` has for them."""
+    """A (n, r, columns), float32, plus `scale` times the rows that `linalg.waves` has for them."""
     A = _rows(A[..., columns])
     (n, r, q), threads = A.shape, torch.get_num_threads()
     out, turns = A.new_empty(n, r, q), A.new_empty(2 * r, dtype=torch.float64)

@@ -12,7 +12,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lorapre import factors, rules, sharding
 from lorapre.batch import Batch, batches, keep_freed_memory, wide
 from lorapre.groups import is_low_rank, state_shapes
-from lorapre.moments import VARIANTS, adam, muon
+from lorapre.linalg import matmul
+from lorapre.steps import VARIANTS, adam, muon
 
 __all__ = ["LoRAPreAdamW", "LoRAPreMuon"]
 
@@ -470,7 +471,7 @@ def _start(p: Tensor, group: dict[str, Any], shapes: dict[str, tuple[int, ...]])
             for members, rows, tiles in batch.row_tiles():
                 for columns in tiles:
                     T = batch.gradient(members, rows, columns).to(A.dtype)
-                    part = factors.matmul(omega[rows].mT, T.abs() if absolute else T)
+                    part = matmul(omega[rows].mT, T.abs() if absolute else T)
                     sketch.view(batch.N, r, -1)[members, :, columns] += part
             (sketch,) = shards.sum_rows(sketch)
         A.copy_(factors.start(sketch, random, shards))
