@@ -83,6 +83,14 @@ def test_by_default_it_takes_three_factors_of_a_weight_too(
     assert taken <= promised(params) + copies, f"{taken / MIB:.2f} MiB"
 
 
+def test_gradients_of_lower_rank_take_no_more() -> None:
+    """The basis is completed then, as where a batch has fewer tokens than there are directions."""
+    params = weights((8192, 512), 1, torch.float32)
+    full = transient(params, rank=128)
+    params[0].grad = torch.randn(8192, 8) @ torch.randn(8, 512)
+    assert transient(params, rank=128) <= full + MIB
+
+
 @pytest.mark.parametrize(("variant", "factors"), [("paper", 2), ("subspace", 3)])
 def test_the_other_variants_take_some_copies_of_their_factors_too(variant: str, factors: int) -> None:
     """The printed tracker wants the old left factor to the end; subspace iteration makes a basis."""

@@ -181,7 +181,10 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
     lost = (r + 16) * eps * lengths[..., None, :]
     shifts = [eps]
     if shards.count > 1 or not _all(lost.sum(-1) < 0.5):  # a collective too few would be one forever
-        Y.addcmul_(4e-5 * lost, waves(Y, shards.rows, shards.size(Y.shape[-2], 1)[0], ALL))
+        total, start = shards.size(Y.shape[-2], 1)[0], 0
+        for part in _few_parts(Y):
+            rows = slice(start, start := start + part.shape[-2])
+            part.addcmul_(4e-5 * lost, waves(Y, shards.rows, total, rows))
         shifts = [16 * eps, eps]
     for shift in shifts:
         SRt, _ = _whitening(shards.gram(Y), shift)
@@ -191,12 +194,17 @@ def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
 
 def _times_triangular_(Y: Tensor, U: Tensor) -> Tensor:
     """Y U (..., p, r) of Y, overwritten where it is large, and U (..., r, r), upper triangular."""
-    parts = in_parts(Y)
-    if len(parts) == 1 or Y.is_cuda:  # GPUs rather take fewer calls
+    parts = _few_parts(Y)
+    if len(parts) == 1:
         return matmul(Y, U, cpu_kernels.UPPER)
     for part in parts:
         part.copy_(matmul(part, U, cpu_kernels.UPPER))
     return Y
+
+
+def _few_parts(X: Tensor) -> tuple[Tensor, ...]:
+    """`in_parts`, and X whole on GPUs, where calls cost more than memory."""
+    return (X,) if X.is_cuda else in_parts(X)
 
 
 def _scaled_gram_(Y: Tensor, shards: Shards) -> Tensor:
