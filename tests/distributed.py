@@ -1,5 +1,6 @@
 """Functions run on several processes, joined by gloo on the CPU."""
 
+import faulthandler
 import os
 import tempfile
 import time
@@ -54,6 +55,7 @@ def run(function: Callable[..., None], world: int, *args: Any) -> None:
 
 
 def _enter(rank: int, world: int, folder: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    faulthandler.enable()  # where a process dies of a signal, the log says where it was
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", module="triton")  # the oldest
     # torch's own: DTensor and the checkpoints use what torch has deprecated, and Python's forks of threads.
