@@ -242,9 +242,7 @@ def table(out: Path, part: Part) -> Table:
     if part.tests:
         title += f"; exact match before: {read(out, part='before')[0]['exact_match']:.1%}"
         columns.append("match, %")
-    shown = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0)
-    )
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
     for number, column in enumerate([*columns, "answer loss", "state", "adapters"]):
         shown.add_column(column, justify="right" if number else "left", no_wrap=True)
     for name in part.contenders:
