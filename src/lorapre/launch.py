@@ -126,7 +126,7 @@ def kernels_take(batch: Batch) -> bool:
 
 
 def cpu_kernels_take(batch: Batch) -> bool:
-    """Whether to step the tiles of a batch with compiled kernels; as `_kernels_take`."""
+    """Whether to step the tiles of a batch with compiled kernels; as `kernels_take`."""
     if not batch.rank or not batch.N or torch.compiler.is_compiling() or not _wants_cpu_kernels(batch):
         return False
     return _say(batch, "compiled", _why_not(batch) or cpu_kernels.why_not(batch.weights, batch.grads))
