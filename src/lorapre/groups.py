@@ -63,7 +63,7 @@ def state_shapes(group: Mapping[str, Any], shape: Sequence[int]) -> dict[str, tu
     experts, p, q = matrix_shape(shape, flatten)
     batch = (experts,) if len(shape) == 3 and not flatten else ()
     m_factors = {"m_B": (*batch, p, rank), "m_A": (*batch, rank, q)}
-    if "momentum" in group:  # Muon has no second moment
+    if group.get("algorithm") == "muon":  # Muon has no second moment
         return shapes | m_factors
     v_factors = {"v_B": (*batch, p, rank), "v_A": (*batch, rank, q)}
     means = {"v_row": (*batch, p), "v_col": (*batch, q)}
@@ -71,6 +71,14 @@ def state_shapes(group: Mapping[str, Any], shape: Sequence[int]) -> dict[str, tu
     compress = group.get("compress")
     shapes |= {"exp_avg": moment} if compress == "second" else m_factors
     return shapes | ({"exp_avg_sq": moment} if compress == "first" else second)
+
+
+def names_of(group: Mapping[str, Any]) -> list[str]:
+    """What messages call the parameters of a group: their names, or positions where the names do not fit."""
+    names, count = group.get("param_names") or (), len(group["params"])
+    if len(names) != count:  # a parameter has been taken out, or put in
+        return [f"parameter {index} of its group" for index in range(count)]
+    return [f"parameter {name!r}" for name in names]
 
 
 def param_groups(

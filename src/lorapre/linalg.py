@@ -1,248 +1,220 @@
-"""Linear algebra of many thin matrices: products, Grams, norms, roots of inverses, orthonormal bases.
+"""Linear algebra of many thin matrices: roots of inverses, orthonormal bases, gauge, Newton-Schulz.
 
-Matrices have any leading batch dimensions. On CPUs large products and roots are those of
-`lorapre.cpu_kernels`; nothing waits for a GPU. Where the matrices are spread over processes, `shards` says
-how to sum over them.
+Matrices have three dimensions, (N, rows, columns): N of them at a time. `T` is the gradient as an operand
+(`lorapre.gradient`); of it these functions need the sums over processes, and which rows and columns it holds.
+Nothing here waits for a GPU.
 """
 
 import math
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lorapre import cpu_kernels
+from lorapre.backends import library
+
+# Of the trace of a Gram matrix (departure a): less would be below the resolution of float32.
+DAMPING = 1e-6
+TINY = torch.finfo(torch.float32).tiny
+EPS = torch.finfo(torch.float32).eps
 
 
-class Shards:
-    """The part of its matrices that a process holds: here, all of it; `lorapre.sharding` has the others."""
+class Operand(Protocol):
+    """Of the gradient T: its size, the part held here, and sums over the processes that hold the others."""
 
-    count = 1  # processes that hold a part of the same parameters
-    spread_rows = spread_columns = False  # whether other processes hold other rows, columns of a matrix
+    p: int  # rows of the whole matrix
+    q: int  # columns
+    rows: range | Tensor  # which rows of the whole are held here
+    columns: range | Tensor
+    spread: bool  # whether other processes hold other parts
 
-    def sum_all(self, x: Tensor) -> Tensor:
-        """Sum over the processes that hold other parts of the same parameters."""
-        return x
+    def sum_p(self, x: Tensor) -> Tensor:
+        """The sum of x over the processes that hold other rows."""
 
-    def sum_rows(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Sum over the processes that hold other rows of the same matrices, in one collective."""
-        return parts
-
-    def send_rows(self, *parts: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        """Start `sum_rows`; what is returned waits for the sums, so that arithmetic can go on until then."""
-        return lambda: parts
-
-    def sum_columns(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Sum over the processes that hold other columns of the same matrices, in one collective."""
-        return parts
-
-    def gram(self, X: Tensor) -> Tensor:
-        """X^T X (..., r, r) of X (..., p, r), whose rows may be spread."""
-        return gram(X)
-
-    def rows(self, count: int, device: torch.device) -> Tensor:
-        """Which rows of the whole are the `count` rows held here, (count,)."""
-        return torch.arange(count, device=device)
-
-    def columns(self, count: int, device: torch.device) -> Tensor:
-        """Which columns of the whole are the `count` columns held here, (count,)."""
-        return torch.arange(count, device=device)
-
-    def size(self, p: int, q: int) -> tuple[int, int]:
-        """Shape of a whole matrix of which (p, q) is held here."""
-        return p, q
-
-    def whole(self, function: Callable[[Tensor], Tensor], M: Tensor) -> Tensor:
-        """What is held here of `function` of whole matrices, of which M (N, p, q) is held here."""
-        return function(M)
+    def sum_q(self, x: Tensor) -> Tensor:
+        """The sum of x over the processes that hold other columns."""
 
 
-WHOLE = Shards()
-ALL = slice(None)  # never a default: torch.compile of torch 2.9 takes no slice there
-
-
-def matmul(X: Tensor, Y: Tensor, kind: int = cpu_kernels.GENERAL) -> Tensor:
-    """X Y, (..., a, c) of X (..., a, b) and Y (..., b, c), with the same leading dimensions.
-
-    `kind` is what `cpu_kernels.products`, which takes large ones on CPUs, is told of zeros and symmetry.
-    """
-    if compiled(X, X.numel() * Y.shape[-1]):
-        return cpu_kernels.products(X, Y, kind)
-    return torch.mm(X[0], Y[0])[None] if X.ndim == 3 and len(X) == 1 else X @ Y
-
-
-def compiled(X: Tensor, operations: int) -> bool:
-    """Whether kernels for CPUs take X, with so many multiplications."""
-    return X.ndim == 3 and X.dtype == torch.float32 and operations >= 2**18 and _at_hand(X)
-
-
-def _at_hand(X: Tensor) -> bool:
-    """Whether X is in this process's memory, for kernels for CPUs and for the host to look at."""
-    return type(X) is Tensor and X.is_cpu and not torch.compiler.is_compiling() and cpu_kernels.ready()
-
-
-def _all(condition: Tensor) -> bool:
-    """Whether a condition holds everywhere; False where a look would make the host wait, or break a graph."""
-    return _at_hand(condition) and bool(condition.all())
-
-
-def gram(X: Tensor, scale: Tensor | None = None) -> Tensor:
-    """X^T X (..., r, r) of X (..., n, r), or of scale * X; in parts where rows are copied.
-
-    In float64 on CUDA: where TF32 is allowed, as many users do for speed, a float32 product is off by 5e-4,
-    more than the damping, and Cholesky fails.
-    """
-    total = None
-    for rows in [X] if scale is None and not X.is_cuda else in_parts(X):
-        rows = rows if scale is None else rows * scale
-        part = (
-            (rows.double().mT @ rows.double()).to(X.dtype)
-            if X.is_cuda
-            else matmul(rows.mT, rows, cpu_kernels.SYMMETRIC)
-        )
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total
-
-
-def in_parts(X: Tensor) -> tuple[Tensor, ...]:
-    """Some rows of X (..., n, r) at a time, few enough for a copy."""
-    return torch.split(X, max(64, 2**18 // max(1, X.shape[-1])), -2)
-
-
-def norm(X: Tensor, shards: Shards = WHOLE, *, columns: bool = False) -> Tensor:
-    """Frobenius norm (..., 1, 1) of X (..., n, r); exact where the squares would leave float32's range.
-
-    Other processes of `shards` may hold other rows of X, or other columns.
-    """
-    largest = _largest(X)
-    scale = torch.where(largest > 0, largest, 1)
-    sizes = [torch.linalg.vector_norm(part / scale, dim=(-2, -1), keepdim=True) for part in in_parts(X)]
-    size: Tensor = torch.linalg.vector_norm(torch.stack(sizes), dim=0) if len(sizes) > 1 else sizes[0]
-    size = largest * size
-    if shards.count > 1:
-        total = shards.sum_columns if columns else shards.sum_rows
-        size = total(size.double().square())[0].sqrt()
-    return size.to(X.dtype)
-
-
-def _largest(X: Tensor) -> Tensor:
-    """The largest absolute value (..., 1, 1) in X (..., n, r)."""
-    if X.numel() == 0:  # an empty shard
-        return X.new_zeros((*X.shape[:-2], 1, 1))
-    return torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
-
-
-def inverse(size: Tensor) -> Tensor:
-    """1 / size, and zero where that would leave the range of the dtype."""
-    return torch.where(size >= torch.finfo(size.dtype).tiny, 1 / size, 0)
+def matmul(X: Tensor, Y: Tensor) -> Tensor:
+    """X Y (N, a, c) of X (N, a, b) and Y (N, b, c)."""
+    if library.takes(X, X.numel() * Y.shape[-1]):
+        return library.products(X, Y)
+    return torch.mm(X[0], Y[0])[None] if len(X) == 1 else X @ Y
 
 
 def inverse_root(G: Tensor) -> Tensor:
-    """R = C^-1 (..., r, r), lower triangular, of the Cholesky factor C of G = C C^T: R^T R = G^-1.
+    """R = C^-1 (N, r, r), lower triangular, of the Cholesky factor C of G = C C^T: R^T R = G^-1.
 
     Applied as R^T (R X) it is as stable as substitution, since the errors of both products lie where G is
-    nearly singular; R^T R formed explicitly is not. Of large G by halves, so that most of it is products of
-    matrices: libraries solve triangular systems at a fraction of their speed, on CPUs one after the other.
+    nearly singular; R^T R formed explicitly is not. Large G are taken by halves, so that most of the work is
+    products of matrices: libraries solve triangular systems at a fraction of their speed.
     """
+    if library.takes(G, G.numel()):
+        return library.inverse_roots(G)
     r = G.shape[-1]
-    if compiled(G, 2**18):
-        return cpu_kernels.inverse_roots(G)
     if r <= 128:
-        C = torch.linalg.cholesky_ex(G).L
         eye = torch.eye(r, dtype=G.dtype, device=G.device).expand_as(G)
-        root: Tensor = torch.linalg.solve_triangular(C, eye, upper=False)
+        root: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(G).L, eye, upper=False)
         return root
     h = r // 2
-    first = inverse_root(G[..., :h, :h])
-    corner = matmul(G[..., h:, :h], first.mT)
-    second = inverse_root(G[..., h:, h:] - matmul(corner, corner.mT))
+    first = inverse_root(G[:, :h, :h])
+    corner = matmul(G[:, h:, :h], first.mT)
+    second = inverse_root(G[:, h:, h:] - matmul(corner, corner.mT))
     R = torch.zeros_like(G)
-    R[..., :h, :h], R[..., h:, h:] = first, second
-    R[..., h:, :h] = -matmul(matmul(second, corner), first)
+    R[:, :h, :h], R[:, h:, h:] = first, second
+    R[:, h:, :h] = -matmul(matmul(second, corner), first)
     return R
 
 
-def orth(Y: Tensor, shards: Shards = WHOLE) -> Tensor:
-    """An orthonormal basis Q (..., p, r) of the range of Y (..., p, r), r <= p; Y is overwritten.
+def damped_root(G: Tensor, least: float | Tensor = 0.0) -> Tensor:
+    """R (N, r, r) with R^T R = (G + lambda I)^-1, lambda = 1e-6 trace(G), or `least` where that is more.
 
-    Cholesky QR, three times over: shifted twice, so that columns which almost depend on each other survive,
-    then plain. The second is left out where a look shows that the first has lost less than half of any one
-    direction: the condition of Q then is below 1.5. Where Y has lost rank (a gradient of rank below r, an
-    expert with few tokens) the free columns of Q are directions in general position, orthogonal to the range.
+    The smallest normal number on top lets the all-zero Gram matrix of the first step solve to zero.
+    """
+    trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    damping = (DAMPING * trace).clamp(min=least) + TINY
+    G = G.clone()
+    G.diagonal(dim1=-2, dim2=-1).add_(damping[:, 0])
+    return inverse_root(G)
+
+
+def norm(X: Tensor) -> Tensor:
+    """Frobenius norm (N, 1, 1) of X; exact where the squares would leave the range of float32."""
+    size = largest(X)
+    unit = X / torch.where(size > 0, size, 1)
+    return size * torch.linalg.vector_norm(unit, dim=(-2, -1), keepdim=True)
+
+
+def largest(X: Tensor) -> Tensor:
+    """The largest absolute value (N, 1, 1) in X; zero in an empty one."""
+    if X.numel() == 0:
+        return X.new_zeros(len(X), 1, 1)
+    return torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
+
+
+def gauge_(B: Tensor, A: Tensor, T: Operand, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rescale B (N, p, r) and A (N, r, q) in place: ||A||_F = sqrt(r), B A as it was (departure d).
+
+    Where A is zero, or has left the range of float32, B becomes zero and A what it was `before`, or the first
+    r unit vectors, so that the factors always have directions.
+    """
+    size = (T.sum_q(norm(A).double().square()) / A.shape[-2]).sqrt().to(A.dtype)
+    alive = (size >= TINY) & size.isfinite()
+    B.mul_(torch.where(alive, size, 0))
+    A.mul_(torch.where(alive, 1 / size, 0))
+    if before is None:
+        A.diagonal(dim1=-2, dim2=-1).add_((~alive).squeeze(-1))
+    else:
+        torch.where(alive, A, before, out=A)
+    return B, A
+
+
+def orth_(Y: Tensor, T: Operand) -> Tensor:
+    """Make the columns of Y (N, p, r), r <= p, an orthonormal basis of their span, in place.
+
+    Cholesky QR three times: twice with a shift, so that columns which almost depend on each other survive,
+    then without one. The second is left out where the first has lost less than half of every direction: the
+    condition of Y is below 1.5 then. Where Y has lost rank (a gradient of rank below r, an expert with few
+    tokens), the free columns become directions in general position, orthogonal to the span.
     It needs no more than Y^T Y, so the rows of Y may be spread over processes.
     """
-    r, eps = Y.shape[-1], torch.finfo(Y.dtype).eps
-    # The shifts are what rounding of the Gram needs: less, and Cholesky meets negative eigenvalues.
-    SRt, lengths = _whitening(_scaled_gram_(Y, shards), (r + 16) * eps)
-    Y = _times_triangular_(Y, SRt)
-    # Q^T Q = R (R^-1 R^-T - shift I) R^T = I - shift R R^T: what the squared lengths of the columns of Q lack
-    # to one, nothing where a column has survived and all where Y has lost it.
-    lost = (r + 16) * eps * lengths[..., None, :]
-    shifts = [eps]
-    if shards.count > 1 or not _all(lost.sum(-1) < 0.5):  # a collective too few would be one forever
-        total, start = shards.size(Y.shape[-2], 1)[0], 0
-        for part in _few_parts(Y):
-            rows = slice(start, start := start + part.shape[-2])
-            part.addcmul_(4e-5 * lost, waves(Y, shards.rows, total, rows))
-        shifts = [16 * eps, eps]
-    for shift in shifts:
-        SRt, _ = _whitening(shards.gram(Y), shift)
-        Y = _times_triangular_(Y, SRt)
+    r = Y.shape[-1]
+    size = T.sum_p(largest(Y))
+    Y.div_(torch.where(size > 0, size, 1))
+    # Rounding of the Gram matrix needs this shift: with less, Cholesky meets negative eigenvalues.
+    shift = (r + 16) * EPS
+    # After the first pass Y^T Y = I - shift R R^T: the squared lengths of the rows of R tell what is lost of
+    # each column, nothing where it has survived and all of it where Y has lost rank.
+    lost = shift * _whiten_(Y, T, shift)
+    if T.spread or not _everywhere(lost.sum(-1) < 0.5):  # a collective too few would be waited for for ever
+        Y.addcmul_(4e-5 * lost, waves(Y.mT, T.rows, T.p).mT)
+        _whiten_(Y, T, 16 * EPS)
+    _whiten_(Y, T, EPS)
     return Y
 
 
-def _times_triangular_(Y: Tensor, U: Tensor) -> Tensor:
-    """Y U (..., p, r) of Y, overwritten where it is large, and U (..., r, r), upper triangular."""
-    parts = _few_parts(Y)
-    if len(parts) == 1:
-        return matmul(Y, U, cpu_kernels.UPPER)
-    for part in parts:
-        part.copy_(matmul(part, U, cpu_kernels.UPPER))
-    return Y
-
-
-def _few_parts(X: Tensor) -> tuple[Tensor, ...]:
-    """`in_parts`, and X whole on GPUs, where calls cost more than memory."""
-    return (X,) if X.is_cuda else in_parts(X)
-
-
-def _scaled_gram_(Y: Tensor, shards: Shards) -> Tensor:
-    """Y^T Y (..., r, r), of Y (..., p, r) in units of its largest number, where the squares need that."""
-    if shards.count == 1 and _at_hand(Y):
-        G = gram(Y)
-        squares = G.diagonal(dim1=-2, dim2=-1)
-        if _all((squares > 1e-20) & (squares < 1e30)):
-            return G
-    (size,) = shards.sum_rows(_largest(Y))
-    return shards.gram(Y.div_(torch.where(size > 0, size, 1)))
-
-
-def _whitening(G: Tensor, shift: float) -> tuple[Tensor, Tensor]:
-    """S R^T (..., r, r), upper triangular, and the squared lengths of the rows of R (..., r).
-
-    S, diagonal, makes the diagonal of S G S (..., r, r) one, and R is the root of its inverse, with a shift:
-    R^T R = (S G S + shift I)^-1. Columns Y with the Gram matrix G become orthonormal by S R^T, but for that.
-    """
-    if compiled(G, 2**18):
-        return cpu_kernels.whitening(G, shift)
-    squares = G.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(squares > 0, squares.rsqrt(), 0)[..., None, :]
+def _whiten_(Y: Tensor, T: Operand, shift: float) -> Tensor:
+    """One Cholesky QR of Y (N, p, r) in place, columns scaled to length one first; |rows of R|**2 (N, 1, r)."""
+    G = T.sum_p(matmul(Y.mT, Y))
+    squares = G.diagonal(dim1=-2, dim2=-1)[:, None]
+    scale = torch.where(squares > 0, squares.rsqrt(), 0)
     G = scale.mT * G * scale
     G.diagonal(dim1=-2, dim2=-1).add_(shift)
     R = inverse_root(G)
-    return (R * scale).mT, R.square().sum(-1)
+    U = (R * scale).mT
+    for rows in Y.split(max(64, 2**18 // Y.shape[-1]), -2):  # in parts, so that no second Y is needed
+        rows.copy_(matmul(rows, U))
+    return R.square().sum(-1)[:, None]
 
 
-def waves(like: Tensor, indices: Callable[[int, torch.device], Tensor], total: int, part: slice) -> Tensor:
-    """`part` of the rows of (n, r) for `like` (..., n, r): columns in general position, of unit length.
+def local(x: Tensor, dim: int, places: range | Tensor) -> Tensor:
+    """The part of x (whole) at these places of a dimension."""
+    if isinstance(places, Tensor):
+        return x.index_select(dim, places.to(x.device))
+    return x.narrow(dim, places.start, len(places))
 
-    Sines of incommensurable frequencies, a function of the index of the row in the whole, of `total`. Any
-    r <= n of them are independent: sin(i x) is sin(x) times a polynomial of degree i - 1 in cos(x). Saw teeth
-    are not, since a few rows of two slow ones are straight lines.
+
+def _everywhere(condition: Tensor) -> bool:
+    """Whether a condition holds everywhere; False where a look would make the host wait, or break a graph."""
+    return condition.is_cpu and not torch.compiler.is_compiling() and bool(condition.all())
+
+
+def probe(A: Tensor, T: Operand) -> Tensor:
+    """A + eps W (N, r, q), with the rows of W in general position (departure g).
+
+    A target orthogonal to A in its rows and to B in its columns has no projection on either, and the factors
+    would never see it. Rounding errors are enough to find it, but where the new rows or columns were exactly
+    zero before there are none.
     """
-    n, r = like.shape[-2:]
-    i = (indices(n, like.device)[part] + 1).to(like.dtype)
-    frequency = torch.frac(math.sqrt(2) * torch.arange(1, r + 1, dtype=like.dtype, device=like.device))
-    phase = torch.outer(frequency, i).mT.frac_()
-    return phase.mul_(2 * math.pi).sin_().mul_(math.sqrt(2 / total))
+    return A + waves(A, T.columns, T.q).mul_(EPS)
+
+
+def waves(like: Tensor, places: range | Tensor, total: int) -> Tensor:
+    """(r, n) for `like` (N, r, n): row k has sqrt(2 / total) sin(2 pi frac(k sqrt 2) i) at each place i.
+
+    Sines of incommensurable frequencies. Any r <= total rows are independent, since sin(k x) is sin(x) times a
+    polynomial of degree k - 1 in cos(x).
+    """
+    if isinstance(places, Tensor):
+        return local(waves(like, range(total), total), 1, places)
+    # From the angle of a coarse grid and that of a fine one: a sine for every place would be the dearest part
+    # of a step at small ranks.
+    fine, device = 64, like.device
+    coarse = 1 + places.start + fine * torch.arange(-(-len(places) // fine), device=device)
+    turns = torch.arange(1, like.shape[-2] + 1, dtype=torch.float64, device=device).mul_(math.sqrt(2)).frac_()
+    x = torch.outer(turns, coarse.double()).frac_().mul_(2 * math.pi)[:, :, None]
+    y = torch.outer(turns, torch.arange(fine, device=device).double()).mul_(2 * math.pi)[:, None]
+    size = math.sqrt(2 / total)
+    sine, cosine = (x.sin() * size).to(like.dtype), (x.cos() * size).to(like.dtype)
+    sums = (sine * y.cos().to(like.dtype)).addcmul_(cosine, y.sin().to(like.dtype))
+    return sums.flatten(1)[:, : len(places)]
+
+
+def newton_schulz(
+    M: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:  # fmt: skip
+    """Orthogonalise M (..., p, q): about U V^T of its singular value decomposition U S V^T.
+
+    The quintic iteration of Keller Jordan's Muon, X <- a X + (b G + c G G) X with G = X X^T, from
+    X = M / ||M||_F, with the operations of torch.optim.Muon, on a batch.
+
+    Args:
+        M: (..., p, q).
+        coefficients: (a, b, c).
+        steps: number of iterations.
+        eps: the least norm M is divided by.
+        dtype: the type the iteration runs in, and of the result; torch.optim.Muon uses bfloat16.
+    """
+    a, b, c = coefficients
+    single = M.ndim == 3 and len(M) == 1  # products of two matrices are faster than those of batches of one
+    X = (M[0] if single else M).to(dtype)
+    add_product = torch.addmm if X.ndim == 2 else torch.baddbmm
+    tall = M.shape[-2] > M.shape[-1]
+    X = X.mT if tall else X
+    X = X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        G = X @ X.mT
+        X = add_product(X, add_product(G, G, G, beta=b, alpha=c), X, beta=a)
+    X = X.mT if tall else X
+    return X[None] if single else X

@@ -1,30 +1,37 @@
-"""LoRAPreAdamW and LoRAPreMuon: options, state, loading and the order of a step."""
+"""LoRAPreAdamW and LoRAPreMuon: options, state and the order of a step."""
 
+import contextlib
 import functools
-import numbers
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lorapre import factors, rules, sharding
-from lorapre.batch import Batch, batches, keep_freed_memory, wide
-from lorapre.groups import is_low_rank, state_shapes
-from lorapre.linalg import matmul
-from lorapre.steps import VARIANTS, adam, muon
+from lorapre import backends, checkpoints, options, sharding
+from lorapre.batch import Batch, Member, batches
+from lorapre.gradient import Moments
+from lorapre.groups import names_of, state_shapes
+from lorapre.linalg import newton_schulz
+from lorapre.variants import VARIANTS, dense, first_A, muon
 
 __all__ = ["LoRAPreAdamW", "LoRAPreMuon"]
-
-# What state_dict saves: names, shapes and meaning of its tensors. A release that changes it counts this up
-# and reads the older ones; tests/data has a checkpoint of each. It is saved as an option of every group:
-# torch.distributed.checkpoint keeps those too.
-STATE_FORMAT = 1
 
 
 class LoRAPreOptimizer(Optimizer):
     """What both optimizers share. Use `LoRAPreAdamW` or `LoRAPreMuon`."""
+
+    algorithm: str
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        own = {"algorithm": self.algorithm, "state_format": checkpoints.STATE_FORMAT}
+        super().__init__(params, {**defaults, **own, "flatten": False, "made_for": None})
+        keep_freed_memory()
+        on_cpu = any(p.is_cpu and group["rank"] for group in self.param_groups for p in group["params"])
+        if on_cpu and (reason := backends.library.prepare()):
+            self._say(reason)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -37,22 +44,16 @@ class LoRAPreOptimizer(Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, or a weight is sharded in a way that cannot be stepped (flat
-                pieces of FSDP1 or DeepSpeed ZeRO). The message names it; nothing has changed then.
+            RuntimeError: a gradient is sparse, a weight is sharded in a way that cannot be stepped (flat pieces
+                of FSDP1 or DeepSpeed ZeRO), or a state does not fit its weight, or options that were edited. The
+                message names it; nothing has changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        parts = []
-        first = 0
-        for number, group in enumerate(self.param_groups):
-            # Between construction and here, DeepSpeed puts one vector in the place of all weights of a group.
-            if self._matrices.get(number) and all(p.ndim < 2 for p in group["params"]):
-                raise RuntimeError(
-                    f"the matrices of group {number} have been replaced by flat vectors, as DeepSpeed ZeRO "
-                    f"does; {sharding.REMEDY}"
-                )
+        parts, first = [], 0
+        for group in self.param_groups:
             parts.append((group, range(first, first + len(group["params"]))))
             first += len(group["params"])
         self._step(parts)
@@ -66,32 +67,71 @@ class LoRAPreOptimizer(Optimizer):
             parts: (group, positions of its parameters among all of the optimizer) pairs.
         """
         for group, _ in parts:
-            for index, p in enumerate(group["params"]):
-                if p.grad is not None and p.grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__} needs dense gradients, but that of {_name(group, index)} is "
-                        f"{p.grad.layout}; nn.Embedding gives dense ones with sparse=False"
-                    )
-                if why := sharding.refusal(p, group["flatten"]):
-                    raise RuntimeError(f"{_name(group, index)} {why}")
-        started: list[tuple[Batch, Callable[[], None]]] = []
+            self._check_step(group)
         for group, positions in parts:
             weights: list[Tensor] = []
             grads: list[Tensor] = []
             state: list[Tensor] = []
             self._init_group(group, weights, grads, state)
-            held = [i for i, p in zip(positions, group["params"], strict=True) if _waits(p)]
-            for batch in batches(group, weights, grads, state, held):
-                batch.begin(group["nonfinite"])
-                with torch.autocast(batch.device.type, enabled=False):
-                    started.append((batch, self._update(batch, group)))
-                # The last sums of a sharded batch travel while the next one computes.
-                _finish(started, keep=1 if batch.shards.count > 1 else 0)
-        _finish(started, keep=0)
+            places = [i for i, p in zip(positions, group["params"], strict=True) if _waits(p)]
+            for batch in batches(group, _members(group, weights, grads, state, places)):
+                with exact_products(batch.T.device):
+                    self._update(batch)
+                if batch.slow is not None:
+                    self._say(batch.slow)
 
-    def _update(self, batch: Batch, group: dict[str, Any]) -> Callable[[], None]:
-        """Step a batch of parameters, all but what waits for other processes: that is what is returned."""
+    def _update(self, batch: Batch) -> None:
+        """Step the weights of a batch."""
         raise NotImplementedError
+
+    def _adam(
+        self, batch: Batch, *, lr: float | Tensor, scale: float, betas: tuple[float, float], eps: float,
+        weight_decay: float,
+    ) -> None:  # fmt: skip
+        """Algorithm 1, or AdamW where there are no factors."""
+        batch.begin(betas)
+        decay = batch.unless_skipped(1 - lr * weight_decay, 1.0)
+        rate = batch.unless_skipped(lr * scale, 0.0)
+
+        def apply(M: Moments) -> tuple[Tensor, Tensor]:
+            return batch.T.step_(batch.weights, M, lr=rate, decay=decay, eps=eps, keys=batch.keys)
+
+        variant = VARIANTS[batch.group["variant"]].adam if batch.rank else dense
+        batch.store(variant(batch.state, batch.T, batch.t, *betas, apply))
+
+    def _check_step(self, group: dict[str, Any]) -> None:
+        """Raise a RuntimeError for what cannot be stepped, before anything is written."""
+        if group["matrices"] and all(p.ndim < 2 for p in group["params"]):
+            # Between construction and here, DeepSpeed puts one vector in the place of all weights of a group.
+            raise RuntimeError(
+                "the matrices of a group have been replaced by flat vectors, as DeepSpeed ZeRO does; "
+                f"{sharding.REMEDY}"
+            )
+        shapes_of: dict[Any, dict[str, tuple[int, ...]]] = {}
+        for p, name in zip(group["params"], names_of(group), strict=True):
+            if p.grad is None:
+                continue
+            if p.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} needs dense gradients, but that of {name} is {p.grad.layout}; "
+                    "nn.Embedding gives dense ones with sparse=False"
+                )
+            if why := sharding.refusal(p, group["flatten"]):
+                raise RuntimeError(f"{name} {why}")
+            if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
+                raise RuntimeError(
+                    f"{name} is expanded: more than one element of it refers to a single memory location; clone() it"
+                )
+            if p.grad.shape != p.shape:
+                raise RuntimeError(
+                    f"{name} has shape {tuple(p.shape)}, but its gradient {tuple(p.grad.shape)}: the weight has been "
+                    "replaced since the backward pass"
+                )
+            own = self.state.get(p, {})
+            if "step" in own:
+                if p.shape not in shapes_of:
+                    shapes_of[p.shape] = state_shapes(group, p.shape)
+                checkpoints.check_state(p, own, group, shapes_of[p.shape], name)
 
     def _init_group(
         self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], state: list[Tensor]
@@ -106,24 +146,17 @@ class LoRAPreOptimizer(Optimizer):
             if not _waits(p):
                 continue
             own = self.state[p]
-            if own and own["step"].device != p.device:  # the model has been moved
-                own.update({name: value.to(p.device) for name, value in own.items()})
             if p.shape not in shapes_of:
                 shapes_of[p.shape] = state_shapes(group, p.shape)
             shapes = shapes_of[p.shape]
             if "step" not in own:
-                with torch.autocast(p.device.type, enabled=False):
+                with exact_products(p.device):
                     own.update(_start(p, group, shapes))
-            elif "skipped" in shapes and "skipped" not in own:
-                own["skipped"] = torch.zeros_like(own["step"])
+                group["made_for"] = checkpoints.meaning(group)
             weights.append(p)
             grads.append(sharding.gradient(p))
             state.extend(own[name] for name in shapes)
         return False
-
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        keep_freed_memory()
-        super().__init__(params, defaults | {"state_format": STATE_FORMAT})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may set any option of the constructor for itself.
@@ -135,8 +168,9 @@ class LoRAPreOptimizer(Optimizer):
         Raises:
             ValueError: an option is out of range, or a parameter is complex; the message names it.
         """
+        param_group = options.plain(param_group)
         group = {**self.defaults, **param_group}
-        self._check(group)
+        options.check(group)
         params = group["params"]
         if isinstance(params, set):
             raise TypeError(
@@ -154,30 +188,8 @@ class LoRAPreOptimizer(Optimizer):
             if isinstance(p, Tensor) and p.is_leaf and (why := sharding.refusal(p, group["flatten"])):
                 raise ValueError(f"{name} {why}")
         super().add_param_group({**param_group, "params": params})
-        if any(p.ndim > 1 for p in self.param_groups[-1]["params"]):
-            self._matrices[len(self.param_groups) - 1] = True
-
-    @functools.cached_property
-    def _matrices(self) -> dict[int, bool]:
-        """Which groups were given matrices; unknown, and so empty, after a copy."""
-        return {}
-
-    def _check(self, group: dict[str, Any]) -> None:
-        """Raise a ValueError that names the first option out of range."""
-        lr, rank, seed = group["lr"], group["rank"], group["seed"]
-        _require_number(group, "lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr)
-        for name in ("weight_decay", "eps"):
-            _require_number(group, name, group[name])
-        _require(
-            group,
-            "rank",
-            rank is None or (_is_integer(rank) and rank >= 1),
-            "an integer >= 1, or None for dense",
-        )
-        _require(group, "seed", _is_integer(seed) and seed >= 0, "an integer >= 0")
-        _require_choice(group, "variant", *VARIANTS)
-        _require_choice(group, "nonfinite", "propagate", "skip")
-        _require_choice(group, "stochastic_rounding", False, True)
+        added = self.param_groups[-1]
+        added["matrices"] = any(p.ndim > 1 for p in added["params"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied optimizer; options it did not know take their defaults."""
@@ -185,11 +197,13 @@ class LoRAPreOptimizer(Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+            group.setdefault("matrices", False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`: one of this class, or of torch.optim.AdamW where all it holds is dense.
 
-        The factors keep their float32 whatever the weights' dtype.
+        Parameters are matched by their names where both sides have them, else by their order, as in torch. The
+        factors keep their float32 whatever the weights' dtype.
 
         Raises:
             ValueError: the state of a parameter does not fit it, its rank or its variant, or a newer lorapre
@@ -199,35 +213,24 @@ class LoRAPreOptimizer(Optimizer):
         loaded: list[tuple[Tensor, dict[str, Any]]] = []
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            saved_groups, state = state_dict["param_groups"], state_dict["state"]
-            found = max((g.get("state_format", STATE_FORMAT) for g in saved_groups), default=STATE_FORMAT)
-            if found > STATE_FORMAT:
-                raise ValueError(
-                    f"state_dict has state format {found}, of a newer lorapre; this one reads formats up to "
-                    f"{STATE_FORMAT}: update lorapre"
-                )
+            saved_groups = state_dict["param_groups"]
+            checkpoints.check_format(saved_groups)
             if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
                 return state_dict  # torch refuses, with its own message
+            saved_groups = checkpoints.matched(saved_groups, self.param_groups)
             for saved, group in zip(saved_groups, self.param_groups, strict=True):
-                for index, key in enumerate(saved["params"]):
-                    _check_fit(saved, state.get(key), group, index)
-                    if key in state:
-                        loaded.append((group["params"][index], state[key]))
-            merged = [_merge(saved, own) for saved, own in zip(saved_groups, self.param_groups, strict=True)]
-            return {**state_dict, "param_groups": merged}
+                for p, key, name in zip(group["params"], saved["params"], names_of(group), strict=True):
+                    state = state_dict["state"].get(key)
+                    checkpoints.check_fit(saved, state, group, p, name)
+                    if state is not None:
+                        loaded.append((p, state))
+            groups = [checkpoints.merged(x, own) for x, own in zip(saved_groups, self.param_groups, strict=True)]
+            return {**state_dict, "param_groups": groups}
 
         def restore(_: Optimizer) -> None:
-            # torch has cast everything but "step" to the dtype of the weight.
-            group_of = {p: group for group in self.param_groups for p in group["params"]}
+            flatten_of = {p: group["flatten"] for group in self.param_groups for p in group["params"]}
             for p, saved in loaded:
-                flatten = group_of[p]["flatten"]
-                self.state[p] = {
-                    name: sharding.place(
-                        p, flatten, name,
-                        torch.as_tensor(value).to(device=p.device, dtype=_state_dtype(p, name), copy=True),
-                    )
-                    for name, value in saved.items()
-                }  # fmt: skip
+                self.state[p] = checkpoints.restored(p, flatten_of[p], saved, self.state[p])
 
         # Between the hooks of users, who may adapt a checkpoint before and look at the state after.
         hooks = (
@@ -239,6 +242,16 @@ class LoRAPreOptimizer(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _say(self, reason: str) -> None:
+        """Warn, once for each optimizer and reason."""
+        if reason not in self._said:
+            self._said.add(reason)
+            backends.library.warn(f"{type(self).__name__} {reason}")
+
+    @functools.cached_property
+    def _said(self) -> set[str]:
+        return set()
 
 
 class LoRAPreAdamW(LoRAPreOptimizer):
@@ -278,6 +291,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
     (out, in * k * k).
     """
 
+    algorithm = "adam"
+
     def __init__(
         self,
         params: ParamsT,
@@ -298,24 +313,15 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, scale=scale, variant=variant,
             compress=compress, maximize=maximize, nonfinite=nonfinite,
-            stochastic_rounding=stochastic_rounding, seed=seed, flatten=False,
+            stochastic_rounding=stochastic_rounding, seed=seed,
         )  # fmt: skip
         super().__init__(params, defaults)
 
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
-        _require_betas(group, "betas")
-        _require_number(group, "scale", group["scale"])
-        _require_choice(group, "compress", "both", "first", "second")
-        # It makes the second moment of the first one's factors.
-        fits = group["variant"] != "split" or group["compress"] == "both"
-        _require(group, "compress", fits, "'both' with variant='split'")
-
-    def _update(self, batch: Batch, group: dict[str, Any]) -> Callable[[], None]:
-        return adam(
-            batch, VARIANTS[group["variant"]], betas=group["betas"], lr=_lr(group),
-            scale=group["scale"] if batch.rank else 1.0, eps=group["eps"],
-            weight_decay=group["weight_decay"],
+    def _update(self, batch: Batch) -> None:
+        group = batch.group
+        self._adam(
+            batch, lr=_lr(group), scale=group["scale"] if batch.rank else 1.0, betas=group["betas"],
+            eps=group["eps"], weight_decay=group["weight_decay"],
         )  # fmt: skip
 
 
@@ -356,6 +362,8 @@ class LoRAPreMuon(LoRAPreOptimizer):
     State of a factorised weight, all float32: `step`, `m_B` (p, r), `m_A` (r, q).
     """
 
+    algorithm = "muon"
+
     def __init__(
         self,
         params: ParamsT,
@@ -384,182 +392,119 @@ class LoRAPreMuon(LoRAPreOptimizer):
             ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn, rank=rank,
             variant=variant, adamw_lr=adamw_lr, adamw_betas=adamw_betas, adamw_eps=adamw_eps,
             adamw_weight_decay=adamw_weight_decay, maximize=maximize, nonfinite=nonfinite,
-            stochastic_rounding=stochastic_rounding, seed=seed, flatten=False, dense_ratio=1.0,
+            stochastic_rounding=stochastic_rounding, seed=seed, dense_ratio=1.0,
         )  # fmt: skip
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see `LoRAPreOptimizer.add_param_group`."""
+        param_group = options.plain(param_group)
         group = {**self.defaults, **param_group}
-        self._check(group)
+        options.check(group)
         adamw_lr, adamw_weight_decay = group["adamw_lr"], group["adamw_weight_decay"]
         if group["rank"] is None:
-            dense = {"lr": adamw_lr, "weight_decay": adamw_weight_decay}
-            param_group = {k: v for k, v in dense.items() if v is not None} | param_group
+            own = {"lr": adamw_lr, "weight_decay": adamw_weight_decay}
+            param_group = {k: v for k, v in own.items() if v is not None} | param_group
         elif adamw_lr is not None:
-            _require(group, "lr", float(group["lr"]) > 0, "above 0 where adamw_lr is given")
             param_group = {**param_group, "dense_ratio": adamw_lr / float(group["lr"])}
         super().add_param_group(param_group)
 
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
-        # "split" tells the second moment from the variance, and Muon has neither.
-        _require_choice(group, "variant", *(variant for variant in VARIANTS if variant != "split"))
-        momentum, coefficients = group["momentum"], group["ns_coefficients"]
-        _require(group, "momentum", _is_number(momentum) and 0 <= momentum < 1, "a number in [0, 1)")
-        _require(group, "ns_coefficients", _are_numbers(coefficients, 3), "three numbers")
-        _require(
-            group, "ns_steps", _is_integer(group["ns_steps"]) and 1 <= group["ns_steps"] < 100, "1 to 99"
-        )
-        _require_choice(group, "adjust_lr_fn", None, "original", "match_rms_adamw")
-        _require_betas(group, "adamw_betas")
-        for name in ("adamw_lr", "adamw_eps", "adamw_weight_decay"):
-            if group[name] is not None or name == "adamw_eps":
-                _require_number(group, name, group[name])
-
-    def _update(self, batch: Batch, group: dict[str, Any]) -> Callable[[], None]:
-        lr, variant = _lr(group), VARIANTS[group["variant"]]
+    def _update(self, batch: Batch) -> None:
+        group, lr = batch.group, _lr(batch.group)
         if not batch.rank:
             weight_decay = group["weight_decay"]
             if group["rank"] is not None and group["adamw_weight_decay"] is not None:
                 weight_decay = group["adamw_weight_decay"]
-            return adam(
-                batch, variant, betas=group["adamw_betas"], lr=lr * group["dense_ratio"], scale=1.0,
-                eps=group["adamw_eps"], weight_decay=weight_decay,
+            self._adam(
+                batch, lr=lr * group["dense_ratio"], scale=1.0, betas=group["adamw_betas"], eps=group["adamw_eps"],
+                weight_decay=weight_decay,
             )  # fmt: skip
-        scale = rules.adjusted_scale(group["adjust_lr_fn"], *batch.shards.size(batch.p, batch.q))
-        return muon(
-            batch, variant, momentum=group["momentum"], nesterov=group["nesterov"],
-            newton_schulz=lambda M: rules.newton_schulz(
-                M, group["ns_coefficients"], group["ns_steps"], group["eps"]
-            ),
-            lr=lr, scale=scale, weight_decay=group["weight_decay"],
-        )  # fmt: skip
+            return
+        batch.begin()
+        rate = batch.unless_skipped(lr * adjusted(group["adjust_lr_fn"], batch.T.p, batch.T.q), 0.0)
+        decay = batch.unless_skipped(1 - lr * group["weight_decay"], 1.0)
+
+        def orthogonalise(X: Tensor) -> Tensor:
+            return newton_schulz(X, group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+        def apply(M: Moments) -> None:
+            batch.T.orthogonal_step_(batch.weights, M, orthogonalise, lr=rate, decay=decay, keys=batch.keys)
+
+        follow = VARIANTS[group["variant"]].follow
+        batch.store(muon(batch.state, batch.T, group["momentum"], group["nesterov"], follow, apply))
 
 
-def _finish(started: list[tuple[Batch, Callable[[], None]]], *, keep: int) -> None:
-    """Finish the batches that have been started, the first ones first, until `keep` of them are left."""
-    while len(started) > keep:
-        batch, finish = started.pop(0)
-        with torch.autocast(batch.device.type, enabled=False):
-            finish()
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Products of float32 in float32: not under autocast, nor in the TF32 or bfloat16 that users allow for models.
+
+    Gram matrices and the systems they make are off by more than their damping in less. A graph of torch.compile
+    keeps the setting of the process.
+    """
+    if torch.compiler.is_compiling():
+        with torch.autocast(device.type, enabled=False):
+            yield
+        return
+    settings = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = [x.fp32_precision for x in settings]
+    try:
+        for x in settings:
+            x.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for x, precision in zip(settings, before, strict=True):
+            x.fp32_precision = precision
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of a tile for the next one; else every tile may page its memory in anew.
+
+    From then on: it gives back what is free above twice the largest block that the process has mapped and
+    unmapped so far. This one, never touched, is of the size of all tiles that a step has at a time.
+    """
+    torch.empty(2**23 - 2**12, dtype=torch.uint8, device="cpu")
+
+
+def adjusted(adjust_lr_fn: str | None, p: int, q: int) -> float:
+    """The factor on Muon's learning rate for a (p, q) matrix, as torch.optim.Muon has it.
+
+    None or "original": sqrt(max(1, p / q)); "match_rms_adamw": 0.2 sqrt(max(p, q)), with which AdamW's
+    learning rates carry over.
+    """
+    return 0.2 * math.sqrt(max(p, q)) if adjust_lr_fn == "match_rms_adamw" else math.sqrt(max(1.0, p / q))
 
 
 def _start(p: Tensor, group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The state before the first step: zeros, and in A what the variant starts from."""
-    flatten = group["flatten"]
+    flatten, start = group["flatten"], VARIANTS[group["variant"]].start
     state = {
-        name: sharding.zeros(p, flatten, name, shape, _state_dtype(p, name)) for name, shape in shapes.items()
+        name: sharding.zeros(p, flatten, name, shape, checkpoints.state_dtype(p, name))
+        for name, shape in shapes.items()
     }
-    shards = sharding.shards(p, flatten)
-    for stream, (name, absolute) in enumerate((("m_A", False), ("v_A", True))):
-        if name not in shapes:
-            continue
-        A, device = sharding.local(state[name]), p.device
-        r, q = shapes[name][-2:]
-        random = factors.gaussian(r, q, seed=4 * group["seed"] + stream).to(device)
-        random = random[:, shards.columns(A.shape[-1], device)]
-        start = VARIANTS[group["variant"]].start
-        if start == "printed":
-            A.copy_(random * 0.02)
-            continue
-        sketch = torch.zeros_like(A)
-        if start == "sketch":
-            batch = Batch(group, [p], [sharding.gradient(p)], {})
-            omega = factors.gaussian(*shards.size(batch.p, r)[:1], r, seed=4 * group["seed"] + 2 + stream)
-            omega = omega.to(device)[shards.rows(batch.p, device)]
-            for members, rows, tiles in batch.row_tiles():
-                for columns in tiles:
-                    T = batch.gradient(members, rows, columns).to(A.dtype)
-                    part = matmul(omega[rows].mT, T.abs() if absolute else T)
-                    sketch.view(batch.N, r, -1)[members, :, columns] += part
-            (sketch,) = shards.sum_rows(sketch)
-        A.copy_(factors.start(sketch, random, shards))
+    for stream, name in enumerate(("m_A", "v_A")):
+        if name in shapes and p.numel():
+            T = Batch(group, [Member(p, sharding.gradient(p), {}, 0)]).T
+            A = first_A(start, abs(T) if name == "v_A" else T, shapes[name][-2], 4 * group["seed"] + stream)
+            sharding.local(state[name]).copy_(A.view_as(sharding.local(state[name])))
     return state
 
 
-def _state_dtype(p: Tensor, name: str) -> torch.dtype:
-    """float32, whatever the weight has; only a dense moment of a float64 weight is float64."""
-    return wide(p.dtype) if name in ("exp_avg", "exp_avg_sq") else torch.float32
+def _members(
+    group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], state: list[Tensor], places: list[int]
+) -> list[Member]:
+    """The parameters of a group that are to be stepped, from the lists of `_init_group`."""
+    members, rest = [], iter(state)
+    for p, g, place in zip(weights, grads, places, strict=True):
+        members.append(Member(p, g, {name: next(rest) for name in state_shapes(group, p.shape)}, place))
+    return members
 
 
 def _waits(p: Tensor) -> bool:
-    """Whether p has a gradient to step; what `lorapre.release` leaves in the place of one is none."""
+    """Whether p has a gradient to step; a released gradient counts as missing."""
     return p.grad is not None and not hasattr(p.grad, "lorapre_released")
 
 
 def _lr(group: dict[str, Any]) -> float | Tensor:
     lr = group["lr"]
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
-
-
-def _name(group: dict[str, Any], index: int) -> str:
-    names = group.get("param_names")
-    return f"parameter {names[index]!r}" if names else f"parameter {index} of its group"
-
-
-def _merge(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """The options to go on with: those saved, where they are ours; of torch.optim.AdamW, what we know."""
-    if "rank" not in saved:
-        if "momentum" in own:  # Muon has options of the same names for its matrices
-            theirs = ("betas", "eps") if own["rank"] is None else ("betas", "eps", "weight_decay")
-            saved = {f"adamw_{k}" if k in theirs else k: v for k, v in saved.items()} | {"dense_ratio": 1.0}
-        saved = {k: v for k, v in saved.items() if k in own or k == "initial_lr"}
-    return {**own, **saved, "state_format": STATE_FORMAT}
-
-
-def _check_fit(
-    saved: dict[str, Any], state: dict[str, Any] | None, group: dict[str, Any], index: int
-) -> None:
-    """Raise a ValueError unless what was saved of a parameter is what its group would make, and means."""
-    shape = group["params"][index].shape
-    found_kind, wanted_kind = _kind(saved, shape), _kind(group, shape)
-    wanted = found = state_shapes(group, shape)
-    if state is not None:
-        found = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
-    kinds_fit = found_kind == wanted_kind or "rank" not in saved
-    if not kinds_fit or {**found, "skipped": ()} != {**wanted, "skipped": ()}:
-        raise ValueError(
-            f"state_dict does not fit {_name(group, index)} of shape {tuple(shape)}: saved was {found_kind} "
-            f"with {found}, this optimizer keeps {wanted_kind} with {wanted}"
-        )
-
-
-def _kind(group: dict[str, Any], shape: torch.Size) -> str:
-    """What the state of a weight means; other variants fill the same names and shapes with other numbers."""
-    rule = "Muon" if "momentum" in group else "Adam"
-    if not is_low_rank(shape, group.get("rank"), group.get("flatten", False)):
-        return f"{rule} (dense)"
-    options = [f"{name}={group[name]!r}" for name in ("rank", "variant", "compress") if name in group]
-    return f"{rule} ({', '.join(options)})"
-
-
-def _require(group: dict[str, Any], name: str, condition: bool, wanted: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {wanted}, but is {group[name]!r}")
-
-
-def _require_choice(group: dict[str, Any], name: str, *choices: str | bool | None) -> None:
-    _require(group, name, group[name] in choices, f"one of {', '.join(map(repr, choices))}")
-
-
-def _require_betas(group: dict[str, Any], name: str) -> None:
-    betas = group[name]
-    valid = _are_numbers(betas, 2) and all(0 <= beta < 1 for beta in betas)
-    _require(group, name, valid, "two numbers in [0, 1)")
-
-
-def _require_number(group: dict[str, Any], name: str, value: Any) -> None:
-    _require(group, name, _is_number(value) and value >= 0, "a number >= 0")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real)  # not "1e-3", which YAML reads as a string
-
-
-def _are_numbers(value: Any, count: int) -> bool:
-    return isinstance(value, tuple | list) and len(value) == count and all(map(_is_number, value))
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,143 @@
+"""State and what is saved of it: whether it fits a parameter and its options, and how it is loaded.
+
+Names, shapes and meaning of the state tensors are those of `groups.state_shapes`. A wrapper may keep tensors of
+its own beside them, which are carried along.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorapre import sharding
+from lorapre.batch import wide
+from lorapre.groups import is_low_rank, state_shapes
+
+# What state_dict saves. A release that changes it counts this up and reads the older ones; tests/data has a
+# checkpoint of each. It is an option of every group, since torch.distributed.checkpoint keeps those too.
+STATE_FORMAT = 1
+
+OURS = frozenset(("step", "skipped", "m_B", "m_A", "v_B", "v_A", "v_row", "v_col", "exp_avg", "exp_avg_sq"))
+
+
+def state_dtype(p: Tensor, name: str) -> torch.dtype:
+    """float32, whatever the weight has; only a moment that is kept in full of a float64 weight is float64."""
+    return wide(p.dtype) if name in ("exp_avg", "exp_avg_sq") else torch.float32
+
+
+def meaning(group: Mapping[str, Any], shape: torch.Size | None = None) -> str:
+    """What the state of a weight means: variants fill the same names and shapes with different numbers."""
+    rule = {"adam": "Adam", "muon": "Muon"}[group["algorithm"]]
+    if shape is not None and not is_low_rank(shape, group.get("rank"), group.get("flatten", False)):
+        return f"{rule} (dense)"
+    options = [f"{name}={group[name]!r}" for name in ("rank", "variant", "compress") if name in group]
+    return f"{rule} ({', '.join(options)})"
+
+
+def check_format(saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a ValueError where a newer lorapre has written the saved groups."""
+    found = max((group.get("state_format", STATE_FORMAT) for group in saved), default=STATE_FORMAT)
+    if found > STATE_FORMAT:
+        raise ValueError(
+            f"state_dict has state format {found}, of a newer lorapre; this one reads formats up to {STATE_FORMAT}: "
+            "update lorapre"
+        )
+
+
+def check_state(
+    p: Tensor, own: dict[str, Any], group: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], name: str
+) -> None:
+    """Raise a RuntimeError unless the state of p fits it and its options; another dtype or device is mended.
+
+    Kernels take addresses: memory of another size or type must never get that far.
+    """
+    if group["made_for"] is not None and group["made_for"] != meaning(group):
+        raise RuntimeError(f"the state of {name} was made for {group['made_for']}; {_remedy(group)}")
+    for key, shape in shapes.items():
+        value = own.get(key)
+        if value is None and key == "skipped":  # `nonfinite` has been edited: the count starts now
+            own[key] = torch.zeros_like(own["step"])
+        elif value is None or value.shape != shape:
+            found = "is missing" if value is None else f"has shape {tuple(value.shape)}"
+            raise RuntimeError(
+                f"the state {key!r} of {name} {found}, but a weight of shape {tuple(p.shape)} needs {shape}; "
+                f"{_remedy(group)}"
+            )
+        elif value.dtype != state_dtype(p, key) or value.device != p.device or not value.is_contiguous():
+            own[key] = value.to(device=p.device, dtype=state_dtype(p, key)).contiguous()
+
+
+def _remedy(group: Mapping[str, Any]) -> str:
+    return (
+        f"its options now ask for {meaning(group)}. Where the weight or its options have changed, delete the state "
+        "(`del optimizer.state[weight]`), which starts it anew"
+    )
+
+
+def matched(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved groups with their parameters in the order of ours, where both have names.
+
+    Raises:
+        ValueError: a name exists on both sides, in places that do not correspond.
+    """
+    result = []
+    everywhere = {name for group in saved for name in group.get("param_names") or ()}
+    for theirs, ours in zip(saved, own, strict=True):
+        names, wanted = theirs.get("param_names"), ours.get("param_names")
+        if names and wanted and len(names) == len(theirs["params"]) == len(wanted) and names != wanted:
+            if sorted(names) == sorted(wanted) and len(set(names)) == len(names):
+                key_of = dict(zip(names, theirs["params"], strict=True))
+                theirs = {**theirs, "params": [key_of[name] for name in wanted], "param_names": wanted}
+            else:
+                for name, position in zip(wanted, names, strict=True):
+                    if name != position and name in everywhere:
+                        raise ValueError(
+                            f"state_dict has the parameter {name!r}, but {position!r} in its place; make the optimizer "
+                            "with the same groups in the same order"
+                        )
+        result.append(theirs)
+    return result
+
+
+def merged(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The options to go on with: those saved, where they are ours; of torch.optim.AdamW, what we know."""
+    if "rank" not in saved:
+        if own["algorithm"] == "muon":  # it has options of the same names for its matrices
+            theirs = ("betas", "eps") if own["rank"] is None else ("betas", "eps", "weight_decay")
+            saved = {f"adamw_{k}" if k in theirs else k: v for k, v in saved.items()} | {"dense_ratio": 1.0}
+        saved = {k: v for k, v in saved.items() if k in own or k == "initial_lr"}
+    return {**own, **saved, "state_format": STATE_FORMAT}
+
+
+def check_fit(saved: Mapping[str, Any], state: Mapping[str, Any] | None, group: Mapping[str, Any], p: Tensor, name: str) -> None:
+    """Raise a ValueError unless what was saved of p is what its group would make, and means the same."""
+    found_kind, wanted_kind = meaning({"algorithm": group["algorithm"], **saved}, p.shape), meaning(group, p.shape)
+    wanted = found = state_shapes(group, p.shape)
+    if state is not None:
+        found = {key: tuple(getattr(value, "shape", ())) for key, value in state.items() if key in wanted or key in OURS}
+    kinds_fit = found_kind == wanted_kind or "rank" not in saved
+    if not kinds_fit or {**found, "skipped": ()} != {**wanted, "skipped": ()}:
+        raise ValueError(
+            f"state_dict does not fit {name} of shape {tuple(p.shape)}: saved was {found_kind} "
+            f"with {found}, this optimizer keeps {wanted_kind} with {wanted}"
+        )
+
+
+def restored(p: Tensor, flatten: bool, saved: Mapping[str, Any], cast: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of p from what was saved: ours in its own dtype, where torch has cast all but "step" to that of p.
+
+    Args:
+        p: the weight.
+        flatten: as in the group of p.
+        saved: as it is in the state_dict.
+        cast: as torch has loaded it; the keys of others are left like that.
+    """
+    ours = {
+        name: sharding.place(
+            p, flatten, name, torch.as_tensor(value).to(device=p.device, dtype=state_dtype(p, name), copy=True)
+        )
+        for name, value in saved.items()
+        if name in OURS
+    }  # fmt: skip
+    return {**cast, **ours}

@@ -1,0 +1,321 @@
+"""The gradient as an operand, and the update that it takes part in: all that touches a gradient.
+
+N same-shaped gradients are one operand T (N, p, q) with three primitives: `T @ X`, `L @ T` and `T.step_`. Here
+they are operations of torch on a few rows at a time, so that nothing of the size of a weight is ever formed.
+`lorapre.backends` has the same three in C and in Triton, `lorapre.sharding` over processes.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lorapre import rounding
+
+# Elements of a tile: of the gradient, and of each of some temporaries of its size that an update holds.
+TILE = 2**17
+TINY = torch.finfo(torch.float32).tiny
+SMALL = 2**16  # elements of matrices that are not worth a call each
+
+Number: TypeAlias = float | Tensor  # one for all matrices, or (N, 1, 1)
+
+
+class Factors(NamedTuple):
+    """A product P = B A of N matrices."""
+
+    B: Tensor  # (N, p, r)
+    A: Tensor  # (N, r, q)
+
+
+class Ema(NamedTuple):
+    """A moment kept in full: E <- E + rate (x - E), in place; rate is 0 where a step is skipped."""
+
+    E: Sequence[Tensor]  # N of (p, q)
+    rate: Number
+    scale: Number  # the moment is scale E
+
+
+class Moments(NamedTuple):
+    """m = sum a_i P_i + b g and v = sum c_i P_i**2 + d g**2 + row column, with P_i = B_i A_i.
+
+    An `Ema` in `exp_avg` is all of m instead, in `exp_avg_sq` all of v. A product that is None counts nothing.
+    """
+
+    products: Sequence[Factors | None] = ()
+    a: Sequence[Number] = ()
+    b: Number = 0.0
+    c: Sequence[Number] = ()
+    d: Number = 0.0
+    row: Tensor | None = None  # (N, p, 1)
+    column: Tensor | None = None  # (N, 1, q)
+    exp_avg: Ema | None = None
+    exp_avg_sq: Ema | None = None
+
+
+class Shards:
+    """The part of its matrices that a process holds: all of it. `lorapre.sharding` has the other kind."""
+
+    count = 1  # processes that hold parts of the same parameters
+
+    def size(self, p: int, q: int) -> tuple[int, int]:
+        """Size of a whole matrix, of which (p, q) is held here."""
+        return p, q
+
+    def rows(self, p: int) -> range | Tensor:
+        """Which rows of the whole are the p held here."""
+        return range(p)
+
+    def columns(self, q: int) -> range | Tensor:
+        """Which columns of the whole are the q held here."""
+        return range(q)
+
+    def sum_rows(self, x: Tensor) -> Tensor:
+        """Sum over the processes that hold other rows of the same matrices."""
+        return x
+
+    def sum_columns(self, x: Tensor) -> Tensor:
+        """Sum over the processes that hold other columns of the same matrices."""
+        return x
+
+    def sum_all(self, x: Tensor) -> Tensor:
+        """Sum over the processes that hold other parts of the same parameters."""
+        return x
+
+    def whole(self, function: Callable[[Tensor], Tensor], M: Tensor) -> Tensor:
+        """What is held here of `function` of whole matrices, of which M (N, p, q) is held here."""
+        return function(M)
+
+
+WHOLE = Shards()
+
+
+class Gradient:
+    """N same-shaped gradients as one read-only operand T (N, p, q): the backend of plain torch.
+
+    Attributes:
+        grads: N of (p, q), of the part of T that is held here.
+        scale: T is the gradient times this.
+        finite: (N,), False where T is zero, because the gradient is not finite; None is True everywhere.
+        p, q: size of the whole matrices.
+        rows, columns: which of them are held here.
+        spread: whether other processes hold other parts.
+        dtype: of the update, float32 or float64. Products with factors are float32.
+    """
+
+    def __init__(
+        self, grads: Sequence[Tensor], shape: tuple[int, int], device: torch.device, *, scale: float = 1.0,
+        finite: Tensor | None = None, dtype: torch.dtype = torch.float32, shards: Shards = WHOLE,
+    ) -> None:  # fmt: skip
+        self.grads, self.held, self.device, self.scale = grads, shape, device, scale
+        self.finite, self.dtype, self.shards, self.absolute = finite, dtype, shards, False
+        self.p, self.q = shards.size(*shape)
+        self.rows, self.columns = shards.rows(shape[0]), shards.columns(shape[1])
+        self.spread = shards.count > 1
+
+    def __len__(self) -> int:
+        return len(self.grads)
+
+    def __abs__(self) -> "Gradient":
+        """|T|."""
+        T = copy.copy(self)
+        T.absolute, T.scale = True, abs(self.scale)
+        return T
+
+    def __truediv__(self, x: float) -> "Gradient":
+        """T / x."""
+        T = copy.copy(self)
+        T.scale = self.scale / x
+        return T
+
+    def __matmul__(self, X: Tensor) -> Tensor:
+        """T X (N, p, r) of X (N, q, r)."""
+        product = self._right(X)
+        return self.sum_q(product.mul_(self.scale) if self.scale != 1 else product)
+
+    def __rmatmul__(self, L: Tensor) -> Tensor:
+        """L T (N, r, q) of L (N, r, p)."""
+        product = self._left(L)
+        return self.sum_p(product.mul_(self.scale) if self.scale != 1 else product)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """`L @ T` of a tensor L: torch asks T here, within torch.compile too."""
+        L, T = args
+        return T.__rmatmul__(L)
+
+    def sum_p(self, x: Tensor) -> Tensor:
+        """The sum of x over the processes that hold other rows."""
+        return self.shards.sum_rows(x)
+
+    def sum_q(self, x: Tensor) -> Tensor:
+        """The sum of x over the processes that hold other columns."""
+        return self.shards.sum_columns(x)
+
+    def step_(
+        self, weights: Sequence[Tensor], M: Moments, *, lr: Number, decay: Number, eps: float,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """w <- decay w - lr m / (sqrt(v) + eps), in place, where g of M is T.
+
+        Args:
+            weights: N of (p, q).
+            M: what m and v are made of.
+            lr: the learning rate with all its factors; zero where a step is skipped.
+            decay: what w keeps, 1 - lr weight_decay; one where a step is skipped.
+            eps: as in Adam.
+            keys: (N,), of `rounding.keys`: bfloat16 weights are rounded stochastically. None: to nearest.
+
+        Returns:
+            The means of T**2 over the rows (N, p, 1) and over the columns (N, 1, q).
+        """
+        rows, columns = self._step_(weights, M, lr, decay, max(eps, TINY), keys)
+        return self.sum_q(rows.div_(self.q)), self.sum_p(columns.div_(self.p))
+
+    def orthogonal_step_(
+        self, weights: Sequence[Tensor], M: Moments, newton_schulz: Callable[[Tensor], Tensor], *,
+        lr: Number, decay: Number, keys: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """w <- decay w - lr NewtonSchulz(m), in place, one matrix at a time, or some small ones.
+
+        Of sharded matrices each process orthogonalises its share of the N. See `step_` for the arguments.
+        """
+        (p, q), N = self.held, len(self)
+        if N == 0:  # a process that holds no expert takes its part in what is dealt out all the same
+            self.shards.whole(newton_schulz, torch.empty(0, p, q, dtype=self.dtype, device=self.device))
+        some = N if self.spread else max(1, SMALL // max(1, p * q))
+        for start in range(0, N, max(1, some)):
+            n, i = slice(start, start + some), slice(0, p)
+            m = self._tile(n, i).to(self.dtype) * (at(M.b, n) * self.scale)
+            for factors, a in zip(M.products, M.a, strict=True):
+                if factors is not None:
+                    m += _product(factors.B[n] * at(a, n), factors.A[n])
+            update = self.shards.whole(newton_schulz, m).to(self.dtype)
+            del m
+            w = read(weights, n, i).to(self.dtype)
+            w.mul_(at(decay, n)).sub_(update.mul_(at(lr, n)))
+            self._store_(weights, n, i, w, keys)
+
+    # What another backend does its own way.
+
+    def _right(self, X: Tensor) -> Tensor:
+        """T X / scale of what is held here."""
+        out = X.new_empty(len(self), self.held[0], X.shape[-1])
+        for n, i in self._tiles(self._as_it_is):
+            out[n, i] = _product(self._tile(n, i).to(X.dtype), X[n])
+        return out
+
+    def _left(self, L: Tensor) -> Tensor:
+        """L T / scale of what is held here."""
+        out = L.new_zeros(len(self), L.shape[-2], self.held[1])
+        for n, i in self._tiles(self._as_it_is):
+            out[n] += _product(L[n, :, i], self._tile(n, i).to(L.dtype))
+        return out
+
+    def _step_(
+        self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float, keys: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`step_`, with the sums of T**2 over what is held here."""
+        rows = torch.zeros(len(self), self.held[0], 1, dtype=torch.float32, device=self.device)
+        columns = torch.zeros(len(self), 1, self.held[1], dtype=torch.float32, device=self.device)
+        for n, i in self._tiles():
+            g = self._tile(n, i).to(self.dtype) * self.scale
+            square = g * g
+            rows[n, i] += square.sum(-1, keepdim=True)
+            columns[n] += square.sum(-2, keepdim=True)
+            m, v = moments(M, n, i, g, square)
+            del g, square
+            w = read(weights, n, i).to(self.dtype)
+            w.mul_(at(decay, n)).sub_(m.mul_(at(lr, n)).div_(v.sqrt_().add_(eps)))
+            self._store_(weights, n, i, w, keys)
+        return rows, columns
+
+    @property
+    def _as_it_is(self) -> bool:
+        """Whether products need no copy of the gradient."""
+        return self.finite is None and not self.absolute and all(g.dtype == torch.float32 for g in self.grads)
+
+    def _tiles(self, whole: bool = False) -> Iterator[tuple[slice, slice]]:
+        """(members, rows): some small matrices, or some rows of a large one, all of them if `whole`."""
+        (p, q), N = self.held, len(self)
+        if torch.compiler.is_compiling() or p * q <= SMALL:
+            some = N if torch.compiler.is_compiling() else max(1, SMALL // max(1, p * q))
+            yield from ((slice(n, n + some), slice(0, p)) for n in range(0, N, some))
+            return
+        height = p if whole else max(1, TILE // q)
+        for n in range(N):
+            yield from ((slice(n, n + 1), slice(i, min(i + height, p))) for i in range(0, p, height))
+
+    def _tile(self, n: slice, i: slice) -> Tensor:
+        """Rows i of members n of T / scale, (n, i, q), zero where the gradient is not finite."""
+        g = read(self.grads, n, i)
+        if self.finite is not None:
+            g = torch.where(self.finite[n, None, None], g, 0)
+        return g.abs() if self.absolute else g
+
+    def _store_(self, weights: Sequence[Tensor], n: slice, i: slice, w: Tensor, keys: Tensor | None) -> None:
+        """Write back rows i of members n, `read` before and changed, rounded as `keys` say."""
+        if keys is not None:
+            rows, columns = (_indices(x, self.device) for x in (self.rows, self.columns))
+            rounding.round_(w, keys[n], rows[i], columns, self.q)
+        write_(weights, n, i, w)
+
+
+def moments(M: Moments, n: slice, i: slice, g: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """m and v of rows i of members n, from g (n, i, q) and its square."""
+    m, v = at(M.b, n) * g, at(M.d, n) * square
+    if M.row is not None and M.column is not None:
+        v.addcmul_(M.row[n, i].to(v.dtype), M.column[n].to(v.dtype))
+    for factors, a, c in zip(M.products, M.a, M.c, strict=True):
+        if factors is None:
+            continue
+        P = _product(factors.B[n, i], factors.A[n]).to(m.dtype)
+        if _counts(c):  # weighed before it is squared: a square may be infinite, and c zero
+            v.addcmul_(at(c, n) * P, P)
+        if _counts(a):
+            m += P.mul_(at(a, n))
+    if M.exp_avg is not None:
+        m = _moved(M.exp_avg, n, i, g)
+    if M.exp_avg_sq is not None:
+        v = _moved(M.exp_avg_sq, n, i, square)
+    return m, v
+
+
+def _moved(ema: Ema, n: slice, i: slice, x: Tensor) -> Tensor:
+    """The moment (n, i, q) once its EMA has moved towards x."""
+    E, rate = read(ema.E, n, i).to(x.dtype), at(ema.rate, n)
+    E.mul_(1 - rate).add_(rate * x)  # not a difference, which is no number where both are infinite
+    write_(ema.E, n, i, E)
+    return E * at(ema.scale, n)
+
+
+def read(tensors: Sequence[Tensor], n: slice, i: slice) -> Tensor:
+    """Rows i of members n, (n, i, q): of one member a view, of several a copy."""
+    rows = [x[i] for x in tensors[n]]
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+
+def write_(tensors: Sequence[Tensor], n: slice, i: slice, new: Tensor) -> None:
+    """Store what was `read` and changed; nothing where that was a view, and has changed already."""
+    if len(new) > 1 or (len(new) and new.dtype != tensors[n][0].dtype):
+        torch._foreach_copy_([x[i] for x in tensors[n]], list(new.unbind()))
+
+
+def at(x: Number, n: slice) -> Number:
+    """x of members n."""
+    return x[n] if isinstance(x, Tensor) and x.ndim == 3 else x
+
+
+def _counts(x: Number) -> bool:
+    return isinstance(x, Tensor) or x != 0
+
+
+def _product(X: Tensor, Y: Tensor) -> Tensor:
+    return torch.mm(X[0], Y[0])[None] if len(X) == 1 else X @ Y
+
+
+def _indices(places: range | Tensor, device: torch.device) -> Tensor:
+    return places if isinstance(places, Tensor) else torch.arange(places.start, places.stop, device=device)

@@ -1,0 +1,95 @@
+"""The checks of the constructors' options: every ValueError about a value, and plain types for what is given."""
+
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lorapre.variants import VARIANTS
+
+PAIRS = {"betas": 2, "adamw_betas": 2, "ns_coefficients": 3}  # sequences, and their lengths
+INTEGERS = ("rank", "seed", "ns_steps")
+
+
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with sequences of numbers as tuples and integers of other libraries as int.
+
+    Configuration and search libraries have types of their own for them, which checkpoints would keep.
+    """
+    changed: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in PAIRS and isinstance(value, Sequence) and not isinstance(value, str | tuple):
+            changed[name] = tuple(value)
+        elif name in INTEGERS and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            changed[name] = int(value)
+    return {**options, **changed}
+
+
+def check(group: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names the first option out of range."""
+    muon = group["algorithm"] == "muon"
+    lr, rank, seed = group["lr"], group["rank"], group["seed"]
+    _require_number(group, "lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr)
+    for name in ("weight_decay", "eps"):
+        _require_number(group, name, group[name])
+    _require(group, "rank", rank is None or (_is_integer(rank) and rank >= 1), "an integer >= 1, or None for dense")
+    _require(group, "seed", _is_integer(seed) and 0 <= seed < 2**62, "an integer >= 0 and < 2**62")
+    _require_choice(group, "nonfinite", "propagate", "skip")
+    _require_choice(group, "stochastic_rounding", False, True)
+    # "split" makes the second moment of the first one's factors, and Muon has none.
+    _require_choice(group, "variant", *(name for name in VARIANTS if not (muon and name == "split")))
+    (_check_muon if muon else _check_adam)(group)
+
+
+def _check_adam(group: Mapping[str, Any]) -> None:
+    _require_betas(group, "betas")
+    _require_number(group, "scale", group["scale"])
+    _require_choice(group, "compress", "both", "first", "second")
+    fits = group["variant"] != "split" or group["compress"] == "both"
+    _require(group, "compress", fits, "'both' with variant='split'")
+
+
+def _check_muon(group: Mapping[str, Any]) -> None:
+    momentum, steps = group["momentum"], group["ns_steps"]
+    _require(group, "momentum", _is_number(momentum) and 0 <= momentum < 1, "a number in [0, 1)")
+    _require(group, "ns_coefficients", _are_numbers(group["ns_coefficients"], 3), "three numbers")
+    _require(group, "ns_steps", _is_integer(steps) and 1 <= steps < 100, "1 to 99")
+    _require_choice(group, "adjust_lr_fn", None, "original", "match_rms_adamw")
+    _require_betas(group, "adamw_betas")
+    for name in ("adamw_lr", "adamw_eps", "adamw_weight_decay"):
+        if group[name] is not None or name == "adamw_eps":
+            _require_number(group, name, group[name])
+    if group["rank"] is not None and group["adamw_lr"] is not None:
+        _require(group, "lr", float(group["lr"]) > 0, "above 0 where adamw_lr is given")
+
+
+def _require(group: Mapping[str, Any], name: str, condition: bool, wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {wanted}, but is {group[name]!r}")
+
+
+def _require_choice(group: Mapping[str, Any], name: str, *choices: str | bool | None) -> None:
+    _require(group, name, group[name] in choices, f"one of {', '.join(map(repr, choices))}")
+
+
+def _require_betas(group: Mapping[str, Any], name: str) -> None:
+    betas = group[name]
+    valid = _are_numbers(betas, 2) and all(0 <= beta < 1 for beta in betas)
+    _require(group, name, valid, "two numbers in [0, 1)")
+
+
+def _require_number(group: Mapping[str, Any], name: str, value: Any) -> None:
+    _require(group, name, _is_number(value) and value >= 0, "a number >= 0")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real)  # not "1e-3", which YAML reads as a string
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, tuple) and len(value) == count and all(map(_is_number, value))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,234 @@
+"""The algorithms: the paper's and ours, each as a function of whole matrices in the symbols of docs/maths.md.
+
+    variant(s, T, t, beta1, beta2, apply) -> the state after the step            Adam, Algorithm 1
+    muon(s, T, mu, nesterov, follow, apply) -> the state after the step          Muon, Algorithm 2
+
+s is the state before the step, T the gradient as an operand, of which only `T @ X`, `L @ T`, `abs(T)`, `T / x` and
+sums over processes are asked, t (N, 1, 1) the number of the step. `apply` moves the weights by the moments that it
+is told, which are those of the factors before the step, and returns the means of g**2 over rows and columns.
+
+Shapes, of N matrices at a time: B (N, p, r), A (N, r, q), T (N, p, q), v_row (N, p, 1), v_col (N, 1, q).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lorapre.gradient import Ema, Factors, Gradient, Moments, Number
+from lorapre.linalg import DAMPING, TINY, damped_root, gauge_, local, matmul, norm, orth_, probe
+
+Apply: TypeAlias = Callable[[Moments], tuple[Tensor, Tensor]]
+Adam: TypeAlias = "Callable[[State, Gradient, Tensor, float, float, Apply], State]"
+Follow: TypeAlias = Callable[[Factors, Gradient, float], Factors]  # towards T, at the decay beta of a product
+
+
+class State(NamedTuple):
+    """Factors of both moments, or the moment itself where it is kept in full, and the EMAs of the means of g**2."""
+
+    m: Factors | None = None
+    v: Factors | None = None
+    v_row: Tensor | None = None
+    v_col: Tensor | None = None
+    exp_avg: Ema | None = None
+    exp_avg_sq: Ema | None = None
+
+    def moments(self, a: Number, b: Number, c: Number, d: Number) -> Moments:
+        """m = a B A + b g and v = c (B A)**2 + d g**2, each of its own factors."""
+        return Moments([self.m, self.v], [a, 0.0], b, [0.0, c], d, None, None, self.exp_avg, self.exp_avg_sq)
+
+
+def dense(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:
+    """AdamW, both moments kept in full."""
+    apply(s.moments(0.0, 0.0, 0.0, 0.0))
+    return s
+
+
+def paper(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:
+    """Algorithm 1 as printed."""
+    c1, c2 = debias(beta1, t), debias(beta2, t)
+    apply(s.moments(beta1 / c1, (1 - beta1) / c1, beta2 / c2, (1 - beta2) / c2))
+    return s._replace(m=s.m and printed(s.m, T, beta1), v=s.v and printed(s.v, abs(T), beta2**0.5))
+
+
+def calibrated(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:
+    """Algorithm 1 with departures a to g. The square of the factors of |g| is behind the EMA of g**2 by its ramp."""
+    c1 = debias(beta1, t)
+    c2 = beta2 * debias(beta2**0.5, t - 1) ** 2 + 1 - beta2
+    apply(s.moments(beta1 / c1, (1 - beta1) / c1, beta2 / c2, (1 - beta2) / c2))
+    return s._replace(m=s.m and newton(s.m, T, beta1), v=s.v and newton(s.v, abs(T), beta2**0.5))
+
+
+def subspace(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:
+    """Factors follow debiased EMAs; the square of the second has the true means of g**2."""
+    beta, c2 = debiased(beta1, t), debias(beta2, t)
+    rescaled = s._replace(v=s.v and match_means(s.v, s.v_row, s.v_col, T))
+    means = apply(rescaled.moments(beta, 1 - beta, beta2 / c2, (1 - beta2) / c2))
+    del rescaled
+    s = s._replace(m=s.m and follow_ema(s.m, T, beta))
+    s = s._replace(v=s.v and follow_ema(s.v, abs(T), debiased(beta2**0.5, t)))
+    return with_means(s, means, beta2)
+
+
+def split(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:
+    """m = g + beta (M - H): momentum in the rows of A, none elsewhere; v from M = B A, H = T W^T W and a rest.
+
+    The rest has rank one, and the means that M**2 leaves of those of g**2 ("The split variant").
+    """
+    assert s.m is not None and s.v_row is not None and s.v_col is not None
+    beta, k, c2 = debiased(beta1, t), debias(beta2, t - 1), debias(beta2, t)
+    B, A = s.m
+    W, AWt = row_space(A, T)
+    TWt, BAWt = T @ W.mT, matmul(B, AWt)
+    BtB = T.sum_p(B[..., :1].square().sum(-2, keepdim=True))  # times I: the columns of B have one length
+    row = positive(s.v_row - k / T.q * BAWt.square().sum(-1, keepdim=True))
+    col = positive(s.v_col - k / T.p * BtB * A.square().sum(-2, keepdim=True))
+    mean = T.sum_p(row.sum(-2, keepdim=True)) / T.p
+    means = apply(Moments(
+        [s.m, Factors(TWt, W)], a=[beta, -beta], b=1.0,
+        c=[k * beta2**2 / c2, k * beta2 * (1 - beta2) / c2], d=(1 - beta2) / c2,
+        row=row * (beta2 / c2), column=finite_or_zero(col / mean),
+    ))  # fmt: skip
+    del W
+    m = project(s.m, T, beta, BAWt.lerp_(TWt, 1 - beta))
+    return with_means(s._replace(m=m), means, beta2)
+
+
+def muon(s: State, T: Gradient, mu: float, nesterov: bool, follow: Follow, apply: Apply) -> State:
+    """Algorithm 2: the sum m = mu B A + g is orthogonalised; the factors follow it as the EMA of g / (1 - mu)."""
+    assert s.m is not None
+    a, b = (mu * mu, 1 + mu) if nesterov else (mu, 1.0)
+    apply(Moments([s.m], [a], b))
+    return s._replace(m=follow(s.m, T / (1 - mu), mu))
+
+
+def printed(f: Factors, T: Gradient, beta: float) -> Factors:
+    """Theorem 3.1, Eq. 11-12: a Newton step of length gamma in each factor, both from the old ones.
+
+    Where a product decays by beta, each of its factors decays by the root.
+    """
+    (B, A), gamma = f, 1 - beta**0.5
+    R = damped_root(T.sum_q(matmul(A, A.mT)), least=DAMPING)
+    new_B = B.lerp(matmul(T @ matmul(R, A).mT, R), gamma)
+    size = norm_p(B, T)  # in units of which no square leaves the range of float32
+    L = B / size
+    R = damped_root(T.sum_p(matmul(L.mT, L)), least=(DAMPING / size**2).clamp(max=1e30))
+    return Factors(new_B, A.lerp(matmul(R.mT, matmul(R, L.mT) @ T).div_(size), gamma))
+
+
+def newton(f: Factors, T: Gradient, beta: float) -> Factors:
+    """The same steps one after the other, relative damping, in the gauge (departures a, d, f, g)."""
+    (B, A), gamma = f, 1 - beta**0.5
+    R = damped_root(T.sum_q(matmul(A, A.mT)))
+    B = B.lerp(matmul(T @ matmul(R, probe(A, T)).mT, R), gamma)
+    size = norm_p(B, T)
+    L = B / size
+    R = damped_root(T.sum_p(matmul(L.mT, L)))
+    return Factors(*gauge_(B, A.lerp(matmul(R.mT, matmul(R, L.mT) @ T).div_(size), gamma), T))
+
+
+def row_space(A: Tensor, T: Gradient) -> tuple[Tensor, Tensor]:
+    """W (N, r, q), orthonormal rows that span those of A but for the damping, and A W^T (N, r, r)."""
+    G = T.sum_q(matmul(A, A.mT))
+    R = damped_root(G)
+    return matmul(R, probe(A, T)), matmul(G, R.mT)
+
+
+def follow_ema(f: Factors, T: Gradient, beta: Tensor | float) -> Factors:
+    """One step of subspace iteration on the EMA beta B A + (1 - beta) T, seen from the rows of A."""
+    W, AWt = row_space(f.A, T)
+    return project(f, T, beta, matmul(f.B, AWt).lerp_(T @ W.mT, 1 - beta))
+
+
+def project(f: Factors, T: Gradient, beta: Tensor | float, Y: Tensor) -> Factors:
+    """beta B A + (1 - beta) T, projected on the columns of Y (N, p, r), which is overwritten."""
+    Q = orth_(Y, T)
+    A = matmul(T.sum_p(matmul(Q.mT, f.B)), f.A).lerp_(Q.mT @ T, 1 - beta)
+    return Factors(*gauge_(Q, A, T, before=f.A))
+
+
+def match_means(f: Factors, row: Tensor, col: Tensor, T: Gradient) -> Factors:
+    """Rows of B and columns of A rescaled so that (B A)**2 has the means `row`, then `col` ("The second moment")."""
+    squares = matmul(f.B, T.sum_q(matmul(f.A, f.A.mT))).mul_(f.B).sum(-1, keepdim=True)
+    B = f.B * finite_or_zero((row / (squares / T.q)).sqrt())
+    squares = matmul(T.sum_p(matmul(B.mT, B)), f.A).mul_(f.A).sum(-2, keepdim=True)
+    return Factors(B, f.A * finite_or_zero((col / (squares / T.p)).sqrt()))
+
+
+def with_means(s: State, means: tuple[Tensor, Tensor], beta2: float) -> State:
+    """The EMAs of the means of g**2. Squares above 1e38 are infinite, and an EMA would stay so for ever."""
+    if s.v_row is None or s.v_col is None:
+        return s
+    row, col = (x.clamp(max=torch.finfo(x.dtype).max) for x in means)
+    return s._replace(v_row=s.v_row.lerp(row, 1 - beta2), v_col=s.v_col.lerp(col, 1 - beta2))
+
+
+def debias(beta: float, t: Tensor) -> Tensor:
+    """1 - beta**t: the weight that an EMA from zero has gathered after t steps (exact for beta near one)."""
+    return -torch.expm1(t * math.log(max(beta, 1e-300)))
+
+
+def debiased(beta: float, t: Tensor) -> Tensor:
+    """beta_t = beta (1 - beta**(t-1)) / (1 - beta**t): an EMA at this rate estimates the mean at every step."""
+    return beta * debias(beta, t - 1) / debias(beta, t)
+
+
+def norm_p(B: Tensor, T: Gradient) -> Tensor:
+    """||B||_F (N, 1, 1) of all rows, at least the smallest number whose inverse float32 has."""
+    return T.sum_p(norm(B).double().square()).sqrt().float().clamp(min=TINY)
+
+
+def positive(x: Tensor) -> Tensor:
+    """x, and zero where it is below: infinities of both signs sum up to NaN, and then nothing is known."""
+    return x.clamp(min=0).nan_to_num(nan=0.0)
+
+
+def finite_or_zero(x: Tensor) -> Tensor:
+    """x, and zero where it is not finite."""
+    return torch.where(x.isfinite(), x, 0)
+
+
+def first_A(start: str, T: Gradient, r: int, seed: int) -> Tensor:
+    """Where A (N, r, q) starts, for the first target T; B starts at zero.
+
+    "printed" is N(0, 0.02**2); "random" the same in the gauge; "sketch" is Omega^T T in the gauge (departure
+    b), random where that is zero or not finite.
+    """
+    random = local(gaussian(r, T.q, seed=seed), 1, T.columns).to(T.device).expand(len(T), -1, -1)
+    if start == "printed":
+        return 0.02 * random
+    A = random.clone()
+    if start == "sketch":
+        omega = local(gaussian(T.p, r, seed=seed + 2), 0, T.rows).to(T.device)
+        sketch = omega.mT.expand(len(T), -1, -1) @ T
+        size = T.sum_q(norm(sketch).double())
+        A = torch.where((size > 0) & size.isfinite(), sketch, random)
+    return gauge_(A.new_zeros(len(T), 0, r), A, T)[1]
+
+
+def gaussian(rows: int, columns: int, *, seed: int) -> Tensor:
+    """A (rows, columns) standard normal matrix on the CPU, a function of its arguments alone.
+
+    Neither the global random state nor the order of the parameters, the device or the sharding of the weight
+    plays a part in it, so a run starts the same way everywhere.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
+
+
+class Variant(NamedTuple):
+    """A variant of both algorithms."""
+
+    adam: Adam
+    follow: Follow  # how the factors of a momentum follow it
+    start: str  # of A, see `first_A`
+
+
+VARIANTS = {
+    "paper": Variant(paper, printed, "printed"),
+    "calibrated": Variant(calibrated, newton, "sketch"),
+    "subspace": Variant(subspace, follow_ema, "random"),
+    "split": Variant(split, follow_ema, "random"),
+}
