@@ -10,6 +10,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch loads: its profi
 
 import torch
 
+from lorapre.gradient import Gradient
+
 # Before anything imports Triton: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -33,10 +35,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def compiler() -> None:
     """The test is skipped where there is no C compiler, and fails where the kernels do not compile."""
-    from lorapre import cpu_kernels
+    from lorapre.backends import library
 
-    reason = cpu_kernels.why_not([], [])
-    if reason is not None and reason.startswith("there is no C compiler"):
+    reason = library.prepare()
+    if reason is not None and "there is no C compiler" in reason:
         pytest.skip(reason)
     assert reason is None, reason
 
@@ -44,8 +46,8 @@ def compiler() -> None:
 @pytest.fixture
 def torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernels for CPUs: what is done then is done on other devices too."""
-    monkeypatch.setattr("lorapre.launch._wants_cpu_kernels", lambda batch: False)
-    monkeypatch.setattr("lorapre.cpu_kernels.ready", lambda: False)
+    monkeypatch.setattr("lorapre.batch.backend", lambda *_, **__: (Gradient, None))
+    monkeypatch.setattr("lorapre.backends.library.takes", lambda *_: False)
 
 
 @pytest.fixture(params=["compiler", "torch_operations"], ids=["compiled", "torch"])

@@ -28,7 +28,7 @@ from cases import (
     parameters,
     train,
 )
-from lorapre.optimizers import STATE_FORMAT
+from lorapre.checkpoints import STATE_FORMAT
 
 DATA = Path(__file__).parent / "data"
 SHAPES = [(6, 10), (5,)]

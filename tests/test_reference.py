@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon
-from lorapre.factors import gaussian
+from lorapre.variants import gaussian
 from reference import AdamReference, MuonReference, first_A
 
 pytestmark = pytest.mark.usefixtures("arithmetic")

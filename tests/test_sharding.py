@@ -25,11 +25,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lorapre.rules
+import lorapre.linalg
+import lorapre.optimizers
 from cases import CASES, assert_same, gradient, parameters
 from distributed import run
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, sharding
-from lorapre.linalg import Shards
+from lorapre.gradient import Shards
 
 STEPS = 20
 VARIANTS = ["adam-paper", "adam-calibrated", "adam-subspace", "adam-split"]
@@ -83,9 +84,9 @@ def assert_relative(actual: Iterable[Tensor], expected: Iterable[Tensor], tolera
 
 @contextmanager
 def float32_newton_schulz() -> Iterator[None]:
-    exact = partial(lorapre.rules.newton_schulz, dtype=torch.float32)
+    exact = partial(lorapre.linalg.newton_schulz, dtype=torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lorapre.rules, "newton_schulz", exact)
+        patch.setattr(lorapre.optimizers, "newton_schulz", exact)
         yield
 
 
@@ -163,14 +164,14 @@ def check_many_alike() -> None:
     shapes = [(12, 20)] * 5 + [(8, 30)]
     one, many = parameters(shapes), [nn.Parameter(spread(p, mesh, [S0])) for p in parameters(shapes)]
     counts: list[int] = []
-    newton_schulz = partial(lorapre.rules.newton_schulz, dtype=torch.float32)
+    newton_schulz = partial(lorapre.linalg.newton_schulz, dtype=torch.float32)
 
     def counted(M: Tensor, *args: Any) -> Tensor:
         counts.append(M.shape[0])
         return newton_schulz(M, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lorapre.rules, "newton_schulz", counted)
+        patch.setattr(lorapre.optimizers, "newton_schulz", counted)
         optimizers = CASES["muon-calibrated"].make(one), CASES["muon-calibrated"].make(many)
         for number in range(3):
             for params, optimizer in zip((one, many), optimizers, strict=True):

@@ -358,18 +358,13 @@ def test_a_checkpoint_of_the_other_class_is_refused(rank: int | None, stepped: b
     assert_unchanged(own, before)
 
 
-@pytest.mark.parametrize("damage", ["missing", "unknown"])
 @every_case
-def test_a_checkpoint_with_missing_or_unknown_state_is_refused(case: Case, damage: str) -> None:
+def test_a_checkpoint_with_missing_state_is_refused(case: Case) -> None:
     params = parameters()
     optimizer = case.make(params)
     train(optimizer, params, 1)
     saved = copy.deepcopy(optimizer.state_dict())
-    last = saved["state"][len(params) - 1]
-    if damage == "missing":
-        del last["exp_avg_sq"]
-    else:
-        last["max_exp_avg_sq"] = last["exp_avg_sq"]
+    del saved["state"][len(params) - 1]["exp_avg_sq"]
     before = everything(optimizer)
     with pytest.raises(ValueError, match=f"parameter {len(params) - 1} of its group of shape"):
         optimizer.load_state_dict(saved)

@@ -64,7 +64,7 @@ class Batch:
     def begin(self, betas: tuple[float, float] = (0.0, 0.0)) -> None:
         """Count the step, and read the state; `betas` are those of moments kept in full."""
         steps = self._tensors["step"]
-        self.t = self._per_matrix(torch.stack(steps) + 1)
+        self.t = self._per_matrix(torch.stack(steps) + 1).to(torch.float32 if self.rank else self.T.dtype)
         if self.group["nonfinite"] == "skip":
             finite = self._finite()
             self.T.finite = self._per_matrix(finite).view(-1)
