@@ -143,8 +143,11 @@ class Gradient:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """`L @ T` of a tensor L: torch asks T here, within torch.compile too."""
+        """`L @ T` of a tensor L."""
         L, T = args
+        # torch.compile comes here for `T @ X` too, with the two turned around; X has q rows, L has r < q.
+        if torch.compiler.is_compiling() and L.shape[-2] == T.q:
+            return T.__matmul__(L)
         return T.__rmatmul__(L)
 
     def sum_p(self, x: Tensor) -> Tensor:
