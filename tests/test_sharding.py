@@ -440,9 +440,9 @@ def check_traffic() -> None:
             counted = traffic(name, [placement], (p, q), 3, r)
             moments = 1 if name in COMPRESS or name == "adam-split" else 2
             means = name.startswith(("adam-subspace", "adam-split"))  # of the second moment; else norms
-            vectors = p + q + 1 if means else 2 * 2
+            vectors = p + q + 1 + 2 * moments if means else 2 * 2
             assert counted.operations() == {"allreduce"}
-            assert counted.elements() / 3 <= moments * (r * side + 3 * r * r) + vectors, (name, placement)
+            assert counted.elements() / 3 <= moments * (r * side + 5 * r * r) + vectors, (name, placement)
             assert counted.elements() / 3 >= moments * r * side  # it does count
             # Both moments and all weights of a shape share each collective.
             assert len(counted.calls) <= 14
@@ -732,7 +732,7 @@ def test_matrices_replaced_by_a_flat_vector_are_refused() -> None:
     flat = nn.Parameter(torch.ones(245))
     flat.grad = torch.ones(245)
     optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(RuntimeError, match=r"matrices of group 0 .* flat vectors.*fully_shard"):
+    with pytest.raises(RuntimeError, match=r"matrices of a group .* flat vectors.*fully_shard"):
         optimizer.step()
     assert_same(flat.detach(), torch.ones(245))
     dense = LoRAPreAdamW(parameters([(5,), (7,)]))  # vectors from the start are what they were meant to be
@@ -773,32 +773,3 @@ def check_failure() -> None:
 def test_a_process_that_fails_ends_the_others_and_shows_its_traceback() -> None:
     with pytest.raises(AssertionError, match=r"(?s)in check_failure.*ArithmeticError: this process gives up"):
         run(check_failure, 2)
-
-
-def test_the_last_sums_of_a_batch_travel_while_the_next_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    events = []
-
-    class Recorded(Shards):
-        count = 2
-        spread_rows = True
-
-        def send_rows(self, *parts: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-            events.append("sent")
-            return lambda: events.append("received") or parts
-
-    def stepped() -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        weights = [
-            nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((12, 10), (9, 14), (8, 16))
-        ]
-        optimizer = LoRAPreAdamW(weights, rank=2, lr=0.1)
-        for _ in range(2):
-            for weight in weights:
-                weight.grad = torch.randn(weight.shape, generator=generator)
-            optimizer.step()
-        return weights
-
-    expected = stepped()
-    monkeypatch.setattr(sharding, "shards", lambda p, flatten: Recorded())
-    assert_relative(stepped(), expected, 1e-5)
-    assert events == ["sent", "sent", "received", "sent", "received", "received"] * 2

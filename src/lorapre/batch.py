@@ -126,7 +126,7 @@ class Batch:
             copy = x.contiguous()
             if written and copy is not x:
                 self._copies.append((x, copy))
-            matrices += copy.view(-1, p, q).unbind()
+            matrices += copy.view(copy.shape[0] if fused else 1, p, q).unbind()
         return matrices
 
     def _read(self, name: str) -> Tensor:

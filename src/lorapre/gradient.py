@@ -160,8 +160,8 @@ class Gradient:
 
     def step_(
         self, weights: Sequence[Tensor], M: Moments, *, lr: Number, decay: Number, eps: float,
-        keys: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        keys: Tensor | None = None, means: bool = True,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """w <- decay w - lr m / (sqrt(v) + eps), in place, where g of M is T.
 
         Args:
@@ -171,12 +171,13 @@ class Gradient:
             decay: what w keeps, 1 - lr weight_decay; one where a step is skipped.
             eps: as in Adam.
             keys: (N,), of `rounding.keys`: bfloat16 weights are rounded stochastically. None: to nearest.
+            means: whether the means are wanted.
 
         Returns:
             The means of T**2 over the rows (N, p, 1) and over the columns (N, 1, q).
         """
-        rows, columns = self._step_(weights, M, lr, decay, max(eps, TINY), keys)
-        return self.sum_q(rows.div_(self.q)), self.sum_p(columns.div_(self.p))
+        sums = self._step_(weights, M, lr, decay, max(eps, TINY), keys, means)
+        return sums and (self.sum_q(sums[0].div_(self.q)), self.sum_p(sums[1].div_(self.p)))
 
     def orthogonal_step_(
         self, weights: Sequence[Tensor], M: Moments, newton_schulz: Callable[[Tensor], Tensor], *,
@@ -219,22 +220,24 @@ class Gradient:
         return out
 
     def _step_(
-        self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float, keys: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float, keys: Tensor | None,
+        sums: bool,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """`step_`, with the sums of T**2 over what is held here."""
         rows = torch.zeros(len(self), self.held[0], 1, dtype=torch.float32, device=self.device)
         columns = torch.zeros(len(self), 1, self.held[1], dtype=torch.float32, device=self.device)
         for n, i in self._tiles():
             g = self._tile(n, i).to(self.dtype) * self.scale
             square = g * g
-            rows[n, i] += square.sum(-1, keepdim=True)
-            columns[n] += square.sum(-2, keepdim=True)
+            if sums:
+                rows[n, i] += square.sum(-1, keepdim=True)
+                columns[n] += square.sum(-2, keepdim=True)
             m, v = moments(M, n, i, g, square)
             del g, square
             w = read(weights, n, i).to(self.dtype)
             w.mul_(at(decay, n)).sub_(m.mul_(at(lr, n)).div_(v.sqrt_().add_(eps)))
             self._store_(weights, n, i, w, keys)
-        return rows, columns
+        return (rows, columns) if sums else None
 
     @property
     def _as_it_is(self) -> bool:

@@ -93,8 +93,10 @@ class LoRAPreOptimizer(Optimizer):
         decay = batch.unless_skipped(1 - lr * weight_decay, 1.0)
         rate = batch.unless_skipped(lr * scale, 0.0)
 
-        def apply(M: Moments) -> tuple[Tensor, Tensor]:
-            return batch.T.step_(batch.weights, M, lr=rate, decay=decay, eps=eps, keys=batch.keys)
+        means = batch.state.v_row is not None
+
+        def apply(M: Moments) -> tuple[Tensor, Tensor] | None:
+            return batch.T.step_(batch.weights, M, lr=rate, decay=decay, eps=eps, keys=batch.keys, means=means)
 
         variant = VARIANTS[batch.group["variant"]].adam if batch.rank else dense
         batch.store(variant(batch.state, batch.T, batch.t, *betas, apply))
@@ -109,15 +111,15 @@ class LoRAPreOptimizer(Optimizer):
             )
         shapes_of: dict[Any, dict[str, tuple[int, ...]]] = {}
         for p, name in zip(group["params"], names_of(group), strict=True):
-            if p.grad is None:
-                continue
-            if p.grad.layout is not torch.strided:
+            if p.grad is not None and p.grad.layout is not torch.strided:
                 raise RuntimeError(
                     f"{type(self).__name__} needs dense gradients, but that of {name} is {p.grad.layout}; "
                     "nn.Embedding gives dense ones with sparse=False"
                 )
             if why := sharding.refusal(p, group["flatten"]):
                 raise RuntimeError(f"{name} {why}")
+            if p.grad is None:
+                continue
             if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
                 raise RuntimeError(
                     f"{name} is expanded: more than one element of it refers to a single memory location; clone() it"

@@ -5,7 +5,8 @@
 
 s is the state before the step, T the gradient as an operand, of which only `T @ X`, `L @ T`, `abs(T)`, `T / x` and
 sums over processes are asked, t (N, 1, 1) the number of the step. `apply` moves the weights by the moments that it
-is told, which are those of the factors before the step, and returns the means of g**2 over rows and columns.
+is told, which are those of the factors before the step, and returns the means of g**2 over rows and columns where the
+state keeps them.
 
 Shapes, of N matrices at a time: B (N, p, r), A (N, r, q), T (N, p, q), v_row (N, p, 1), v_col (N, 1, q).
 """
@@ -20,7 +21,8 @@ from torch import Tensor
 from lorapre.gradient import Ema, Factors, Gradient, Moments, Number
 from lorapre.linalg import DAMPING, TINY, damped_root, gauge_, local, matmul, norm, orth_, probe
 
-Apply: TypeAlias = Callable[[Moments], tuple[Tensor, Tensor]]
+Means: TypeAlias = tuple[Tensor, Tensor] | None
+Apply: TypeAlias = Callable[[Moments], Means]
 Adam: TypeAlias = "Callable[[State, Gradient, Tensor, float, float, Apply], State]"
 Follow: TypeAlias = Callable[[Factors, Gradient, float], Factors]  # towards T, at the decay beta of a product
 
@@ -157,9 +159,9 @@ def match_means(f: Factors, row: Tensor, col: Tensor, T: Gradient) -> Factors:
     return Factors(B, f.A * finite_or_zero((col / (squares / T.p)).sqrt()))
 
 
-def with_means(s: State, means: tuple[Tensor, Tensor], beta2: float) -> State:
+def with_means(s: State, means: Means, beta2: float) -> State:
     """The EMAs of the means of g**2. Squares above 1e38 are infinite, and an EMA would stay so for ever."""
-    if s.v_row is None or s.v_col is None:
+    if means is None or s.v_row is None or s.v_col is None:
         return s
     row, col = (x.clamp(max=torch.finfo(x.dtype).max) for x in means)
     return s._replace(v_row=s.v_row.lerp(row, 1 - beta2), v_col=s.v_col.lerp(col, 1 - beta2))
