@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 
 from cases import CASES, assert_near, parameters, set_gradients, state, weights
-from lorapre.optimizers import STATE_FORMAT
+from lorapre.checkpoints import STATE_FORMAT
 from lorapre_recipes import cli, presets, pretrain
 from lorapre_recipes.pretrain import collate
 from lorapre_recipes.runs import (

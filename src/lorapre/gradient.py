@@ -200,7 +200,7 @@ class Gradient:
             update = self.shards.whole(newton_schulz, m).to(self.dtype)
             del m
             w = read(weights, n, i).to(self.dtype)
-            w.mul_(at(decay, n)).sub_(update.mul_(at(lr, n)))
+            self._move_(w, update, at(lr, n), at(decay, n))
             self._store_(weights, n, i, w, keys)
 
     # What another backend does its own way.
@@ -227,15 +227,16 @@ class Gradient:
         rows = torch.zeros(len(self), self.held[0], 1, dtype=torch.float32, device=self.device)
         columns = torch.zeros(len(self), 1, self.held[1], dtype=torch.float32, device=self.device)
         for n, i in self._tiles():
-            g = self._tile(n, i).to(self.dtype) * self.scale
-            square = g * g
+            g = self._tile(n, i).to(self.dtype)
+            g = g * self.scale if self.scale != 1 else g
             if sums:
+                square = g * g
                 rows[n, i] += square.sum(-1, keepdim=True)
                 columns[n] += square.sum(-2, keepdim=True)
-            m, v = moments(M, n, i, g, square)
-            del g, square
+                del square
+            m, v = moments(M, n, i, g)
             w = read(weights, n, i).to(self.dtype)
-            w.mul_(at(decay, n)).sub_(m.mul_(at(lr, n)).div_(v.sqrt_().add_(eps)))
+            self._move_(w, m.div_(v.sqrt_().add_(eps)), at(lr, n), at(decay, n))
             self._store_(weights, n, i, w, keys)
         return (rows, columns) if sums else None
 
@@ -262,6 +263,13 @@ class Gradient:
             g = torch.where(self.finite[n, None, None], g, 0)
         return g.abs() if self.absolute else g
 
+    @staticmethod
+    def _move_(w: Tensor, update: Tensor, lr: Number, decay: Number) -> None:
+        """w <- decay w - lr update, in place."""
+        if isinstance(decay, Tensor) or decay != 1:
+            w.mul_(decay)
+        add_(w, -lr, update)
+
     def _store_(self, weights: Sequence[Tensor], n: slice, i: slice, w: Tensor, keys: Tensor | None) -> None:
         """Write back rows i of members n, `read` before and changed, rounded as `keys` say."""
         if keys is not None:
@@ -270,32 +278,41 @@ class Gradient:
         write_(weights, n, i, w)
 
 
-def moments(M: Moments, n: slice, i: slice, g: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-    """m and v of rows i of members n, from g (n, i, q) and its square."""
-    m, v = at(M.b, n) * g, at(M.d, n) * square
+def moments(M: Moments, n: slice, i: slice, g: Tensor) -> tuple[Tensor, Tensor]:
+    """m and v of rows i of members n, from g (n, i, q)."""
     if M.row is not None and M.column is not None:
-        v.addcmul_(M.row[n, i].to(v.dtype), M.column[n].to(v.dtype))
+        v = M.row[n, i].to(g.dtype) * M.column[n].to(g.dtype)
+        add_(v, at(M.d, n), g, g)
+    else:
+        v = (g * g).mul_(at(M.d, n))
+    m = g * at(M.b, n)
     for factors, a, c in zip(M.products, M.a, M.c, strict=True):
         if factors is None:
             continue
-        P = _product(factors.B[n, i], factors.A[n]).to(m.dtype)
-        if _counts(c):  # weighed before it is squared: a square may be infinite, and c zero
-            v.addcmul_(at(c, n) * P, P)
-        if _counts(a):
-            m += P.mul_(at(a, n))
+        P = _product(factors.B[n, i], factors.A[n]).to(g.dtype)
+        add_(v, at(c, n), P, P)
+        add_(m, at(a, n), P)
     if M.exp_avg is not None:
         m = _moved(M.exp_avg, n, i, g)
     if M.exp_avg_sq is not None:
-        v = _moved(M.exp_avg_sq, n, i, square)
+        v = _moved(M.exp_avg_sq, n, i, g * g)
     return m, v
 
 
 def _moved(ema: Ema, n: slice, i: slice, x: Tensor) -> Tensor:
     """The moment (n, i, q) once its EMA has moved towards x."""
     E, rate = read(ema.E, n, i).to(x.dtype), at(ema.rate, n)
-    E.mul_(1 - rate).add_(rate * x)  # not a difference, which is no number where both are infinite
+    add_(E.mul_(1 - rate), rate, x)  # not a difference, which is no number where both are infinite
     write_(ema.E, n, i, E)
     return E * at(ema.scale, n)
+
+
+def add_(out: Tensor, weight: Number, x: Tensor, y: Tensor | None = None) -> None:
+    """out += weight x, or (weight x) y: weighed before it is squared, which may be infinite where weight is zero."""
+    if isinstance(weight, Tensor):
+        out.addcmul_(x, weight) if y is None else out.addcmul_(weight * x, y)
+    elif weight:
+        out.add_(x, alpha=weight) if y is None else out.addcmul_(x, y, value=weight)
 
 
 def read(tensors: Sequence[Tensor], n: slice, i: slice) -> Tensor:
@@ -311,12 +328,11 @@ def write_(tensors: Sequence[Tensor], n: slice, i: slice, new: Tensor) -> None:
 
 
 def at(x: Number, n: slice) -> Number:
-    """x of members n."""
-    return x[n] if isinstance(x, Tensor) and x.ndim == 3 else x
-
-
-def _counts(x: Number) -> bool:
-    return isinstance(x, Tensor) or x != 0
+    """x of members n. On a CPU that of one member is a number, with which operations take fewer passes."""
+    if not isinstance(x, Tensor) or x.ndim < 3:
+        return x
+    x = x[n]
+    return x.item() if x.is_cpu and x.numel() == 1 and not torch.compiler.is_compiling() else x
 
 
 def _product(X: Tensor, Y: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ What takes its place until `zero_grad()` is a tensor without memory that refuses
 the gradients of all weights together, or those of several backward passes, learns it at the first attempt.
 """
 
+import contextlib
 import math
 import numbers
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,18 +26,35 @@ __all__ = ["GradientRelease", "gradient_release"]
 class GradientRelease:
     """Handle of `gradient_release`; as a context manager it removes itself at the end."""
 
-    def __init__(
-        self, optimizer: LoRAPreOptimizer, weights: Sequence[Tensor], hooks: Sequence[RemovableHandle]
-    ) -> None:
-        self._optimizer, self._weights, self._hooks = optimizer, weights, hooks
+    def __init__(self, optimizer: LoRAPreOptimizer, updates: Sequence[tuple[Tensor, "_Update"]]) -> None:
+        self._optimizer, self._updates = optimizer, updates
+        self._hooks: list[RemovableHandle] = [
+            p.register_post_accumulate_grad_hook(update)  # type: ignore[no-untyped-call]
+            for p, update in updates
+        ]
 
     def remove(self) -> None:
         """Leave the gradients to `optimizer.step()` again; what is left of the last ones is cleared."""
         for hook in self._hooks:
             hook.remove()
-        for p in self._weights:
+        for p, _ in self._updates:
             if isinstance(p.grad, Released):
                 p.grad = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context backward passes update nothing, and leave gradients as ever.
+
+        For a loss that is not of this optimizer but passes through its model: the backward pass of a GAN's
+        generator goes through the discriminator. Clear these gradients (`zero_grad()`) before the next step.
+        """
+        for _, update in self._updates:
+            update.resting = True
+        try:
+            yield
+        finally:
+            for _, update in self._updates:
+                update.resting = False
 
     def __enter__(self) -> "GradientRelease":
         return self
@@ -87,7 +105,6 @@ def gradient_release(
         raise ValueError(f"model must be on this process alone for gradient_release, but has {what}")
     name_of = {p: name for name, p in model.named_parameters()}
     updates: list[tuple[Tensor, _Update]] = []
-    position = 0
     for number, group in enumerate(optimizer.param_groups):
         for index, p in enumerate(group["params"]):
             if p not in name_of:
@@ -97,28 +114,23 @@ def gradient_release(
                 what = f"optimizer: {name_of[p]!r} is updated in the backward pass already"
                 raise ValueError(f"{what}; remove() that handle first")
             if p.requires_grad:
-                updates.append((p, _Update(weakref.ref(optimizer), number, position, name_of[p], max_norm)))
-            position += 1
-    hooks = [
-        p.register_post_accumulate_grad_hook(update)  # type: ignore[no-untyped-call]
-        for p, update in updates
-    ]
-    return GradientRelease(optimizer, [p for p, _ in updates], hooks)
+                updates.append((p, _Update(weakref.ref(optimizer), (number, index), name_of[p], max_norm)))
+    return GradientRelease(optimizer, updates)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Update:
     """The hook of one weight."""
 
     optimizer: Callable[[], LoRAPreOptimizer | None]  # weak: a cycle through hooks is not collected
-    number: int  # of its group, which loading a checkpoint replaces
-    position: int  # among all parameters of the optimizer
+    place: tuple[int, int]  # number of its group and index in it, when last seen
     name: str
     max_norm: float | None
+    resting: bool = False
 
     def __call__(self, p: Tensor) -> None:
         optimizer = self.optimizer()
-        if p.grad is None:
+        if p.grad is None or self.resting:
             return
         if optimizer is None:
             raise RuntimeError("gradient_release: the optimizer is gone; keep it, or the handle")
@@ -128,11 +140,25 @@ class _Update:
             raise RuntimeError(
                 f"gradient_release: {self.name!r} must be on this process alone, but has {what}"
             )
+        groups = optimizer.param_groups
+        if not self._is_at(groups, p, *self.place):  # groups may be added, removed and reordered in a run
+            places = [(k, i) for k, group in enumerate(groups) for i in range(len(group["params"]))]
+            found = [place for place in places if self._is_at(groups, p, *place)]
+            if not found:  # it has been taken out, and trains no longer
+                return
+            self.place = found[0]
         if self.max_norm is not None:
             nn.utils.clip_grad_norm_([p], self.max_norm)
-        group = optimizer.param_groups[self.number]
-        optimizer._step([({**group, "params": [p], "param_names": [self.name]}, [self.position])])
+        number, index = self.place
+        position = sum(len(group["params"]) for group in groups[:number]) + index
+        group = {**groups[number], "params": [p], "param_names": [self.name]}
+        optimizer._step([(group, [position])])
+        groups[number]["made_for"] = group["made_for"]
         p.grad = Released(p, self.name)
+
+    @staticmethod
+    def _is_at(groups: list[dict[str, Any]], p: Tensor, number: int, index: int) -> bool:
+        return number < len(groups) and index < len(groups[number]["params"]) and groups[number]["params"][index] is p
 
 
 class Released(Tensor):
