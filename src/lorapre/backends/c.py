@@ -86,8 +86,9 @@ class CGradient(Gradient):
         return out
 
     def _step_(
-        self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float, keys: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float, keys: Tensor | None,
+        sums: bool,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         (N, p, q), held = (len(self), *self.held), _Held()
         height = max(HEIGHT, -(-p // (PARTS * HEIGHT)) * HEIGHT)
         rows = torch.zeros(N, p, 1, dtype=torch.float32, device="cpu")
@@ -136,7 +137,7 @@ class CGradient(Gradient):
             s.row_index = held.tensor(_index(self.rows, p, self.q))
             s.column_index = held.tensor(_index(self.columns, q, 1))
         library.loaded().step(ctypes.byref(s))
-        return rows, columns.sum(1, keepdim=True)
+        return (rows, columns.sum(1, keepdim=True)) if sums else None
 
 
 class _Held:
