@@ -292,6 +292,11 @@ def _moved(ema: Ema, n: slice, i: slice, x: Tensor) -> Tensor:
     return E * at(ema.scale, n)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of dense arithmetic and of dense moments: float32, or float64 for float64 weights."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def read(tensors: Sequence[Tensor], n: slice, i: slice) -> Tensor:
     """Rows i of members n, (n, i, q): of one member a view, of several a copy."""
     rows = [x[i] for x in tensors[n]]
