@@ -1,6 +1,7 @@
-"""The layers of the library, read from the source: who may import whom."""
+"""The layers of the library, read from its source: who may import whom, and how long files are."""
 
 import ast
+import functools
 import inspect
 import subprocess
 import sys
@@ -11,39 +12,31 @@ import pytest
 import lorapre
 
 SRC = Path(__file__).parents[1] / "src"
-
-# Module of lorapre -> the modules of lorapre it may import. A module that is not listed here fails the test.
-LAYERS: dict[str, set[str]] = {
-    "operands": set(),
-    "cpu_kernels": {"operands"},
-    "linalg": {"cpu_kernels"},
-    "factors": {"cpu_kernels", "linalg"},
-    "rules": set(),
-    "groups": set(),
-    "report": {"groups", "sharding"},
-    "rounding": set(),
-    "sharding": {"linalg"},
-    "kernels": {"operands"},
-    "batch": {"groups", "rounding", "sharding"},
-    "tracking": {"batch", "cpu_kernels", "factors", "linalg"},
-    "moments": {"batch", "factors", "linalg", "rules", "tracking"},
-    "launch": {"batch", "cpu_kernels", "kernels", "linalg", "moments", "operands", "rules", "tracking"},
-    "steps": {"batch", "factors", "launch", "linalg", "moments", "rules", "tracking"},
-    "optimizers": {"batch", "factors", "groups", "linalg", "rules", "sharding", "steps"},
-    "release": {"optimizers", "sharding"},
-    "__init__": {"optimizers", "groups", "report", "release"},
+LIBRARY = SRC / "lorapre"
+MODULES = {
+    ".".join(path.relative_to(LIBRARY).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in LIBRARY.rglob("*.py")
 }
 
+# From the ground up. A module imports from the floors below its own. One that is not listed here
+# fails the test.
+FLOORS: list[set[str]] = [
+    {"backends.library", "groups", "rounding"},
+    {"gradient", "linalg"},
+    {"backends", "sharding", "variants"},
+    {"batch", "checkpoints", "options", "report"},
+    {"optimizers"},
+    {"integrations", "release"},
+]
+# Files that are one unit with another: they are loaded when a DTensor or a kernel is wanted.
+UNITS = {"mesh": "sharding", "backends.c": "backends", "backends.triton": "backends"}
+
 # Package -> the only module of lorapre that may import it.
-ONLY_IN = {"torch.distributed": "sharding", "triton": "kernels"}
-
-
-LIBRARY = SRC / "lorapre"
-MODULES = {".".join(path.relative_to(LIBRARY).with_suffix("").parts): path for path in LIBRARY.rglob("*.py")}
+ONLY_IN = {"torch.distributed": "mesh", "triton": "backends.triton"}
 
 
 def imports(path: Path) -> set[str]:
-    """Absolute dotted names that a file imports anywhere, inside functions and behind TYPE_CHECKING too."""
+    """Absolute dotted names that a file imports, inside functions and behind TYPE_CHECKING too."""
     parents = path.relative_to(SRC).parts[:-1]
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -60,36 +53,122 @@ def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
+def unit(module: str) -> str:
+    """What the table of floors calls a module."""
+    return "integrations" if within(module, "integrations") else UNITS.get(module, module)
+
+
+def home(name: str) -> str:
+    """The module that an imported name comes from; of a public name, the one that defines it."""
+    path = name.split(".")[1:]
+    while ".".join(path) not in MODULES and len(path) > 1:
+        path.pop()
+    module = ".".join(path)
+    if module not in MODULES and hasattr(lorapre, module):
+        module = getattr(lorapre, module).__module__.removeprefix("lorapre.")
+    return module
+
+
+def below(of: str) -> set[str]:
+    """The units that a unit imports."""
+    names = {
+        name for module, path in MODULES.items() if unit(module) == of for name in imports(path)
+    }
+    return {unit(home(name)) for name in names if within(name, "lorapre") and name != "lorapre"} - {
+        of
+    }
+
+
+UNITS_HERE = sorted({unit(module) for module in MODULES} - {"__init__"})
+
+
+@pytest.mark.parametrize("name", UNITS_HERE)
+def test_imports_point_down(name: str) -> None:
+    floor = next((i for i, floor in enumerate(FLOORS) if name in floor), None)
+    assert floor is not None, f"{name} has no floor"
+    assert below(name) <= set().union(*FLOORS[:floor])
+
+
+def test_the_house_has_six_floors_at_most() -> None:
+    @functools.cache
+    def height(name: str) -> int:
+        return 1 + max(map(height, below(name)), default=0)
+
+    assert max(map(height, UNITS_HERE)) <= 6
+    assert set().union(*FLOORS) == set(UNITS_HERE)  # the table names nothing that is gone
+
+
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_import_direction(module: str) -> None:
+def test_packages_that_are_slow_or_optional_have_one_home_each(module: str) -> None:
     names = imports(MODULES[module])
     assert not any(within(name, "lorapre_recipes") for name in names)
-    for package, home in ONLY_IN.items():
-        assert module == home or not any(within(name, package) for name in names), (
-            f"{package} is for {home}.py"
+    for package, only in ONLY_IN.items():
+        assert module == only or not any(within(name, package) for name in names), (
+            f"{package} is for {only}"
         )
-    if module.startswith("integrations"):
-        return  # loaded on demand, free to import the package it integrates and anything of lorapre
-    assert {name.split(".")[0] for name in names} <= {"lorapre", "torch", *ONLY_IN, *sys.stdlib_module_names}
-    inside = {name.split(".")[1] for name in names if within(name, "lorapre")}
-    assert inside <= LAYERS[module]
+    if not within(module, "integrations"):  # loaded on demand, for the package that it integrates
+        packages = {name.split(".")[0] for name in names}
+        assert packages <= {"lorapre", "torch", *ONLY_IN, *sys.stdlib_module_names}
 
 
-def test_the_table_of_layers_has_no_cycles() -> None:
-    done: set[str] = set()
-    while ready := {module for module in LAYERS if module not in done and LAYERS[module] <= done}:
-        done |= ready
-    assert done == set(LAYERS)
+# --- sizes
+
+
+def code() -> list[Path]:
+    return sorted(path for path in LIBRARY.rglob("*") if path.suffix in (".py", ".c"))
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+@pytest.mark.parametrize("path", code(), ids=lambda path: str(path.relative_to(LIBRARY)))
+def test_a_file_can_be_read(path: Path) -> None:
+    assert max(map(len, lines(path)), default=0) <= 100
+    assert len(lines(path)) <= (450 if path.suffix == ".c" else 400)
+
+
+def test_the_library_is_small() -> None:
+    assert sum(len(lines(path)) for path in code()) <= 3600
+
+
+# --- what an import does
+
+
+def fresh(script: str) -> str:
+    """What a script prints in a new process, on both streams."""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return result.stdout
 
 
 def test_import_of_the_library_needs_torch_only() -> None:
-    script = (
+    printed = fresh(
         "import sys, torch; before = set(sys.modules); import lorapre; "
         "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
     )
-    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    torchs_own = {"torch", "sympy", "mpmath"}  # torch.distributed.tensor needs them
-    assert set(result.stdout.split()) <= {"lorapre", *torchs_own, *sys.stdlib_module_names}
+    assert set(printed.split()) <= {"lorapre", "torch", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("numpy", ["there", "missing"])
+def test_import_of_the_library_says_nothing_and_loads_nothing_slow(numpy: str) -> None:
+    """Without numpy torch warns at its first use, which must not be in lorapre."""
+    hide = "sys.modules['numpy'] = None; " if numpy == "missing" else ""
+    printed = fresh(
+        f"import sys, warnings; {hide}warnings.simplefilter('ignore'); import torch; "
+        "warnings.simplefilter('error'); import lorapre; "
+        "slow = ('torch.distributed.tensor', 'triton', 'torch._inductor', 'torch._dynamo'); "
+        "print(*(x for x in slow if x in sys.modules))"
+    )
+    assert printed.split() == []
+
+
+# --- documentation
 
 
 def test_every_public_name_is_documented() -> None:

@@ -1,4 +1,6 @@
-"""What rounding the factors to bfloat16, for products with bfloat16 gradients, does to the tracking.
+"""What rounding the factors to bfloat16, for products with bfloat16 gradients, does to tracking.
+
+Kernels for processors with units for such products round them; here it is written out.
 
     python tests/test_precision.py
 
@@ -12,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorapre import LoRAPreAdamW, factors
+import lorapre.batch
+from lorapre import LoRAPreAdamW, linalg
+from lorapre.gradient import Gradient
 
 P, Q, RANK, BETA = 256, 384, 32, 0.9
 VARIANTS = ["paper", "calibrated", "subspace"]
@@ -21,17 +25,38 @@ VARIANTS = ["paper", "calibrated", "subspace"]
 def gradients(noise: float, steps: int) -> list[Tensor]:
     """A signal of rank 8 in noise of `noise` times its size, float32."""
     generator = torch.Generator().manual_seed(0)
-    signal = torch.randn(P, 8, generator=generator) @ torch.randn(8, Q, generator=generator) / math.sqrt(8)
+    signal = (
+        torch.randn(P, 8, generator=generator)
+        @ torch.randn(8, Q, generator=generator)
+        / math.sqrt(8)
+    )
     return [signal + noise * torch.randn(P, Q, generator=generator) for _ in range(steps)]
 
 
-def products(grads: list[Tensor], variant: str) -> Iterator[dict[str, Tensor]]:
-    """B A of both moments after each step."""
-    weight = nn.Parameter(torch.zeros_like(grads[0]))
+class Rounding(Gradient):
+    """The gradient whose products round the other operand to bfloat16, and sum in float32."""
+
+    def _right(self, X: Tensor) -> Tensor:
+        return super()._right(X.bfloat16().float())
+
+    def _left(self, L: Tensor) -> Tensor:
+        return super()._left(L.bfloat16().float())
+
+
+def products(
+    grads: list[Tensor], variant: str, kind: type[Gradient]
+) -> Iterator[dict[str, Tensor]]:
+    """B A of both moments after each step, with this kind of gradient."""
+    weight = nn.Parameter(torch.zeros(P, Q, dtype=grads[0].dtype))
     optimizer = LoRAPreAdamW([weight], lr=0.0, betas=(BETA, 0.95), rank=RANK, variant=variant)
     for g in grads:
         weight.grad = g
-        optimizer.step()
+        optimizer._init_group(
+            optimizer.param_groups[0], [], [], []
+        )  # the same start for every kind
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lorapre.batch, "backend", lambda *_, **__: (kind, None))
+            optimizer.step()
         state = optimizer.state[weight]
         yield {name: state[f"{name}_B"].double() @ state[f"{name}_A"].double() for name in "mv"}
 
@@ -43,16 +68,20 @@ def relative(x: Tensor, y: Tensor) -> float:
 def compare(variant: str, noise: float, steps: int = 100) -> dict[str, list[float]]:
     """What rounding changes, by step.
 
-    Of "m" and "v" the change of B A, relative to B A; as a yardstick "gradient", what the gradients' own
-    rounding has changed in that of m; and the distance of that of m from the EMA, relative to the EMA, with
-    rounded factors ("rounded") and without ("exact").
+    Of "m" and "v" the change of B A, relative to B A; as a yardstick "gradient", what the gradients'
+    own rounding has changed in that of m; and the distance of that of m from the EMA, relative to
+    the EMA, with rounded factors ("rounded") and without ("exact").
     """
     full = gradients(noise, steps)
     grads = [g.bfloat16() for g in full]
-    found: dict[str, list[float]] = {name: [] for name in ("m", "v", "gradient", "rounded", "exact")}
+    found: dict[str, list[float]] = {
+        name: [] for name in ("m", "v", "gradient", "rounded", "exact")
+    }
     ema = torch.zeros(P, Q, dtype=torch.float64)
-    # The same numbers in float32 are multiplied by factors that are not rounded.
-    runs = [products(run, variant) for run in (grads, [g.float() for g in grads], full)]
+    runs = [
+        products(run, variant, kind)
+        for run, kind in ((grads, Rounding), (grads, Gradient), (full, Gradient))
+    ]
     for t, (g, rounded, exact, better) in enumerate(zip(grads, *runs, strict=True), start=1):
         ema.lerp_(g.double(), 1 - BETA)
         target = ema / (1 - BETA**t) if variant == "subspace" else ema
@@ -64,7 +93,9 @@ def compare(variant: str, noise: float, steps: int = 100) -> dict[str, list[floa
     return found
 
 
-@pytest.mark.parametrize(("variant", "largest"), [("paper", 1e-2), ("calibrated", 1e-3), ("subspace", 2e-3)])
+@pytest.mark.parametrize(
+    ("variant", "largest"), [("paper", 1e-2), ("calibrated", 1e-3), ("subspace", 2e-3)]
+)
 def test_rounding_the_factors_changes_the_products_little_where_gradients_lack_rank(
     variant: str, largest: float
 ) -> None:
@@ -80,7 +111,7 @@ def test_rounding_the_factors_changes_the_products_little_where_gradients_lack_r
 def test_with_rounded_factors_the_distance_to_the_ema_of_noisy_gradients_is_the_same(
     variant: str, noise: float
 ) -> None:
-    """Nothing accumulates. What differs is no more than what the gradients' own rounding has changed."""
+    """Nothing accumulates. What differs is no more than the gradients' own rounding has changed."""
     found = compare(variant, noise, 300)
     for rounded, exact in zip(found["rounded"], found["exact"], strict=True):
         assert rounded == pytest.approx(exact, rel=5e-3)
@@ -89,14 +120,16 @@ def test_with_rounded_factors_the_distance_to_the_ema_of_noisy_gradients_is_the_
 
 
 @pytest.mark.parametrize(("r", "k"), [(32, 8), (256, 16), (256, 64)])
-def test_two_products_with_the_root_are_as_accurate_as_a_solve_and_an_inverse_is_not(r: int, k: int) -> None:
-    """T A^T (A A^T + lambda I)^-1 A where A has rank k < r; above r = 128 the root is found by halves."""
+def test_two_products_with_the_root_are_as_accurate_as_a_solve_and_an_inverse_is_not(
+    r: int, k: int
+) -> None:
+    """T A^T (A A^T + lambda I)^-1 A where A has rank k < r; large roots are found by halves."""
     A = torch.randn(r, k) @ torch.randn(k, 300)
     T = torch.randn(200, k) @ torch.randn(k, 300)
-    lam = factors.DAMPING * A.square().sum().double()
+    lam = linalg.DAMPING * A.square().sum().double()
     inverse = torch.linalg.inv(A.double() @ A.double().mT + lam * torch.eye(r))
     expected = T.double() @ A.double().mT @ inverse @ A.double()
-    R = factors._damped_root((A @ A.mT)[None], 0.0)[0]
+    R = linalg.damped_root((A @ A.mT)[None])[0]
     assert relative((T @ A.mT @ R.mT @ R @ A).double(), expected) < 1e-5
     assert relative((T @ A.mT @ (R.mT @ R) @ A).double(), expected) > 1e-4
 

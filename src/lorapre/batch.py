@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorapre import rounding, sharding
 from lorapre.backends import backend
-from lorapre.gradient import Ema, Factors, Moments, Number
+from lorapre.gradient import Ema, Factors, Moments, Number, wide
 from lorapre.groups import is_low_rank, matrix_shape, state_shapes
 from lorapre.variants import State, debias
 
@@ -178,8 +178,3 @@ def _overlap(weights: Sequence[Tensor]) -> bool:
         spans.append((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
     spans.sort()
     return any(end > start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of dense arithmetic and of dense moments: float32, or float64 for float64 weights."""
-    return torch.promote_types(dtype, torch.float32)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorapre import sharding
-from lorapre.batch import wide
+from lorapre.gradient import wide
 from lorapre.groups import is_low_rank, state_shapes
 
 # What state_dict saves. A release that changes it counts this up and reads the older ones; tests/data has a

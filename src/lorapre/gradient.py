@@ -315,6 +315,11 @@ def add_(out: Tensor, weight: Number, x: Tensor, y: Tensor | None = None) -> Non
         out.add_(x, alpha=weight) if y is None else out.addcmul_(x, y, value=weight)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of dense arithmetic and of dense moments: float32, or float64 for float64 weights."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def read(tensors: Sequence[Tensor], n: slice, i: slice) -> Tensor:
     """Rows i of members n, (n, i, q): of one member a view, of several a copy."""
     rows = [x[i] for x in tensors[n]]

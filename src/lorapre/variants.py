@@ -114,10 +114,10 @@ def printed(f: Factors, T: Gradient, beta: float) -> Factors:
     (B, A), gamma = f, 1 - beta**0.5
     R = damped_root(T.sum_q(matmul(A, A.mT)), least=DAMPING)
     new_B = B.lerp(matmul(T @ matmul(R, A).mT, R), gamma)
-    size = norm_p(B, T)  # in units of which no square leaves the range of float32
+    size = norm_p(B, T).clamp(min=1e-18)  # in units of which no square leaves the range of float32
     L = B / size
-    R = damped_root(T.sum_p(matmul(L.mT, L)), least=(DAMPING / size**2).clamp(max=1e30))
-    return Factors(new_B, A.lerp(matmul(R.mT, matmul(R, L.mT) @ T).div_(size), gamma))
+    R = damped_root(T.sum_p(matmul(L.mT, L)), least=DAMPING / size**2)
+    return Factors(new_B, A.lerp(matmul(R.mT, (matmul(R, L.mT) @ T).div_(size)), gamma))
 
 
 def newton(f: Factors, T: Gradient, beta: float) -> Factors:
