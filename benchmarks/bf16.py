@@ -19,8 +19,8 @@ from cyclopts import App
 from lorapre_recipes.cli.launch import quieten
 from lorapre_recipes.config import OptimizerName
 from lorapre_recipes.presets import get_preset
-from lorapre_recipes.pretrain import pretrain
-from lorapre_recipes.report import read_metrics
+from lorapre_recipes.train.pretrain import pretrain
+from lorapre_recipes.train.summary import read_metrics
 
 COLUMNS = [
     Column("run", "weights"),

@@ -34,8 +34,8 @@ from cyclopts import App
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorapre_recipes.allocations import Mark, peak_resident_bytes, segments, storage_bytes, tensors_in
-from lorapre_recipes.shapes import config_of
+from lorapre_recipes.plan.allocations import Mark, peak_resident_bytes, segments, storage_bytes, tensors_in
+from lorapre_recipes.plan.shapes import config_of
 
 COLUMNS = [
     Column("optimizer", "optimizer"),

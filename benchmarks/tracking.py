@@ -24,9 +24,9 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup, set_seed
 from lorapre import LoRAPreAdamW, param_groups, steps
 from lorapre_recipes.cli.launch import quieten
 from lorapre_recipes.config import Precision
-from lorapre_recipes.data import load_data
+from lorapre_recipes.data.stream import load_data
 from lorapre_recipes.presets import get_preset
-from lorapre_recipes.pretrain import build_model, collate
+from lorapre_recipes.train.pretrain import build_model, collate
 
 COLUMNS = [
     Column("variant", "variant"),

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch.distributed.checkpoint import FileSystemWriter
 
-from lorapre_recipes import cli, presets, training
+from lorapre_recipes import cli, presets
 from lorapre_recipes.config import OptimizerName, PretrainConfig
+from lorapre_recipes.train import trainer as training
 from tiny_runs import tiny_config
 
 

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lorapre_recipes import cli
-from lorapre_recipes.arithmetic import LARGEST, make_equations, make_problem, write_task
+from lorapre_recipes.data.arithmetic import LARGEST, make_equations, make_problem, write_task
 
 EQUATION = re.compile(r"(\d+)([+*-])(\d+)=(\d+)")
 

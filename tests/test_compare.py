@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from lorapre_recipes import compare, presets, study
-from lorapre_recipes.adapters import insert_adapters, merge_
-from lorapre_recipes.compare import (
+from lorapre_recipes import presets
+from lorapre_recipes.compare import compare, study
+from lorapre_recipes.compare.compare import (
     Cell,
     Comparison,
     Contender,
@@ -24,9 +24,10 @@ from lorapre_recipes.compare import (
     read_sweep,
 )
 from lorapre_recipes.config import CHOICES, ONLY_FOR, OptimizerName, PretrainConfig, UserError
-from lorapre_recipes.optim import GaLoreMuon, build_optimizer, state_bytes
-from lorapre_recipes.pretrain import build_model, pretrain
-from lorapre_recipes.report import read_metrics
+from lorapre_recipes.train.adapters import insert_adapters, merge_
+from lorapre_recipes.train.optim import GaLoreMuon, build_optimizer, state_bytes
+from lorapre_recipes.train.pretrain import build_model, pretrain
+from lorapre_recipes.train.summary import read_metrics
 from tiny_runs import TEXTS, Interrupt, tiny_config, write_corpus
 
 
@@ -49,7 +50,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     started = []
 
     def run(arguments: list[str], **_: Any) -> Any:
-        assert arguments[:3] == [sys.executable, "-m", "lorapre_recipes.compare"]
+        assert arguments[:3] == [sys.executable, "-m", "lorapre_recipes.compare.compare"]
         started.append(arguments)
         compare.run_cell(Path(arguments[3]), arguments[4])
         return subprocess.CompletedProcess(arguments, 0)
@@ -128,7 +129,7 @@ def test_what_has_ended_is_not_run_again(tiny: Any, here: list[Any], lorapre: An
 def test_a_cell_that_was_killed_goes_on(
     tiny: Any, here: list[Any], lorapre: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lorapre_recipes.pretrain as recipe
+    import lorapre_recipes.train.pretrain as recipe
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ["--preset", "tiny", "--optimizers", "lorapre-adamw", "--jobs", 1]

@@ -9,11 +9,11 @@ import torch
 from lm_eval.api.model import LM
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorapre_recipes.data.examples import Example, encode
+from lorapre_recipes.data.tokens import for_transformers, train_tokenizer
 from lorapre_recipes.evaluate import evaluate, score
-from lorapre_recipes.finetune import collator
-from lorapre_recipes.finetune_data import Example, encode
-from lorapre_recipes.runs import MERGED
-from lorapre_recipes.tokens import for_transformers, train_tokenizer
+from lorapre_recipes.train.finetune import collator
+from lorapre_recipes.train.runs import MERGED
 
 ROWS = [
     {"question": f"Ann has {n} apples and buys {m}. How many has she?", "answer": f"{n} + {m}\n#### {n + m}"}

@@ -5,7 +5,7 @@ import torch
 
 from lorapre_recipes.config import CHOICES
 from lorapre_recipes.presets import PRESETS
-from lorapre_recipes.pretrain import build_model
+from lorapre_recipes.train.pretrain import build_model
 
 PARAMETERS = {
     "llama-tiny": 4_212_992,

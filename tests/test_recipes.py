@@ -17,11 +17,11 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lorapre_recipes import presets
 from lorapre_recipes.config import OptimizerName, PretrainConfig, UserError
-from lorapre_recipes.optim import WithAdamW, build_optimizer
 from lorapre_recipes.presets import llama_tiny
-from lorapre_recipes.pretrain import build_model, pretrain
-from lorapre_recipes.report import Summary, read_metrics, round_perplexities, smooth, summary_table
-from lorapre_recipes.runs import load_run
+from lorapre_recipes.train.optim import WithAdamW, build_optimizer
+from lorapre_recipes.train.pretrain import build_model, pretrain
+from lorapre_recipes.train.runs import load_run
+from lorapre_recipes.train.summary import Summary, read_metrics, round_perplexities, smooth, summary_table
 from tiny_runs import TEXTS, Interrupt, losses, tiny_config, write_corpus
 
 # The peers are in test_compare.py; adapters, and state that a safe load refuses, are not for resuming.
@@ -144,7 +144,7 @@ def test_bf16_accumulation_and_a_logger(tiny: Tiny, lorapre: Any, tmp_path: Path
 def test_interrupt_says_how_to_go_on(
     tiny: Tiny, lorapre: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorapre_recipes import pretrain as recipe
+    from lorapre_recipes.train import pretrain as recipe
 
     def interrupted(config: PretrainConfig, out: Path, **_: Any) -> None:
         pretrain(config, out, callbacks=[Interrupt(step)])

@@ -15,13 +15,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from lorapre_recipes import corpus, tokens
-from lorapre_recipes import data as data_module
 from lorapre_recipes.config import PretrainConfig, UserError
-from lorapre_recipes.corpus import Corpus, StreamLost, hash_documents, read_corpus, split
-from lorapre_recipes.data import TokenStream, load_data
+from lorapre_recipes.data import corpus, tokens
+from lorapre_recipes.data import stream as data_module
+from lorapre_recipes.data.corpus import Corpus, StreamLost, hash_documents, read_corpus, split
+from lorapre_recipes.data.stream import TokenStream, load_data
 from lorapre_recipes.presets import PRESETS, llama_tiny
-from lorapre_recipes.pretrain import build_model, collate, pretrain
+from lorapre_recipes.train.pretrain import build_model, collate, pretrain
 from tiny_runs import TEXTS, Interrupt, losses, tiny_config
 
 

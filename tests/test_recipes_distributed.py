@@ -12,10 +12,10 @@ import torch
 import transformers
 from packaging.version import Version
 
-from lorapre_recipes import distributed
 from lorapre_recipes.config import UserError
-from lorapre_recipes.pretrain import pretrain
-from lorapre_recipes.training import check_processes
+from lorapre_recipes.train import distributed
+from lorapre_recipes.train.pretrain import pretrain
+from lorapre_recipes.train.trainer import check_processes
 from recipes_main import tiny
 from tiny_runs import Interrupt, losses, write_corpus
 

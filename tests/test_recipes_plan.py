@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, gradient_release, param_groups
-from lorapre_recipes.allocations import peak_bytes, storage_bytes
-from lorapre_recipes.footprint import (
+from lorapre_recipes.plan.allocations import peak_bytes, storage_bytes
+from lorapre_recipes.plan.footprint import (
     DTYPES,
     ONE_GPU,
     Mesh,
@@ -32,9 +32,9 @@ from lorapre_recipes.footprint import (
     most_row_shards,
     optimizer_traffic,
 )
-from lorapre_recipes.optim import WithAdamW
-from lorapre_recipes.plan import render, routed
-from lorapre_recipes.shapes import BUILT_IN, meta_model
+from lorapre_recipes.plan.shapes import BUILT_IN, meta_model
+from lorapre_recipes.plan.tables import render, routed
+from lorapre_recipes.train.optim import WithAdamW
 
 RANK = 4
 DOCS = Path(__file__).parents[1] / "docs"

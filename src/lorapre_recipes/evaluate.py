@@ -28,11 +28,11 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lorapre_recipes.config import TaskName, UserError
-from lorapre_recipes.finetune import collator, load_model, load_tokenizer
-from lorapre_recipes.finetune_data import IGNORED, Example, encode, read_examples
-from lorapre_recipes.report import duration
-from lorapre_recipes.runs import model_folder
-from lorapre_recipes.training import describe_device
+from lorapre_recipes.data.examples import IGNORED, Example, encode, read_examples
+from lorapre_recipes.train.finetune import collator, load_model, load_tokenizer
+from lorapre_recipes.train.runs import model_folder
+from lorapre_recipes.train.summary import duration
+from lorapre_recipes.train.trainer import describe_device
 
 MAX_NEW_TOKENS = 512
 

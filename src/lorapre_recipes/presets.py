@@ -177,7 +177,7 @@ def as_published(
         batch_size: sequences in a forward pass, for one large GPU; the protocol does not depend on it.
         **fields: of the config: rank, steps.
     """
-    from lorapre_recipes.shapes import BUILT_IN  # brings torch, which takes seconds
+    from lorapre_recipes.plan.shapes import BUILT_IN  # brings torch, which takes seconds
 
     shape = BUILT_IN[preset]
     return protocol(

@@ -21,7 +21,7 @@ def arithmetic(
         text: documents to pre-train on.
         seed: of all that is drawn.
     """
-    from lorapre_recipes.arithmetic import write_task
+    from lorapre_recipes.data.arithmetic import write_task
 
     write_task(out, train=train, test=test, text=text, seed=seed)
     print(f"{train:,} problems to train on, {test:,} to test, {text:,} documents to pre-train on: {out}")

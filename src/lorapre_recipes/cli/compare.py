@@ -47,7 +47,7 @@ def compare(
         out: folder of the comparison, new or empty. Default: runs/compare-PRESET-TIME.
         resume: the folder of a comparison to go on with. It holds all other options but jobs.
     """
-    from lorapre_recipes import compare as recipe
+    from lorapre_recipes.compare import compare as recipe
 
     changes = {
         name: value
@@ -89,7 +89,7 @@ def compare(
         print(f"\nlorapre compare: interrupted; go on with: {again}", file=sys.stderr)
         return 130
 
-    from lorapre_recipes.study import write_report
+    from lorapre_recipes.compare.study import write_report
 
     write_report([folder], folder)
     return 0

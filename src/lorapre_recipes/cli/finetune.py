@@ -122,8 +122,8 @@ def finetune(
         run = new_run(out, config)
 
     sleepy_threads()
-    from lorapre_recipes import finetune as recipe
-    from lorapre_recipes.runs import load_run
+    from lorapre_recipes.train import finetune as recipe
+    from lorapre_recipes.train.runs import load_run
 
     if resume is not None:
         config = load_run(run, FinetuneConfig)

@@ -68,9 +68,9 @@ def launch(recipe: Callable[..., Any], config: C, run: Path, *, resume: bool) ->
     Raises:
         UserError: the run cannot start.
     """
-    from lorapre_recipes import distributed
-    from lorapre_recipes.corpus import StreamLost
-    from lorapre_recipes.training import Diverged, NotWritten
+    from lorapre_recipes.data.corpus import StreamLost
+    from lorapre_recipes.train import distributed
+    from lorapre_recipes.train.trainer import Diverged, NotWritten
 
     name = f"lorapre {recipe.__module__.rpartition('.')[2]}"
     if launched_with_fsdp() and not config.fsdp:
@@ -114,8 +114,8 @@ def launch(recipe: Callable[..., Any], config: C, run: Path, *, resume: bool) ->
 
 def how_to_go_on(name: str, run: Path) -> str:
     """The command that goes on with an interrupted run, or that there is nothing to go on from."""
-    from lorapre_recipes import distributed
-    from lorapre_recipes.runs import last_checkpoint
+    from lorapre_recipes.train import distributed
+    from lorapre_recipes.train.runs import last_checkpoint
 
     if last_checkpoint(run) is None:
         return "there is no checkpoint yet"

@@ -39,8 +39,8 @@ def plan(
         mesh: GPUs: fsdp=8 (FSDP2), hsdp=4x8 (four replicas of eight shards), tp=8 (tensor parallel), or
             both kinds with a comma: fsdp=128,tp=8. May be given three times, to compare.
     """
-    from lorapre_recipes.footprint import Mesh, Settings
-    from lorapre_recipes.plan import render
+    from lorapre_recipes.plan.footprint import Mesh, Settings
+    from lorapre_recipes.plan.tables import render
 
     settings = Settings(
         optimizer=optimizer,

@@ -103,8 +103,8 @@ def pretrain(
         config = config.replace(fsdp=config.fsdp or launched_with_fsdp())
         run = new_run(out, config)
 
-    from lorapre_recipes import pretrain as recipe
-    from lorapre_recipes.runs import load_run
+    from lorapre_recipes.train import pretrain as recipe
+    from lorapre_recipes.train.runs import load_run
 
     if resume is not None:
         config = load_run(run, PretrainConfig)

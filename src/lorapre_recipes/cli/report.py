@@ -16,6 +16,6 @@ def report(*runs: Path, out: Path | None = None) -> None:
     """
     if not runs:
         raise UserError("RUNS: give the folder of a comparison or of a run")
-    from lorapre_recipes.study import write_report
+    from lorapre_recipes.compare.study import write_report
 
     write_report(runs, out or runs[0])

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
 from lorapre.groups import is_low_rank, state_shapes
 from lorapre_recipes.config import LOW_RANK, UserError, parse_rules
-from lorapre_recipes.footprint import (
+from lorapre_recipes.plan.footprint import (
     DTYPES,
     FLOAT32,
     ONE_GPU,
@@ -27,9 +27,9 @@ from lorapre_recipes.footprint import (
     most_row_shards,
     optimizer_traffic,
 )
-from lorapre_recipes.optim import freeze
-from lorapre_recipes.report import short
-from lorapre_recipes.shapes import meta_model
+from lorapre_recipes.plan.shapes import meta_model
+from lorapre_recipes.train.optim import freeze
+from lorapre_recipes.train.summary import short
 
 # Which dimension of a weight (..., out, in) the styles of a transformers tp_plan divide. Others replicate it.
 TP_DIM = {

@@ -6,7 +6,7 @@ grid goes on from there; and the best combination is then run on the other seeds
 
     compare.json              contenders, grid, seeds, the base config: what is needed to go on
     CONTENDER/VALUES-seedN/   the cells
-    report.md, report.html    see lorapre_recipes.study
+    report.md, report.html    see lorapre_recipes.compare.study
 
 A cell that is cut off goes on from its last checkpoint, or from its start where the optimizer keeps objects
 in its state that a safe load refuses.
@@ -262,7 +262,7 @@ def start_cell(cell: Cell, out: Path, threads: int) -> Outcome:
         arguments = json.dumps(dataclasses.asdict(cell) | {"contender": cell.contender.name})
         with (run / "log.txt").open("a", encoding="utf-8") as log:
             code = subprocess.run(
-                [sys.executable, "-m", "lorapre_recipes.compare", str(out), arguments],
+                [sys.executable, "-m", "lorapre_recipes.compare.compare", str(out), arguments],
                 env=os.environ | {"OMP_NUM_THREADS": str(threads)},
                 stdout=log,
                 stderr=log,
@@ -277,9 +277,9 @@ def start_cell(cell: Cell, out: Path, threads: int) -> Outcome:
 def run_cell(out: Path, arguments: str) -> None:
     """Run a cell in this process, or go on with it."""
     from lorapre_recipes.cli.launch import quieten
-    from lorapre_recipes.pretrain import pretrain
-    from lorapre_recipes.runs import sound_checkpoint
-    from lorapre_recipes.training import Diverged
+    from lorapre_recipes.train.pretrain import pretrain
+    from lorapre_recipes.train.runs import sound_checkpoint
+    from lorapre_recipes.train.trainer import Diverged
 
     fields = json.loads(arguments)
     cell = Cell(**(fields | {"contender": Contender.parse(fields["contender"])}))

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorapre_recipes.config import PretrainConfig, UserError
-from lorapre_recipes.corpus import Corpus, hash_documents, read_corpus, take_characters
-from lorapre_recipes.tokens import (
+from lorapre_recipes.data.corpus import Corpus, hash_documents, read_corpus, take_characters
+from lorapre_recipes.data.tokens import (
     Sequence,
     as_dataset,
     cached_sequences,

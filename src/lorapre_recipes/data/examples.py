@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from lorapre_recipes.config import FinetuneConfig, UserError
-from lorapre_recipes.corpus import JSONL_SUFFIX, hash_documents, looks_like_hub_name, one_line
+from lorapre_recipes.data.corpus import JSONL_SUFFIX, hash_documents, looks_like_hub_name, one_line
 
 IGNORED = -100  # a label that the loss leaves out
 # MetaMathQA's, GSM8K's and MATH's

@@ -19,9 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lorapre_recipes.compare import SWEPT, folder_name
+from lorapre_recipes.compare.compare import SWEPT, folder_name
 from lorapre_recipes.config import PretrainConfig, UserError
-from lorapre_recipes.report import Metric, describe_optimizer, read_metrics
+from lorapre_recipes.train.summary import Metric, describe_optimizer, read_metrics
 
 # Figures of a summary that `report.json` keeps.
 KEPT = ("state_bytes", "peak_bytes", "optimizer_share", "step_seconds", "device")

@@ -16,8 +16,8 @@ from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, param_groups
 from lorapre.groups import Rule
-from lorapre_recipes.allocations import storage_bytes, tensors_in
 from lorapre_recipes.config import LOW_RANK, RunConfig, UserError, parse_patterns
+from lorapre_recipes.plan.allocations import storage_bytes, tensors_in
 
 Groups = list[dict[str, Any]]
 

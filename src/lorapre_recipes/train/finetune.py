@@ -27,15 +27,15 @@ from transformers import (
     set_seed,
 )
 
-from lorapre_recipes import distributed
 from lorapre_recipes.config import FinetuneConfig, UserError, parse_rules
-from lorapre_recipes.corpus import one_line
-from lorapre_recipes.finetune_data import labels_per_batch, load_examples
-from lorapre_recipes.footprint import DTYPES
-from lorapre_recipes.optim import build_optimizer, freeze
-from lorapre_recipes.report import Summary
-from lorapre_recipes.runs import MERGED, PARTIAL, model_folder
-from lorapre_recipes.training import check_machine, check_processes, train
+from lorapre_recipes.data.corpus import one_line
+from lorapre_recipes.data.examples import labels_per_batch, load_examples
+from lorapre_recipes.plan.footprint import DTYPES
+from lorapre_recipes.train import distributed
+from lorapre_recipes.train.optim import build_optimizer, freeze
+from lorapre_recipes.train.runs import MERGED, PARTIAL, model_folder
+from lorapre_recipes.train.summary import Summary
+from lorapre_recipes.train.trainer import check_machine, check_processes, train
 
 ALPHA = 2  # times the rank: 16 at rank 8
 LORA_PLUS_RATIO = 16  # learning rate of B over that of A, as the paper of LoRA+ has it

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 
-from lorapre_recipes import distributed
-from lorapre_recipes.adapters import Merge, insert_adapters
 from lorapre_recipes.config import ADAPTERS, PretrainConfig
-from lorapre_recipes.data import load_data
-from lorapre_recipes.footprint import DTYPES
-from lorapre_recipes.optim import build_optimizer
-from lorapre_recipes.report import Summary
-from lorapre_recipes.runs import record_data
-from lorapre_recipes.tokens import PADDING
-from lorapre_recipes.training import check_machine, check_processes, train
+from lorapre_recipes.data.stream import load_data
+from lorapre_recipes.data.tokens import PADDING
+from lorapre_recipes.plan.footprint import DTYPES
+from lorapre_recipes.train import distributed
+from lorapre_recipes.train.adapters import Merge, insert_adapters
+from lorapre_recipes.train.optim import build_optimizer
+from lorapre_recipes.train.runs import record_data
+from lorapre_recipes.train.summary import Summary
+from lorapre_recipes.train.trainer import check_machine, check_processes, train
 
 
 def pretrain(

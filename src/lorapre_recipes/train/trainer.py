@@ -1,7 +1,7 @@
 """The training loop that recipes share: transformers.Trainer with a clock, a progress bar and a run folder.
 
 The loop, checkpoints, resuming, mixed precision, accumulation and loggers are transformers.Trainer's. This
-module adds the clock that knows how long the optimizer takes, and the files of `lorapre_recipes.runs`.
+module adds the clock that knows how long the optimizer takes, and the files of `lorapre_recipes.train.runs`.
 """
 
 from __future__ import annotations
@@ -40,12 +40,11 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from lorapre import coverage, gradient_release
-from lorapre_recipes import distributed
 from lorapre_recipes.config import RunConfig, UserError
-from lorapre_recipes.footprint import FLOAT32
-from lorapre_recipes.optim import state_bytes
-from lorapre_recipes.report import Metric, Summary, plot_curves, summary_table
-from lorapre_recipes.runs import (
+from lorapre_recipes.plan.footprint import FLOAT32
+from lorapre_recipes.train import distributed
+from lorapre_recipes.train.optim import state_bytes
+from lorapre_recipes.train.runs import (
     PARTIAL,
     checkpoint_step,
     checkpoints,
@@ -53,6 +52,7 @@ from lorapre_recipes.runs import (
     prepare_folder,
     write_manifest,
 )
+from lorapre_recipes.train.summary import Metric, Summary, plot_curves, summary_table
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -30,8 +30,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lorapre_recipes.config import UserError
-from lorapre_recipes.finetune_data import Example
-from lorapre_recipes.tokens import END_OF_DOCUMENT
+from lorapre_recipes.data.examples import Example
+from lorapre_recipes.data.tokens import END_OF_DOCUMENT
 
 LARGEST = 60  # of any number in a problem
 VOCABULARY = 384  # tokens: bytes, and what words the task has

@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from lorapre_recipes import distributed
 from lorapre_recipes.config import RunConfig, UserError, write_whole
+from lorapre_recipes.train import distributed
 
 C = TypeVar("C", bound=RunConfig)
 
