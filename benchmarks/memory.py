@@ -34,7 +34,7 @@ from cyclopts import App
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorapre_recipes.plan.allocations import Mark, peak_resident_bytes, segments, storage_bytes, tensors_in
+from lorapre_recipes.allocations import Mark, peak_resident_bytes, segments, storage_bytes, tensors_in
 from lorapre_recipes.plan.shapes import config_of
 
 COLUMNS = [

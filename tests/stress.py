@@ -126,7 +126,7 @@ def command_line(
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
     torch.set_num_threads(1)
-    presets.PRESETS["tiny"] = lambda optimizer: tiny(
+    presets.PRETRAIN["tiny"] = lambda optimizer: tiny(
         optimizer, steps=STEPS, log_points=STEPS, checkpoints=STEPS // SAVED_EVERY
     )
     sys.argv = ["lorapre", "pretrain", *arguments]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from lorapre_recipes.allocations import peak_bytes, segments
 from lorapre_recipes.config import UserError
-from lorapre_recipes.plan.allocations import peak_bytes, segments
 from lorapre_recipes.presets import llama_tiny
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorapre import LoRAPreAdamW, LoRAPreMuon
 from lorapre.batch import BATCH
 from lorapre.groups import matrix_shape
-from lorapre_recipes.plan.allocations import peak_bytes
+from lorapre_recipes.allocations import peak_bytes
 
 MIB = 2**20
 

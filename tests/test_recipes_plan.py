@@ -20,21 +20,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, gradient_release, param_groups
-from lorapre_recipes.plan.allocations import peak_bytes, storage_bytes
-from lorapre_recipes.plan.footprint import (
-    DTYPES,
-    ONE_GPU,
-    Mesh,
-    Settings,
+from lorapre_recipes.allocations import peak_bytes, storage_bytes
+from lorapre_recipes.plan.memory import memory
+from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
+from lorapre_recipes.plan.shapes import BUILT_IN, meta_model
+from lorapre_recipes.plan.tables import render
+from lorapre_recipes.plan.traffic import (
     fsdp_traffic,
     gather_traffic,
-    memory,
     most_row_shards,
     optimizer_traffic,
 )
-from lorapre_recipes.plan.shapes import BUILT_IN, meta_model
-from lorapre_recipes.plan.tables import render, routed
-from lorapre_recipes.train.optim import WithAdamW
+from lorapre_recipes.plan.weights import routed
+from lorapre_recipes.train.optim import DTYPES, WithAdamW
 
 RANK = 4
 DOCS = Path(__file__).parents[1] / "docs"

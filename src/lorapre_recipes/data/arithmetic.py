@@ -19,19 +19,18 @@ words and how to calculate, but not what the one has to do with the other.
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lorapre_recipes.config import UserError
+from lorapre_recipes.config import ArithmeticConfig, UserError
+from lorapre_recipes.data import tokens
 from lorapre_recipes.data.examples import Example
-from lorapre_recipes.data.tokens import END_OF_DOCUMENT
+from lorapre_recipes.data.tokens import for_transformers
+from lorapre_recipes.files import write_lines
 
 LARGEST = 60  # of any number in a problem
 VOCABULARY = 384  # tokens: bytes, and what words the task has
@@ -46,14 +45,7 @@ BAGS = ("{name} buys {k} bags of {n} {things}.", "{name} fills {k} boxes with {n
 MULTIPLES = ("{other} gives {name} as many {things} again.", "{name} doubles the number of {things}.")
 
 
-class Problem(NamedTuple):
-    """A question and its answer with the steps that lead to it, under GSM8K's names."""
-
-    question: str
-    answer: str
-
-
-def make_problem(random: random.Random) -> Problem:
+def make_problem(random: random.Random) -> Example:
     """One problem; every number on the way is between 1 and `LARGEST`."""
     name, other = random.sample(NAMES, 2)
     things = random.choice(THINGS)
@@ -64,7 +56,7 @@ def make_problem(random: random.Random) -> Problem:
         steps += [f"{line} {things}" for line in lines]
         story.append(event.format(name=name, other=other, things=things))
     story.append(f"How many {things} does {name} have now?")
-    return Problem(" ".join(story), "\n".join([*steps, f"#### {count}"]))
+    return Example(" ".join(story), "\n".join([*steps, f"#### {count}"]))
 
 
 def make_event(count: int, random: random.Random) -> tuple[str, list[str], int]:
@@ -109,7 +101,7 @@ def make_equations(random: random.Random) -> Iterator[str]:
 # Files
 
 
-def problems(random: random.Random, seen: set[str]) -> Iterator[Problem]:
+def problems(random: random.Random, seen: set[str]) -> Iterator[Example]:
     """Problems whose questions are not in `seen`, without end; it takes up each."""
     while True:
         problem = make_problem(random)
@@ -130,22 +122,14 @@ def texts(random: random.Random, seen: set[str]) -> Iterator[str]:
 EQUATIONS, STORIES = 24, 3  # in a document
 
 
-def write_task(out: Path, *, train: int, test: int, text: int, seed: int) -> None:
+def write_task(out: Path, sizes: ArithmeticConfig) -> None:
     """Write train.jsonl, test.jsonl and text.jsonl, no question twice in or between them, and a tokenizer.
 
-    Args:
-        out: the folder; new or empty.
-        train: problems to fine-tune on.
-        test: problems to evaluate on; the same whatever the other numbers are.
-        text: documents to pre-train on.
-        seed: of all that is drawn.
+    The problems of the test are the same whatever the other sizes are.
 
     Raises:
-        UserError: a number below one, or a folder that holds something or cannot be made.
+        UserError: a folder that holds something or cannot be made.
     """
-    for name, count in (("--train", train), ("--test", test), ("--text", text)):
-        if count < 1:
-            raise UserError(f"{name}: must be at least 1, not {count}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
@@ -153,39 +137,17 @@ def write_task(out: Path, *, train: int, test: int, text: int, seed: int) -> Non
     except OSError as error:
         raise UserError(f"OUT {out}: this folder cannot be made ({error.strerror})") from error
     seen: set[str] = set()
-    held_out = problems(random.Random(f"{seed} test"), seen)
-    write_lines(out / "test.jsonl", [next(held_out)._asdict() for _ in range(test)])
-    trained = list(itertools.islice(problems(random.Random(f"{seed} train"), seen), train))
+    test, train, text = (random.Random(f"{sizes.seed} {name}") for name in ("test", "train", "text"))
+    held_out = list(itertools.islice(problems(test, seen), sizes.test))
+    trained = list(itertools.islice(problems(train, seen), sizes.train))
+    pages = list(itertools.islice(texts(text, seen), sizes.text))
+    write_lines(out / "test.jsonl", [problem._asdict() for problem in held_out])
     write_lines(out / "train.jsonl", [problem._asdict() for problem in trained])
-    pages = list(itertools.islice(texts(random.Random(f"{seed} text"), seen), text))
     write_lines(out / "text.jsonl", [{"text": page} for page in pages])
-    examples = (Example(*problem) for problem in trained)
-    tokenizer = train_tokenizer([*pages, *(example.prompt + example.completion for example in examples)])
+    tokenizer = train_tokenizer([*pages, *(problem.prompt + problem.completion for problem in trained)])
     tokenizer.save_pretrained(out / "tokenizer")
 
 
 def train_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every digit is a token of its own, so that all numbers are read alike."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, eos_token=END_OF_DOCUMENT
-    )
-
-
-def write_lines(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write rows as JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """A tokenizer in which every digit is a token of its own, so that all numbers are read alike."""
+    return for_transformers(tokens.train_tokenizer(documents, VOCABULARY, digits=True))

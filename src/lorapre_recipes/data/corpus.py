@@ -8,17 +8,19 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets  # type: ignore[import-untyped]
 import numpy as np
 
 from lorapre_recipes.config import PretrainConfig, UserError
+from lorapre_recipes.console import one_line
 
-TEXT_SUFFIXES = (".txt", ".md")
 JSONL_SUFFIX = ".jsonl"
+SUFFIXES = (".txt", ".md", JSONL_SUFFIX)
 
 # A file of JSON lines is refused if its first line is corrupt, or more of its lines than this: then it is
 # another kind of file, not one with an accident in it.
@@ -45,17 +47,6 @@ class Corpus:
     fingerprint: str  # sha256 of the training documents, or of the first of a stream's
     skipped: Callable[[], int] = lambda: 0  # corrupt records passed over so far
     set_epoch: Callable[[int], None] | None = None  # only a stream has one
-
-
-@dataclass(frozen=True)
-class Part:
-    """The documents whose number `keep` lets through."""
-
-    documents: Iterable[str]
-    keep: Callable[[int], bool]
-
-    def __iter__(self) -> Iterator[str]:
-        return (document for number, document in enumerate(self.documents) if self.keep(number))
 
 
 def read_corpus(config: PretrainConfig) -> Corpus:
@@ -94,15 +85,14 @@ def hash_documents(documents: Iterable[str]) -> str:
 
 def take_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
     """The first documents, until they hold `limit` characters together."""
-    total = 0
     for document in documents:
         yield document
-        total += len(document)
-        if total >= limit:
+        limit -= len(document)
+        if limit <= 0:
             return
 
 
-# What is here
+# Files
 
 
 def sotu_documents() -> list[str]:
@@ -114,12 +104,18 @@ def sotu_documents() -> list[str]:
 
 def text_files(folder: Path) -> list[Path]:
     """The files of text below a folder. Raises UserError where there is none."""
-    suffixes = (*TEXT_SUFFIXES, JSONL_SUFFIX)
-    files = sorted(p for p in folder.rglob("*") if p.suffix in suffixes and p.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     if not files:
-        wanted = ", ".join("*" + suffix for suffix in suffixes)
+        wanted = ", ".join("*" + suffix for suffix in SUFFIXES)
         raise UserError(f"--data {folder}: no text in this folder; it should hold {wanted}")
     return files
+
+
+class CorruptLine(NamedTuple):
+    """A line that is no document."""
+
+    number: int
+    fault: str
 
 
 @dataclass(frozen=True)
@@ -138,9 +134,9 @@ class Files:
         """Count the corrupt lines. Raises UserError for a file with too many, see CORRUPT_SHARE."""
         total = 0
         for path in self.paths:
-            lines = 0
-            corrupt: list[CorruptLine] = []
-            for lines, document in enumerate(read_file(path), start=1):
+            lines, corrupt = 0, []
+            for document in read_file(path):
+                lines += 1
                 if isinstance(document, CorruptLine):
                     corrupt.append(document)
                     if lines == 1:
@@ -151,17 +147,20 @@ class Files:
         return total
 
 
-@dataclass(frozen=True)
-class CorruptLine:
-    """A line that is no document."""
-
-    number: int
-    fault: str
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises UserError where reading a file fails within the block."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {path}: not UTF-8 text (byte {error.start})") from error
+    except PermissionError as error:
+        raise UserError(f"--data {path}: not readable for this user") from error
 
 
 def read_file(path: Path) -> Iterator[str | CorruptLine]:
     """The documents of one file: each line's field `text` for JSON lines, else the whole text."""
-    try:
+    with readable(path):
         if path.suffix != JSONL_SUFFIX:
             yield path.read_text(encoding="utf-8")
             return
@@ -169,24 +168,35 @@ def read_file(path: Path) -> Iterator[str | CorruptLine]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield read_line(number, line)
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data {path}: not UTF-8 text (byte {error.start})") from error
-    except PermissionError as error:
-        raise UserError(f"--data {path}: not readable for this user") from error
 
 
 def read_line(number: int, line: bytes) -> str | CorruptLine:
     """The field `text` of a JSON line."""
     try:
         record = json.loads(line)
-        if not isinstance(record, dict) or not isinstance(text := record.get("text"), str):
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
             return CorruptLine(number, "has no field 'text' that holds a string")
         text.encode("utf-8")  # JSON can spell half a character, which is none
+        return text
     except json.JSONDecodeError as error:
         return CorruptLine(number, f"is not JSON ({error.msg})")
     except UnicodeError:
         return CorruptLine(number, "is not UTF-8 text")
-    return text
+
+
+@dataclass(frozen=True)
+class Part:
+    """The documents that are the last of each `every`, or all the others."""
+
+    documents: Iterable[str]
+    every: int
+    last: bool
+
+    def __iter__(self) -> Iterator[str]:
+        for number, document in enumerate(self.documents, start=1):
+            if (number % self.every == 0) == self.last:
+                yield document
 
 
 def split(documents: Iterable[str], every: int) -> tuple[Iterable[str], Iterable[str]]:
@@ -200,10 +210,7 @@ def split(documents: Iterable[str], every: int) -> tuple[Iterable[str], Iterable
         cut = len(text) - len(text) // every
         return [text[:cut]], [text[cut:]]
     every = min(every, count)
-    return (
-        Part(documents, lambda number: number % every != every - 1),
-        Part(documents, lambda number: number % every == every - 1),
-    )
+    return Part(documents, every, last=False), Part(documents, every, last=True)
 
 
 # The Hugging Face Hub
@@ -212,8 +219,22 @@ def split(documents: Iterable[str], every: int) -> tuple[Iterable[str], Iterable
 def looks_like_hub_name(name: str) -> bool:
     """`owner/name` or `owner/name:config`, not a path."""
     owner, _, rest = name.partition("/")
-    is_path = name.startswith((".", "/", "~")) or name.endswith((*TEXT_SUFFIXES, JSONL_SUFFIX))
+    is_path = name.startswith((".", "/", "~")) or name.endswith(SUFFIXES)
     return bool(owner and rest) and "/" not in rest and not is_path
+
+
+@contextmanager
+def from_hub(data: str) -> Iterator[None]:
+    """Raises UserError where the hub has no such dataset or does not answer within the block."""
+    try:
+        yield
+    except OSError as error:  # offline; DatasetNotFoundError is one too
+        raise UserError(
+            f"--data {data}: no such file here, nor a dataset found on the Hugging Face Hub "
+            f"({one_line(error)})"
+        ) from error
+    except ValueError as error:  # unknown config or split
+        raise UserError(f"--data {data}: {one_line(error)}") from error
 
 
 def read_hub(config: PretrainConfig) -> Corpus:
@@ -245,16 +266,9 @@ def read_hub(config: PretrainConfig) -> Corpus:
 def open_split(data: str, split: str) -> datasets.IterableDataset:
     """The column `text` of a split, as a stream. Raises UserError where there is none."""
     name, _, subset = data.partition(":")
-    try:
+    with from_hub(data):
         stream = datasets.load_dataset(name, subset or None, split=split, streaming=True)
         first = next(iter(stream), None)
-    except OSError as error:  # offline; DatasetNotFoundError is one too
-        raise UserError(
-            f"--data {data}: no such file or folder here, "
-            f"nor a dataset found on the Hugging Face Hub ({one_line(error)})"
-        ) from error
-    except ValueError as error:  # unknown config or split
-        raise UserError(f"--data {data}: {one_line(error)}") from error
     if first is None or "text" not in first:
         columns = ", ".join(first) if first else "none"
         raise UserError(f"--data {data}: the dataset needs a column 'text' (it has: {columns})")
@@ -328,8 +342,3 @@ class Shuffled:
                 buffer[place] = document
         random.shuffle(buffer)
         yield from buffer
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's message, for a message of ours that must be one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,7 +14,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from lorapre_recipes.config import FinetuneConfig, UserError
-from lorapre_recipes.data.corpus import JSONL_SUFFIX, hash_documents, looks_like_hub_name, one_line
+from lorapre_recipes.data.corpus import (
+    JSONL_SUFFIX,
+    from_hub,
+    hash_documents,
+    looks_like_hub_name,
+    readable,
+)
 
 IGNORED = -100  # a label that the loss leaves out
 # MetaMathQA's, GSM8K's and MATH's
@@ -131,12 +137,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, value) of each line that is not empty. Raises UserError where that is no JSON."""
     if path.suffix != JSONL_SUFFIX:
         raise UserError(f"--data {path}: must be a file of JSON lines, *{JSONL_SUFFIX}")
-    try:
+    with readable(path):
         text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data {path}: not UTF-8 text (byte {error.start})") from error
-    except PermissionError as error:
-        raise UserError(f"--data {path}: not readable for this user") from error
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines() breaks at U+2028 too
         if line.strip():
             try:
@@ -148,15 +150,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def read_hub(data: str, split: str) -> Iterable[tuple[str, Any]]:
     """(place, row) of each row of a dataset on the Hugging Face hub. Raises UserError without it."""
     name, _, subset = data.partition(":")
-    try:
+    with from_hub(data):
         rows = datasets.load_dataset(name, subset or None, split=split)
-    except OSError as error:  # offline; DatasetNotFoundError is one too
-        raise UserError(
-            f"--data {data}: no such file here, nor a dataset found on the Hugging Face Hub "
-            f"({one_line(error)})"
-        ) from error
-    except ValueError as error:  # unknown config or split
-        raise UserError(f"--data {data}: {one_line(error)}") from error
     return ((f"{data}: row {number}", row) for number, row in enumerate(rows, start=1))
 
 

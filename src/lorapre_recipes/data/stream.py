@@ -78,11 +78,7 @@ class TokenStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
 def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
     """Read, split and tokenize; what another run has tokenized is found in the cache.
 
-    A stream is tokenized as it is read, and not kept.
-
-    Args:
-        config: names the data, the tokenizer or its size, and the sequence length.
-        run: a run folder that goes on, for its tokenizer.
+    A stream is tokenized as it is read, and not kept. The folder of a run that goes on has its tokenizer.
 
     Raises:
         UserError: no such data or tokenizer, or too little text for one sequence on either side of the split.

@@ -7,7 +7,9 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets  # type: ignore[import-untyped]
 import numpy as np
@@ -17,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorapre_recipes.config import UserError
-from lorapre_recipes.data.corpus import one_line
+from lorapre_recipes.console import one_line
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = -100  # in place of a token; it is what losses of torch and transformers ignore
@@ -45,48 +47,16 @@ def load_tokenizer(
     return tokenizer
 
 
-def cache_folder() -> Path:
-    """Where tokenizers are kept: $LORAPRE_CACHE, or lorapre under $XDG_CACHE_HOME or ~/.cache."""
-    if override := os.environ.get("LORAPRE_CACHE"):
-        return Path(override)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapre"
+def train_tokenizer(documents: Iterable[str], vocab_size: int, *, digits: bool = False) -> Tokenizer:
+    """Train byte-level BPE: every text can be encoded and decoded without loss.
 
-
-def unwritable_cache(error: OSError) -> UserError:
-    """The error to raise where the cache cannot be written."""
-    return UserError(
-        f"the cache {cache_folder()} cannot be written ({error.strerror or one_line(error)}); "
-        "set LORAPRE_CACHE to a folder that can"
-    )
-
-
-def cached_tokenizer(documents: Iterable[str], fingerprint: str, vocab_size: int) -> Tokenizer:
-    """The byte-level BPE tokenizer of these documents, trained at first use.
-
-    Args:
-        documents: the text to train on.
-        fingerprint: `hash_documents` of it, half of the cache's key.
-        vocab_size: tokens, the other half.
+    With `digits`, every digit is a token of its own: all numbers are read alike.
     """
-    file = cache_folder() / "tokenizers" / f"bpe-{vocab_size}-{fingerprint[:32]}.json"
-    if file.is_file():
-        return Tokenizer.from_file(str(file))
-    tokenizer = train_tokenizer(documents, vocab_size)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # A rename is atomic: a second run, or one that is cut off here, never sees half a file.
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as partial:
-            partial.write(tokenizer.to_str())
-        os.replace(partial.name, file)
-    except OSError as error:
-        raise unwritable_cache(error) from error
-    return tokenizer
-
-
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train byte-level BPE: every text can be encoded and decoded without loss."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words: Any = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if digits:
+        words = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+    tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -98,60 +68,52 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def for_transformers(tokenizer: Tokenizer, length: int) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers saves and loads it beside a model."""
+def for_transformers(tokenizer: Tokenizer, length: int | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer as transformers saves and loads it beside a model that reads `length` tokens."""
+    limit = {} if length is None else {"model_max_length": length}
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, eos_token=END_OF_DOCUMENT, model_max_length=length
+        tokenizer_object=tokenizer, eos_token=END_OF_DOCUMENT, **limit
     )
 
 
-# Sequences
+# The cache
 
 
-def sequences(
-    documents: Iterable[str],
-    tokenizer: PreTrainedTokenizerFast,
-    length: int,
-    *,
-    packed: bool,
-    vocab_size: int,
-) -> Iterator[Sequence]:
-    """Documents as sequences of `length` tokens.
+def cache_folder() -> Path:
+    """Where tokenizers are kept: $LORAPRE_CACHE, or lorapre under $XDG_CACHE_HOME or ~/.cache."""
+    if override := os.environ.get("LORAPRE_CACHE"):
+        return Path(override)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapre"
 
-    Args:
-        documents: text.
-        tokenizer: its end token closes each document.
-        length: of all sequences.
-        packed: cut the concatenated documents into sequences without padding, and drop what is left at the
-            end; otherwise each document is a sequence of its own, truncated, then padded with PADDING.
-        vocab_size: of the model.
 
-    Yields:
-        (length,) int32.
+@contextmanager
+def writable_cache() -> Iterator[None]:
+    """Raises UserError where the block cannot write the cache."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the cache {cache_folder()} cannot be written ({error.strerror or one_line(error)}); "
+            "set LORAPRE_CACHE to a folder that can"
+        ) from error
 
-    Raises:
-        UserError: a token is none of the model's.
+
+def cached_tokenizer(documents: Iterable[str], fingerprint: str, vocab_size: int) -> Tokenizer:
+    """The byte-level BPE tokenizer of these documents, trained at first use.
+
+    The cache's key is `fingerprint`, the `hash_documents` of them, and the size of the vocabulary.
     """
-    rest = np.empty(0, np.int32)
-    end = [tokenizer.eos_token_id]
-    encode = tokenizer.backend_tokenizer.encode_batch  # it uses every core
-    documents = iter(documents)
-    while batch := list(itertools.islice(documents, 64)):
-        encoded = [encoding.ids for encoding in encode(batch, add_special_tokens=False)]
-        if packed:
-            tokens = np.concatenate([rest, *(np.asarray(ids + end, np.int32) for ids in encoded)])
-            full = len(tokens) // length * length
-            rows, rest = tokens[:full].reshape(-1, length), tokens[full:]
-        else:
-            rows = np.full((len(batch), length), PADDING, np.int32)
-            for row, ids in zip(rows, encoded, strict=True):
-                ids = ids[: length - 1] + end
-                row[: len(ids)] = ids
-        if rows.size and rows.max() >= vocab_size:
-            raise UserError(
-                f"--tokenizer: it makes token {rows.max()}, and the model's vocabulary is {vocab_size}"
-            )
-        yield from rows
+    file = cache_folder() / "tokenizers" / f"bpe-{vocab_size}-{fingerprint[:32]}.json"
+    if file.is_file():
+        return Tokenizer.from_file(str(file))
+    tokenizer = train_tokenizer(documents, vocab_size)
+    with writable_cache():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # A rename is atomic: a second run, or one that is cut off here, never sees half a file.
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as partial:
+            partial.write(tokenizer.to_str())
+        os.replace(partial.name, file)
+    return tokenizer
 
 
 def cached_sequences(
@@ -174,18 +136,17 @@ def cached_sequences(
             raise empty
 
     try:
-        return datasets.Dataset.from_generator(
-            rows,
-            features=features(length),
-            cache_dir=str(cache_folder() / "tokens"),
-            fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-        ).with_format("torch")
+        with writable_cache():
+            return datasets.Dataset.from_generator(
+                rows,
+                features=features(length),
+                cache_dir=str(cache_folder() / "tokens"),
+                fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
+            ).with_format("torch")
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
-    except OSError as error:
-        raise unwritable_cache(error) from error
 
 
 def as_dataset(sequences: Iterable[Sequence], length: int) -> datasets.Dataset:
@@ -197,3 +158,46 @@ def as_dataset(sequences: Iterable[Sequence], length: int) -> datasets.Dataset:
 def features(length: int) -> datasets.Features:
     """The one column of a data set: `length` tokens, which come out as an int64 tensor."""
     return datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=length)})
+
+
+# Sequences
+
+
+def sequences(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerFast,
+    length: int,
+    *,
+    packed: bool,
+    vocab_size: int,
+) -> Iterator[Sequence]:
+    """Documents as sequences of `length` tokens, each document closed by the tokenizer's end token.
+
+    Args:
+        documents: text.
+        tokenizer: a token of its that is not below `vocab_size` raises UserError.
+        length: of all sequences.
+        packed: cut the concatenated documents into sequences without padding, and drop what is left at the
+            end; otherwise each document is a sequence of its own, truncated, then padded with PADDING.
+        vocab_size: of the model.
+    """
+    rest = np.empty(0, np.int32)
+    end = [tokenizer.eos_token_id]
+    encode = tokenizer.backend_tokenizer.encode_batch  # it uses every core
+    documents = iter(documents)
+    while batch := list(itertools.islice(documents, 64)):
+        encoded = [encoding.ids for encoding in encode(batch, add_special_tokens=False)]
+        if packed:
+            tokens = np.concatenate([rest, *(np.asarray(ids + end, np.int32) for ids in encoded)])
+            full = len(tokens) // length * length
+            rows, rest = tokens[:full].reshape(-1, length), tokens[full:]
+        else:
+            rows = np.full((len(batch), length), PADDING, np.int32)
+            for row, ids in zip(rows, encoded, strict=True):
+                ids = ids[: length - 1] + end
+                row[: len(ids)] = ids
+        if rows.size and rows.max() >= vocab_size:
+            raise UserError(
+                f"--tokenizer: it makes token {rows.max()}, and the model's vocabulary is {vocab_size}"
+            )
+        yield from rows

@@ -3,51 +3,42 @@
 from __future__ import annotations
 
 import copy
-import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from lorapre_recipes.config import UserError
+from lorapre_recipes.console import one_line, quieten
 
 
-def llama(*, hidden: int, intermediate: int, heads: int, layers: int) -> LlamaConfig:
+def llama(hidden: int, intermediate: int, heads: int, layers: int, **fields: Any) -> LlamaConfig:
     """The Llamas of the pre-training experiments in GaLore and LoRA-Pre: 32,000 tokens, a head of its own."""
     return LlamaConfig(
-        vocab_size=32_000,
+        vocab_size=fields.pop("vocab_size", 32_000),
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_attention_heads=heads,
         num_hidden_layers=layers,
         tie_word_embeddings=False,
+        **fields,
     )
 
 
-def llama_3(*, hidden: int, intermediate: int, heads: int, layers: int) -> LlamaConfig:
-    """The published shapes of Llama 3.1: 128,256 tokens, eight heads of keys and values."""
-    return LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        num_hidden_layers=layers,
-        tie_word_embeddings=False,
-    )
-
+# The published shapes of Llama 3.1: 128,256 tokens, eight heads of keys and values.
+LLAMA_3 = {"vocab_size": 128_256, "num_key_value_heads": 8}
 
 BUILT_IN: dict[str, LlamaConfig] = {
-    "llama-60m": llama(hidden=512, intermediate=1376, heads=8, layers=8),
-    "llama-130m": llama(hidden=768, intermediate=2048, heads=12, layers=12),
-    "llama-350m": llama(hidden=1024, intermediate=2736, heads=16, layers=24),
-    "llama-1b": llama(hidden=2048, intermediate=5461, heads=32, layers=24),
-    "llama-7b": llama(hidden=4096, intermediate=11008, heads=32, layers=32),
-    "llama-3.1-8b": llama_3(hidden=4096, intermediate=14336, heads=32, layers=32),
-    "llama-3.1-70b": llama_3(hidden=8192, intermediate=28672, heads=64, layers=80),
-    "llama-3.1-405b": llama_3(hidden=16384, intermediate=53248, heads=128, layers=126),
+    "llama-60m": llama(512, 1376, heads=8, layers=8),
+    "llama-130m": llama(768, 2048, heads=12, layers=12),
+    "llama-350m": llama(1024, 2736, heads=16, layers=24),
+    "llama-1b": llama(2048, 5461, heads=32, layers=24),
+    "llama-7b": llama(4096, 11008, heads=32, layers=32),
+    "llama-3.1-8b": llama(4096, 14336, heads=32, layers=32, **LLAMA_3),
+    "llama-3.1-70b": llama(8192, 28672, heads=64, layers=80, **LLAMA_3),
+    "llama-3.1-405b": llama(16384, 53248, heads=128, layers=126, **LLAMA_3),
 }
 
 
@@ -62,15 +53,19 @@ def meta_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         UserError: there is no such model, or it needs code that is not in transformers.
     """
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    # It warns at every retry; the last one ends in an error of ours.
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    quieten()
     config = config_of(name)
+    named = getattr(transformers, (config.architectures or [""])[0], None)
     try:
         with torch.device("meta"):
-            model = _architecture(config)
+            if named is not None:
+                model: PreTrainedModel = named(config)
+            else:  # what transformers takes for the type
+                causal = type(config) in AutoModelForCausalLM._model_mapping
+                kind = AutoModelForCausalLM if causal else AutoModel
+                model = kind.from_config(config)  # type: ignore[no-untyped-call]
     except (ValueError, ImportError) as error:
-        raise UserError(f"MODEL {name}: transformers cannot build it: {_first_line(error)}") from error
+        raise UserError(f"MODEL {name}: transformers cannot build it: {one_line(error)}") from error
     model.to(dtype)  # type: ignore[arg-type]
     return model
 
@@ -88,22 +83,6 @@ def config_of(name: str) -> transformers.PreTrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"MODEL {name}: not built in ({', '.join(BUILT_IN)}), and no config that transformers can read: "
-            f"{_first_line(error)}"
+            f"{one_line(error)}"
         ) from error
     return config
-
-
-def _architecture(config: transformers.PreTrainedConfig) -> PreTrainedModel:
-    """The class that the config names, or what transformers takes for its type."""
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    if named is not None:
-        model: PreTrainedModel = named(config)
-    elif type(config) in AutoModelForCausalLM._model_mapping:
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    else:
-        model = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
-    return model
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -28,14 +28,13 @@ from transformers import (
 )
 
 from lorapre_recipes.config import FinetuneConfig, UserError, parse_rules
-from lorapre_recipes.data.corpus import one_line
+from lorapre_recipes.console import one_line
 from lorapre_recipes.data.examples import labels_per_batch, load_examples
-from lorapre_recipes.plan.footprint import DTYPES
 from lorapre_recipes.train import distributed
-from lorapre_recipes.train.optim import build_optimizer, freeze
+from lorapre_recipes.train.optim import DTYPES, build_optimizer, freeze
 from lorapre_recipes.train.runs import MERGED, PARTIAL, model_folder
+from lorapre_recipes.train.session import check_machine, train
 from lorapre_recipes.train.summary import Summary
-from lorapre_recipes.train.trainer import check_machine, check_processes, train
 
 ALPHA = 2  # times the rank: 16 at rank 8
 LORA_PLUS_RATIO = 16  # learning rate of B over that of A, as the paper of LoRA+ has it
@@ -51,22 +50,12 @@ def finetune(
 ) -> Summary:
     """Train, evaluate as it goes, fill the run folder `out`, and print the table.
 
-    Args:
-        config: everything that decides the numbers.
-        out: the run folder; new or empty, or that of the run to go on with.
-        resume: go on from the last checkpoint in `out`; `config` must be what `load_run` returns for it.
-        command: what to write to command.txt.
-        callbacks: more of transformers' trainer callbacks.
-
-    Raises:
-        UserError: the run cannot start, see `load_model`, `load_examples`, `build_optimizer`.
-        Diverged: the loss became infinite or not a number.
+    The arguments and errors are those of `session.train`.
     """
     distributed.join()
     if distributed.processes() > 1:
         raise UserError("lorapre finetune: runs on one process; start it without torchrun")
     check_machine(config)
-    check_processes(config)
     folder = model_folder(config.model)
     tokenizer = load_tokenizer(config.model, folder)
     set_seed(config.seed)

@@ -16,10 +16,11 @@ from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, param_groups
 from lorapre.groups import Rule
-from lorapre_recipes.config import LOW_RANK, RunConfig, UserError, parse_patterns
-from lorapre_recipes.plan.allocations import storage_bytes, tensors_in
+from lorapre_recipes.allocations import storage_bytes, tensors_in
+from lorapre_recipes.config import LOW_RANK, Precision, RunConfig, UserError, parse_patterns
 
 Groups = list[dict[str, Any]]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Newton-Schulz makes updates of one size whatever the gradient. With this adjustment it is AdamW's size: a
 # learning rate means the same for Adam and Muon.
@@ -50,10 +51,8 @@ class WithAdamW(Optimizer):
                 loss = closure()
         # Lent anew at every step: load_state_dict replaces the groups and the state.
         dense = len(self._rest.param_groups)
-        self._rest.param_groups, self._matrices.param_groups = (
-            self.param_groups[:dense],
-            self.param_groups[dense:],
-        )
+        self._rest.param_groups = self.param_groups[:dense]
+        self._matrices.param_groups = self.param_groups[dense:]
         self._rest.state = self._matrices.state = self.state
         self._rest.step()
         self._matrices.step()
@@ -82,19 +81,15 @@ class GaLoreMuon(Optimizer):
                     continue
                 state = self.state[p]
                 tall = p.shape[0] > p.shape[1]
-                g = p.grad.mT if tall else p.grad
+                g = (p.grad.mT if tall else p.grad).float()
                 if state.get("step", 0) % group["refresh"] == 0:
-                    state["projection"] = torch.linalg.svd(g.float(), full_matrices=False)[0][
-                        :, : group["rank"]
-                    ]
+                    U, _, _ = torch.linalg.svd(g, full_matrices=False)
+                    state["projection"] = U[:, : group["rank"]]
                 state["step"] = state.get("step", 0) + 1
-                low = state["projection"].mT @ g.float()
-                m = (
-                    state.setdefault("momentum_buffer", torch.zeros_like(low))
-                    .mul_(group["momentum"])
-                    .add_(low)
-                )
-                update = state["projection"] @ orthogonal(m)
+                P = state["projection"]
+                m = state.setdefault("momentum_buffer", torch.zeros_like(P.mT @ g))
+                m.mul_(group["momentum"]).add_(P.mT @ g)
+                update = P @ orthogonal(m)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update.mT if tall else update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
@@ -120,22 +115,88 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
         UserError: no matrix can be factorised, the rank is so large that factors would not be smaller than
             some matrix, a rule does not fit, or a package is not installed.
     """
-    matrices, rest = _grouped(model, 1, (), option="--rank", strict=config.optimizer in LOW_RANK)
-    if config.optimizer in LOW_RANK:
+    low_rank = config.optimizer in LOW_RANK
+    matrices, rest = grouped(model, 1, (), option="--rank", strict=low_rank)
+    if not low_rank:
+        matrices = [{"params": group["params"], "lr": config.lr * config.scale} for group in matrices]
+        rest = [{"params": group["params"], "lr": config.lr} for group in rest]
+        return peer(matrices, rest, config)
+    assert config.rank is not None
+    assert config.variant is not None
+    # A larger rank would leave some matrices dense: no run of the rank that it is named after.
+    weights = (weight for group in matrices for _, weight in group["params"])
+    largest = min((weight.numel() - 1) // sum(weight.shape) for weight in weights)
+    if config.rank > largest:
+        raise UserError(
+            f"--rank {config.rank}: factors would not be smaller than this model's smallest matrix; "
+            f"give at most {largest}"
+        )
+    matrices, rest = grouped(model, config.rank, rules, option="--rules", strict=True)
+    shared: dict[str, Any] = {
+        "rank": config.rank,
+        "variant": config.variant,
+        "weight_decay": config.weight_decay,
+        "seed": config.seed,
+        "stochastic_rounding": config.stochastic_rounding,
+    }
+    if config.optimizer == "lorapre-muon":
+        return LoRAPreMuon(
+            [*rest, *matrices],
+            lr=config.lr * config.scale,
+            momentum=config.momentum,
+            adjust_lr_fn=ADJUST_LR,
+            adamw_lr=config.lr,
+            adamw_betas=config.betas,
+            adamw_eps=config.eps,
+            adamw_weight_decay=config.weight_decay,
+            **shared,
+        )
+    assert config.compress is not None
+    return LoRAPreAdamW(
+        [*rest, *matrices],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        scale=config.scale,
+        compress=config.compress,
+        **shared,
+    )
+
+
+def peer(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
+    """The optimizer that LoRA-Pre stands beside. Raises UserError where its package is not installed."""
+    decay: dict[str, Any] = {"weight_decay": config.weight_decay}
+    adam = decay | {"betas": config.betas, "eps": config.eps}
+    name, momentum = config.optimizer, config.momentum
+    packages = {"galore": "GaLore", "fira": "Fira", "apollo": "APOLLO"}
+    if name in ("adamw", "lora", "relora"):
+        return AdamW([*rest, *matrices], **adam)
+    if name == "adam8bit":
+        plain = [group | {"params": [p for _, p in group["params"]]} for group in (*rest, *matrices)]
+        return package("torchao.optim", "AdamW8bit", "torchao")(plain, **adam)  # type: ignore[no-any-return]
+    if name in packages:
+        make = package("pytorch_optimizer", packages[name], "pytorch_optimizer")
+        # Their state holds objects of this class, and torch.load refuses what it does not know.
+        torch.serialization.add_safe_globals([importlib.import_module(make.__module__).GaLoreProjector])
+        options: dict[str, Any] = {"rank": config.rank, "update_proj_gap": config.refresh, "scale": 1.0}
+        apollo = {"projection_type": "random", "scale_type": "channel"}
+        options |= apollo if name == "apollo" else {"projection_type": "std"}
+        groups = [*rest, *(group | options for group in matrices)]
+        return make(groups, **adam)  # type: ignore[no-any-return]
+    if name in ("muon", "muon-no-momentum"):
+        momentum = 0.0 if name == "muon-no-momentum" else momentum
+        chosen: Optimizer = Muon(matrices, momentum=momentum, adjust_lr_fn=ADJUST_LR, **decay)
+    elif name == "galore-muon":
         assert config.rank is not None
-        # A larger rank would leave some matrices dense: no run of the rank that it is named after.
-        weights = (weight for group in matrices for _, weight in group["params"])
-        largest = min((weight.numel() - 1) // sum(weight.shape) for weight in weights)
-        if config.rank > largest:
-            raise UserError(
-                f"--rank {config.rank}: factors would not be smaller than this model's smallest matrix; "
-                f"give at most {largest}"
-            )
-        matrices, rest = _grouped(model, config.rank, rules, option="--rules", strict=True)
-        return BUILDERS[config.optimizer](matrices, rest, config)
-    matrices = [{"params": group["params"], "lr": config.lr * config.scale} for group in matrices]
-    rest = [{"params": group["params"], "lr": config.lr} for group in rest]
-    return BUILDERS[config.optimizer](matrices, rest, config)
+        assert config.refresh is not None
+        rank, refresh = config.rank, config.refresh
+        chosen = GaLoreMuon(matrices, momentum=momentum, rank=rank, refresh=refresh, **decay)
+    elif name == "adafactor":
+        chosen = Adafactor(matrices, **decay)
+    else:
+        assert name == "sgd"
+        chosen = SGD(matrices, momentum=momentum, **decay)
+    return WithAdamW(chosen, AdamW(rest, **adam))
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -150,7 +211,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         raise UserError("--freeze: leaves nothing to train")
 
 
-def _grouped(
+def grouped(
     model: nn.Module, rank: int, rules: Sequence[Rule], *, option: str, strict: bool
 ) -> tuple[Groups, Groups]:
     """Groups with a rank, and those without. Raises UserError naming the option where that cannot be."""
@@ -164,132 +225,6 @@ def _grouped(
     )
 
 
-def _lorapre_adamw(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
-    assert config.rank is not None
-    assert config.variant is not None
-    assert config.compress is not None
-    return LoRAPreAdamW(
-        [*rest, *matrices],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        rank=config.rank,
-        scale=config.scale,
-        variant=config.variant,
-        compress=config.compress,
-        seed=config.seed,
-        stochastic_rounding=config.stochastic_rounding,
-    )
-
-
-def _lorapre_muon(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
-    assert config.rank is not None
-    assert config.variant is not None
-    return LoRAPreMuon(
-        [*rest, *matrices],
-        lr=config.lr * config.scale,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        adjust_lr_fn=ADJUST_LR,
-        rank=config.rank,
-        variant=config.variant,
-        adamw_lr=config.lr,
-        adamw_betas=config.betas,
-        adamw_eps=config.eps,
-        adamw_weight_decay=config.weight_decay,
-        seed=config.seed,
-        stochastic_rounding=config.stochastic_rounding,
-    )
-
-
-def _adamw(matrices: Groups, rest: Groups, config: RunConfig) -> AdamW:
-    return AdamW([*rest, *matrices], betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
-
-
-def _adam8bit(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
-    make = _package("torchao.optim", "AdamW8bit", "torchao")
-    plain = [group | {"params": [p for _, p in group["params"]]} for group in (*rest, *matrices)]
-    built: Optimizer = make(plain, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
-    return built
-
-
-def _muon(
-    momentum: Callable[[RunConfig], float],
-) -> Callable[[Groups, Groups, RunConfig], Optimizer]:
-    def build(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
-        muon = Muon(
-            matrices, momentum=momentum(config), weight_decay=config.weight_decay, adjust_lr_fn=ADJUST_LR
-        )
-        return WithAdamW(muon, _adamw([], rest, config))
-
-    return build
-
-
-def _galore_muon(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
-    assert config.rank is not None
-    assert config.refresh is not None
-    muon = GaLoreMuon(
-        matrices,
-        momentum=config.momentum,
-        rank=config.rank,
-        refresh=config.refresh,
-        weight_decay=config.weight_decay,
-    )
-    return WithAdamW(muon, _adamw([], rest, config))
-
-
-def _adafactor(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
-    return WithAdamW(Adafactor(matrices, weight_decay=config.weight_decay), _adamw([], rest, config))
-
-
-def _sgd(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
-    sgd = SGD(matrices, momentum=config.momentum, weight_decay=config.weight_decay)
-    return WithAdamW(sgd, _adamw([], rest, config))
-
-
-def _projected(name: str) -> Callable[[Groups, Groups, RunConfig], Optimizer]:
-    def build(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
-        make = _package("pytorch_optimizer", name, "pytorch_optimizer")
-        # Their state holds objects of this class, and torch.load refuses what it does not know.
-        torch.serialization.add_safe_globals([importlib.import_module(make.__module__).GaLoreProjector])
-        options = {
-            "rank": config.rank,
-            "update_proj_gap": config.refresh,
-            "scale": 1.0,
-            "projection_type": "std",
-        }
-        if name == "APOLLO":
-            options |= {"projection_type": "random", "scale_type": "channel"}
-        built: Optimizer = make(
-            [*rest, *(group | options for group in matrices)],
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
-        return built
-
-    return build
-
-
-BUILDERS: dict[str, Callable[[Groups, Groups, RunConfig], Optimizer]] = {
-    "lorapre-adamw": _lorapre_adamw,
-    "lorapre-muon": _lorapre_muon,
-    "adamw": _adamw,
-    "muon": _muon(lambda config: config.momentum),
-    "muon-no-momentum": _muon(lambda config: 0.0),
-    "galore": _projected("GaLore"),
-    "galore-muon": _galore_muon,
-    "fira": _projected("Fira"),
-    "apollo": _projected("APOLLO"),
-    "adam8bit": _adam8bit,
-    "adafactor": _adafactor,
-    "sgd": _sgd,
-    "lora": _adamw,
-    "relora": _adamw,
-}
-
-
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of state that an optimizer holds now in this process, in objects of its own too."""
     if isinstance(optimizer, LoRAPreAdamW | LoRAPreMuon | WithAdamW | AdamW):
@@ -297,7 +232,7 @@ def state_bytes(optimizer: Optimizer) -> int:
     return storage_bytes(*tensors_in(dict(optimizer.state)))
 
 
-def _package(module: str, name: str, package: str) -> Any:
+def package(module: str, name: str, package: str) -> Any:
     """A class of a package. Raises UserError where that is not installed."""
     try:
         return getattr(importlib.import_module(module), name)

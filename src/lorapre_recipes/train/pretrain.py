@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 
-from lorapre_recipes.config import ADAPTERS, PretrainConfig
+from lorapre_recipes.config import ADAPTERS, PretrainConfig, parse_rules
 from lorapre_recipes.data.stream import load_data
 from lorapre_recipes.data.tokens import PADDING
-from lorapre_recipes.plan.footprint import DTYPES
 from lorapre_recipes.train import distributed
 from lorapre_recipes.train.adapters import Merge, insert_adapters
-from lorapre_recipes.train.optim import build_optimizer
+from lorapre_recipes.train.optim import DTYPES, build_optimizer, freeze
 from lorapre_recipes.train.runs import record_data
+from lorapre_recipes.train.session import check_machine, train
 from lorapre_recipes.train.summary import Summary
-from lorapre_recipes.train.trainer import check_machine, check_processes, train
 
 
 def pretrain(
@@ -31,25 +30,16 @@ def pretrain(
 ) -> Summary:
     """Train from scratch, evaluate as it goes, fill the run folder `out`, and print the table.
 
-    Args:
-        config: everything that decides the numbers.
-        out: the run folder; new or empty, or that of the run to go on with.
-        resume: go on from the last checkpoint in `out`; `config` must be what `load_run` returns for it.
-        command: what to write to command.txt.
-        callbacks: more of transformers' trainer callbacks.
-
-    Raises:
-        UserError: the run cannot start, see `load_data`, `build_optimizer`, `check_machine`.
-        Diverged: the loss became infinite or not a number.
-        StreamLost: a stream of data broke off for good.
+    The arguments and errors are those of `session.train`; besides, StreamLost where a stream of data broke
+    off for good.
     """
     distributed.join()
     check_machine(config)
-    check_processes(config)
     with distributed.first_on_its_machine():
         data = load_data(config, out if resume else None)
     set_seed(config.seed)
     model = build_model(config, data.tokenizer.eos_token_id)
+    freeze(model, config.freeze)
     if config.optimizer in ADAPTERS:
         insert_adapters(model, config)
     if config.optimizer == "relora":
@@ -59,7 +49,7 @@ def pretrain(
         config,
         out,
         model=model,
-        optimizer=build_optimizer(model, config),
+        optimizer=build_optimizer(model, config, parse_rules(config.rules)),
         tokenizer=data.tokenizer,
         train_dataset=data.train,
         eval_dataset=data.validation,

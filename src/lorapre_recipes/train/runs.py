@@ -20,7 +20,6 @@ On several processes rank 0 prints and writes, but for the shards of a checkpoin
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import sys
 from importlib.metadata import version
@@ -29,7 +28,8 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from lorapre_recipes.config import RunConfig, UserError, write_whole
+from lorapre_recipes.config import RunConfig, UserError
+from lorapre_recipes.files import append_line, read_json, write_json
 from lorapre_recipes.train import distributed
 
 C = TypeVar("C", bound=RunConfig)
@@ -56,7 +56,7 @@ def prepare_folder(
         raise UserError(f"--out {out}: this folder cannot be made ({error.strerror})") from error
     record_data(facts, out / "data.json")
     if not resume:
-        config.save(out / "config.json")
+        write_json(out / "config.json", config)
         tokenizer.save_pretrained(out)
     elif (out / PARTIAL).is_dir():
         print(
@@ -66,8 +66,7 @@ def prepare_folder(
         )
         shutil.rmtree(out / PARTIAL)
     if command is not None:
-        with (out / "command.txt").open("a", encoding="utf-8") as file:
-            file.write(command + "\n")
+        append_line(out / "command.txt", command)
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -83,18 +82,15 @@ def checkpoints(run: Path) -> list[Path]:
 def write_manifest(checkpoint: Path) -> None:
     """Write down the sha256 of each file of a checkpoint."""
     files = sorted(file for file in checkpoint.rglob("*") if file.is_file())
-    manifest = {
-        "lorapre": version("lorapre"),
-        "files": {file.relative_to(checkpoint).as_posix(): sha256(file) for file in files},
-    }
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    sums = {file.relative_to(checkpoint).as_posix(): sha256(file) for file in files}
+    write_json(checkpoint / MANIFEST, {"lorapre": version("lorapre"), "files": sums})
 
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None if they are those of its manifest."""
     name = MANIFEST
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(checkpoint / MANIFEST)
         for name, expected in manifest["files"].items():
             if sha256(checkpoint / name) != expected:
                 return f"{name} is not what was written"
@@ -178,9 +174,9 @@ def record_data(facts: dict[str, Any], file: Path) -> None:
     `skipped`, the number of records passed over, may differ: a stream's grows as it is read.
     """
     if file.is_file():
-        old = json.loads(file.read_text(encoding="utf-8"))
+        old = read_json(file)
         if old | {"skipped": None} != facts | {"skipped": None}:
             raise UserError(
                 f"--resume {file.parent}: the data have changed since this run began; start a new run"
             )
-    write_whole(file, json.dumps(facts, indent=2) + "\n")
+    write_json(file, facts)

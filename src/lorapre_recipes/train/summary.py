@@ -11,7 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
-from lorapre_recipes.config import RunConfig, write_whole
+from lorapre_recipes.config import RunConfig
+from lorapre_recipes.console import duration, mebibytes, short
 
 Metric = dict[str, Any]  # one line of metrics.jsonl
 
@@ -39,10 +40,6 @@ class Summary:
     device: str
     versions: dict[str, str]
 
-    def save(self, path: Path) -> None:
-        """Write every field as JSON."""
-        write_whole(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-
 
 def describe_optimizer(config: RunConfig) -> str:
     """The optimizer and the options that it has, in words."""
@@ -58,25 +55,6 @@ def describe_optimizer(config: RunConfig) -> str:
     if config.dtype != "fp32":
         parts.append(f"{config.dtype} weights" + ", stochastic rounding" * config.stochastic_rounding)
     return ", ".join(parts)
-
-
-def short(number: float) -> str:
-    """A count in three digits: 4.21 M."""
-    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:g}"
-
-
-def mebibytes(count: int) -> str:
-    """Bytes in MiB, the unit of `coverage`."""
-    return f"{count / 2**20:.1f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def summary_table(summary: Summary, config: RunConfig) -> Table:
