@@ -30,14 +30,14 @@ def arm(rank: str, where: str, number: str) -> None:
     if os.environ.get("RANK", "0") != rank:
         return
     if where == "step":
-        begin = training.Clock.on_step_begin
+        begin = training.Bookkeeper.on_step_begin
 
         def on_step_begin(self: Any, args: Any, state: Any, *rest: Any, **named: Any) -> None:
             if state.global_step + 1 == int(number):
                 die()
             begin(self, args, state, *rest, **named)
 
-        training.Clock.on_step_begin = on_step_begin
+        training.Bookkeeper.on_step_begin = on_step_begin
     else:
         write = FileSystemWriter.write_data
 

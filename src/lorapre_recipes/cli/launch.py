@@ -48,12 +48,11 @@ def launch(
     recipe: str,
     kind: type[C],
     make: Callable[[], C],
-    *,
     out: Path | None,
     resume: Path | None,
     given: dict[str, Any],
 ) -> int:
-    """Begin a run, or go on with one, and return the exit code.
+    """Begin a run, or go on with one, and return the exit code. Raises UserError where it cannot start.
 
     Args:
         recipe: "pretrain" or "finetune": a module of `lorapre_recipes.train` and its function.
@@ -62,9 +61,6 @@ def launch(
         out: folder of a new run.
         resume: folder of a run to go on with.
         given: the options that were given, which a run that goes on does not take.
-
-    Raises:
-        UserError: the run cannot start.
     """
     refused = [flag(name) for name, value in given.items() if value is not None]
     if resume is not None and refused:
@@ -98,43 +94,32 @@ def launch(
 
 
 def explain(error: BaseException, name: str, run: Path) -> int:
-    """Say in a line why a run ended and how to go on with it; return the exit code, or raise the error."""
+    """Say in a line why a run ended and how to go on with it, and return the exit code, or raise the error."""
     from lorapre_recipes.data.corpus import StreamLost
     from lorapre_recipes.train import distributed
+    from lorapre_recipes.train.runs import last_checkpoint
     from lorapre_recipes.train.trainer import Diverged, NotWritten
 
-    main = distributed.is_main()
-    if isinstance(error, Diverged):
-        if main:
-            print(f"{name}: {error}", file=sys.stderr)
-        return 1
-    if isinstance(error, KeyboardInterrupt):
-        if main:
-            print(f"\n{name}: interrupted; {how_to_go_on(name, run)}", file=sys.stderr)
-        return 130
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or isinstance(error, StreamLost | NotWritten):
-        print(f"\n{name}: {error}; {how_to_go_on(name, run)}", file=sys.stderr)
-        return 1
-    if not distributed.is_lost_contact(error):
-        raise error
-    reason = (str(error).strip() or type(error).__name__).splitlines()[-1].partition(". ")[0]
-    print(
-        f"\n{name}: rank {distributed.rank()} lost contact with another process ({reason}); "
-        f"{how_to_go_on(name, run)}",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)  # an orderly exit would wait for the other process
-
-
-def how_to_go_on(name: str, run: Path) -> str:
-    """The command that goes on with an interrupted run, or that there is nothing to go on from."""
-    from lorapre_recipes.train import distributed
-    from lorapre_recipes.train.runs import last_checkpoint
-
-    if last_checkpoint(run) is None:
-        return "there is no checkpoint yet"
     launched = "torchrun --nproc-per-node N -m lorapre_recipes"
     command = name.replace("lorapre", launched, 1) if distributed.processes() > 1 else name
-    return f"go on with: {command} --resume {shlex.quote(str(run))}"
+    go_on = f"go on with: {command} --resume {shlex.quote(str(run))}"
+    if last_checkpoint(run) is None:
+        go_on = "there is no checkpoint yet"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, Diverged):
+        line = f"{name}: {error}"
+    elif isinstance(error, KeyboardInterrupt):
+        line = f"\n{name}: interrupted; {go_on}"
+    elif full or isinstance(error, StreamLost | NotWritten):
+        line = f"\n{name}: {error}; {go_on}"
+    elif distributed.is_lost_contact(error):
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].partition(". ")[0]
+        who = f"rank {distributed.rank()} lost contact with another process"
+        print(f"\n{name}: {who} ({reason}); {go_on}", file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly exit would wait for the other process
+    else:
+        raise error
+    # What ends every process alike is said by one.
+    if distributed.is_main() or not isinstance(error, Diverged | KeyboardInterrupt):
+        print(line, file=sys.stderr)
+    return 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -38,7 +38,7 @@ def pretrain(
         return config.replace(fsdp=config.fsdp or launched_with_fsdp())
 
     given = {"preset": preset, "out": out} | changes
-    return launch("pretrain", PretrainConfig, make, out=out, resume=resume, given=given)
+    return launch("pretrain", PretrainConfig, make, out, resume, given)
 
 
 @options(FinetuneConfig, without=("preset", "optimizer", "fsdp"), preset=True)
@@ -70,4 +70,4 @@ def finetune(
         return chosen(method or "lorapre-adamw").replace(**changes)
 
     given = {"preset": preset, "method": method, "out": out} | changes
-    return launch("finetune", FinetuneConfig, make, out=out, resume=resume, given=given)
+    return launch("finetune", FinetuneConfig, make, out, resume, given)

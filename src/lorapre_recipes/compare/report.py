@@ -78,7 +78,7 @@ def rows(standings: Sequence[Standing]) -> list[list[str]]:
                 f"{statistics.fmean(math.exp(run.loss) for run in standing.best):.2f}",
                 f"{standing.loss:.4f}{spread}",
                 str(len(standing.best)),
-                f"{first.config.lr:g} x {first.config.scale:g}" + "*" * bool(standing.at_edge),
+                f"{first.config.lr:g} x {first.config.scale:g}" + "*" * standing.at_edge,
                 f"{standing.mean('state_bytes') / 2**20:.2f}",
                 "" if peak is None else f"{peak / 2**20:,.0f}",
                 f"{standing.mean('optimizer_share'):.1%}",

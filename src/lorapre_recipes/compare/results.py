@@ -87,15 +87,14 @@ class Standing:
         return statistics.stdev(run.loss for run in self.best) if len(self.best) > 1 else None
 
     @property
-    def at_edge(self) -> list[str]:
-        """Which of lr and scale are the lowest or highest value that was tried."""
-        names = []
+    def at_edge(self) -> bool:
+        """Whether the best lr or scale is the lowest or highest value that was tried."""
         for name in ("lr", "scale") if self.best else ():
-            tried = {run.values[name] for run in self.runs if not run.ending.reason}
-            edge = self.best[0].values[name] in (min(tried), max(tried))
-            if edge and len({run.values[name] for run in self.runs}) > 1:
-                names.append(name)
-        return names
+            tried = {run.values[name] for run in self.runs}
+            ended = {run.values[name] for run in self.runs if not run.ending.reason}
+            if len(tried) > 1 and self.best[0].values[name] in (min(ended), max(ended)):
+                return True
+        return False
 
     def lowest(self, name: str) -> dict[float, float]:
         """The lowest loss on the first seed for each value of a number, at the best of the others."""
@@ -116,30 +115,21 @@ def read_runs(folder: Path) -> list[Run]:
     """The ended runs of a comparison, or the one of a run folder. Raises UserError where there is none."""
     if (folder / "compare.json").is_file():
         names = read_json(folder / "compare.json")["contenders"]
-        found = [
-            run
-            for name in names
-            for path in sorted((folder / folder_name(name)).glob("*seed*"))
-            if (run := read_run(path, name)) is not None
-        ]
+        folders = [(x, name) for name in names for x in sorted((folder / folder_name(name)).glob("*seed*"))]
     elif (folder / "config.json").is_file():
-        run = read_run(folder, None)
-        found = [] if run is None else [run]
+        folders = [(folder, None)]
     else:
         raise UserError(f"RUNS {folder}: neither a comparison (compare.json) nor a run folder (config.json)")
-    if not found:
+    runs = []
+    for run, name in folders:
+        ending = ending_of(run)
+        if ending is not None and (run / "config.json").is_file():  # else it ended before it began
+            config = PretrainConfig.load(run / "config.json")
+            contender = name or describe_optimizer(config)
+            runs.append(Run(folder=run, contender=contender, config=config, ending=ending))
+    if not runs:
         raise UserError(f"RUNS {folder}: no run has ended here yet")
-    return found
-
-
-def read_run(folder: Path, contender: str | None) -> Run | None:
-    """A run; None of one that has not ended, or that ended before it began."""
-    ending, file = ending_of(folder), folder / "config.json"
-    if ending is None or not file.is_file():
-        return None
-    config = PretrainConfig.load(file)
-    name = contender or describe_optimizer(config)
-    return Run(folder=folder, contender=name, config=config, ending=ending)
+    return runs
 
 
 def standings_of(runs: Iterable[Run]) -> list[Standing]:
@@ -149,12 +139,10 @@ def standings_of(runs: Iterable[Run]) -> list[Standing]:
         by_name.setdefault(run.contender, []).append(run)
     standings = []
     for name, mine in by_name.items():
+        ended = [run for run in mine if math.isfinite(run.loss)]
         seed = min(run.config.seed for run in mine)
-        first = [run for run in mine if run.config.seed == seed and math.isfinite(run.loss)]
-        best: list[Run] = []
-        if first:
-            values = min(first, key=lambda run: run.loss).values
-            best = [run for run in mine if run.values == values and math.isfinite(run.loss)]
+        first = min((run for run in ended if run.config.seed == seed), key=lambda run: run.loss, default=None)
+        best = [run for run in ended if first is not None and run.values == first.values]
         standings.append(Standing(name=name, runs=mine, best=best))
     return standings
 

@@ -61,32 +61,28 @@ def make_problem(random: random.Random) -> Example:
 
 def make_event(count: int, random: random.Random) -> tuple[str, list[str], int]:
     """(sentence to fill in, equations, new count) of something that can happen to so many things."""
-    kinds = []
-    if count < LARGEST:
-        kinds.append("gain")
-    if count > 1:
-        kinds.append("loss")
-    if count + 4 <= LARGEST:
-        kinds.append("bags")
-    if 2 * count <= LARGEST:
-        kinds.append("double")
-    kind = random.choice(kinds)
-    if kind == "gain":
-        n = random.randint(1, LARGEST - count)
-        return fill(random.choice(GAINS), n), [f"{count}+{n}={count + n}"], count + n
-    if kind == "loss":
-        n = random.randint(1, count - 1)
-        return fill(random.choice(LOSSES), n), [f"{count}-{n}={count - n}"], count - n
+    kinds = {
+        "gain": count < LARGEST,
+        "loss": count > 1,
+        "bags": count + 4 <= LARGEST,
+        "double": 2 * count <= LARGEST,
+    }
+    kind = random.choice([kind for kind, possible in kinds.items() if possible])
     if kind == "double":
         return random.choice(MULTIPLES), [f"2*{count}={2 * count}"], 2 * count
-    k, n = random.choice([(k, n) for k in range(2, 10) for n in range(2, 10) if count + k * n <= LARGEST])
-    lines = [f"{k}*{n}={k * n}", f"{count}+{k * n}={count + k * n}"]
-    return fill(random.choice(BAGS), n, k), lines, count + k * n
-
-
-def fill(sentence: str, n: int, k: int = 0) -> str:
-    """Put the numbers in and leave the names."""
-    return sentence.replace("{n}", str(n)).replace("{k}", str(k))
+    k, lines = 0, []
+    if kind == "gain":
+        n = random.randint(1, LARGEST - count)
+        sentence, change, sign = random.choice(GAINS), n, "+"
+    elif kind == "loss":
+        n = random.randint(1, count - 1)
+        sentence, change, sign = random.choice(LOSSES), -n, "-"
+    else:
+        fitting = [(k, n) for k in range(2, 10) for n in range(2, 10) if count + k * n <= LARGEST]
+        k, n = random.choice(fitting)
+        sentence, change, sign, lines = random.choice(BAGS), k * n, "+", [f"{k}*{n}={k * n}"]
+    lines.append(f"{count}{sign}{abs(change)}={count + change}")
+    return sentence.replace("{n}", str(n)).replace("{k}", str(k)), lines, count + change
 
 
 def make_equations(random: random.Random) -> Iterator[str]:

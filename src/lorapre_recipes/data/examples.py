@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -46,8 +45,7 @@ class Example(NamedTuple):
         return f" {self.answer}"
 
 
-@dataclass(frozen=True)
-class Examples:
+class Examples(NamedTuple):
     """What the trainer needs: rows of `input_ids` and `labels`, with IGNORED where no answer is."""
 
     train: datasets.Dataset
@@ -64,34 +62,31 @@ def load_examples(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast) ->
         UserError: no such data, a line without the fields, or too few examples for a step.
     """
     examples = list(read_examples(config.data))
-    if config.samples is not None:
-        examples = spaced(examples, config.samples)
-    encoded = [(example, encode(example, tokenizer)) for example in examples]
-    rows = [row for _, row in encoded if len(row["input_ids"]) <= config.sequence_length]
-    if len(rows) < len(encoded):
+    examples = spaced(examples, config.samples or len(examples))
+    rows = [encode(example, tokenizer) for example in examples]
+    rows = [row for row in rows if len(row["input_ids"]) <= config.sequence_length]
+    if len(rows) < len(examples):
         print(
-            f"lorapre: {len(encoded) - len(rows):,} of {len(encoded):,} examples have more than "
+            f"lorapre: {len(examples) - len(rows):,} of {len(examples):,} examples have more than "
             f"{config.sequence_length} tokens (--sequence-length) and are left out",
             file=sys.stderr,
         )
-    every = config.held_out_every
-    train = [row for i, row in enumerate(rows) if i % every != every - 1]
-    validation = [row for i, row in enumerate(rows) if i % every == every - 1]
-    if len(train) < config.sequences_per_step or not validation:
+    every, step = config.held_out_every, config.sequences_per_step
+    train = [row for number, row in enumerate(rows, start=1) if number % every]
+    validation = [row for number, row in enumerate(rows, start=1) if number % every == 0]
+    if len(train) < step or not validation:
         raise UserError(
             f"--data {config.data}: too few examples, {len(train)} to train on where one step takes "
-            f"{config.sequences_per_step}, and {len(validation)} held out"
+            f"{step}, and {len(validation)} held out"
         )
-    train = train[: len(train) // config.sequences_per_step * config.sequences_per_step]  # whole steps
-    count = min(len(validation), config.eval_sequences)
-    if count > config.batch_size:
-        count -= count % config.batch_size
+    train = train[: len(train) // step * step]  # whole steps
+    validation = spaced(validation, config.evaluated(len(validation)))
     facts = {
-        "sha256": hash_documents(text for example, _ in encoded for text in example),
+        "sha256": hash_documents(text for example in examples for text in example),
         "train_examples": len(train),
-        "validation_examples": count,
+        "validation_examples": len(validation),
     }
-    return Examples(as_dataset(train), as_dataset(spaced(validation, count)), facts)
+    return Examples(as_dataset(train), as_dataset(validation), facts)
 
 
 def spaced(values: Sequence[T], count: int) -> list[T]:
@@ -101,61 +96,15 @@ def spaced(values: Sequence[T], count: int) -> list[T]:
     return [values[i] for i in np.linspace(0, len(values) - 1, count).astype(int)]
 
 
-# Reading
+def as_dataset(rows: Sequence[dict[str, list[int]]]) -> datasets.Dataset:
+    """Rows as a dataset."""
+    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in ("input_ids", "labels")})
 
 
-def read_examples(data: str, split: str = "train") -> Iterator[Example]:
-    """The examples of a JSONL file or of a split of a dataset on the hub. Raises UserError."""
-    path = Path(data).expanduser()
-    rows: Iterable[tuple[str, Any]]
-    if path.is_file():
-        rows = read_lines(path)
-    elif looks_like_hub_name(data):
-        rows = read_hub(data, split)
-    else:
-        raise UserError(
-            f"--data {data}: no such file; give one of JSON lines, or the name of a Hugging Face dataset "
-            "(owner/name or owner/name:config, as openai/gsm8k:main)"
-        )
-    for place, row in rows:
-        yield example_of(row, f"--data {place}")
-
-
-def example_of(row: Any, place: str) -> Example:
-    """The example in a row, under either pair of names. Raises UserError naming the place."""
-    for names in FIELDS:
-        if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in names):
-            question, answer = (row[name].strip() for name in names)
-            if not (question and answer):
-                raise UserError(f"{place}: the field {names[bool(question)]!r} is empty")
-            return Example(question, answer)
-    pairs = " or ".join(f"{first!r} and {second!r}" for first, second in FIELDS)
-    raise UserError(f"{place}: needs the fields {pairs}, which hold strings")
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each line that is not empty. Raises UserError where that is no JSON."""
-    if path.suffix != JSONL_SUFFIX:
-        raise UserError(f"--data {path}: must be a file of JSON lines, *{JSONL_SUFFIX}")
-    with readable(path):
-        text = path.read_text(encoding="utf-8")
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() breaks at U+2028 too
-        if line.strip():
-            try:
-                yield f"{path}: line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"--data {path}: line {number} is not JSON ({error.msg})") from error
-
-
-def read_hub(data: str, split: str) -> Iterable[tuple[str, Any]]:
-    """(place, row) of each row of a dataset on the Hugging Face hub. Raises UserError without it."""
-    name, _, subset = data.partition(":")
-    with from_hub(data):
-        rows = datasets.load_dataset(name, subset or None, split=split)
-    return ((f"{data}: row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-# Tokenizing
+def labels_per_batch(rows: datasets.Dataset, batch_size: int) -> float:
+    """How many labels count in a batch, on average over the batches of an evaluation."""
+    counted = sum(label != IGNORED for labels in rows["labels"] for label in labels)
+    return float(counted / -(-len(rows) // batch_size))
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
@@ -173,12 +122,50 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerFast) -> dict[str, li
     return {"input_ids": tokens, "labels": labels}
 
 
-def as_dataset(rows: Sequence[dict[str, list[int]]]) -> datasets.Dataset:
-    """Rows as a dataset."""
-    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in ("input_ids", "labels")})
+# Reading
 
 
-def labels_per_batch(rows: datasets.Dataset, batch_size: int) -> float:
-    """How many labels count in a batch, on average over the batches of an evaluation."""
-    counted = sum(label != IGNORED for labels in rows["labels"] for label in labels)
-    return float(counted / -(-len(rows) // batch_size))
+def read_examples(data: str, split: str = "train") -> Iterator[Example]:
+    """The examples of a JSONL file or of a split of a dataset on the hub. Raises UserError."""
+    path = Path(data).expanduser()
+    if path.is_file():
+        yield from read_lines(path)
+    elif looks_like_hub_name(data):
+        name, _, subset = data.partition(":")
+        with from_hub(data):
+            rows = datasets.load_dataset(name, subset or None, split=split)
+        for number, row in enumerate(rows, start=1):
+            yield example_of(row, f"--data {data}: row {number}")
+    else:
+        raise UserError(
+            f"--data {data}: no such file; give one of JSON lines, or the name of a Hugging Face dataset "
+            "(owner/name or owner/name:config, as openai/gsm8k:main)"
+        )
+
+
+def read_lines(path: Path) -> Iterator[Example]:
+    """The example of each line that is not empty. Raises UserError naming the line."""
+    if path.suffix != JSONL_SUFFIX:
+        raise UserError(f"--data {path}: must be a file of JSON lines, *{JSONL_SUFFIX}")
+    with readable(path):
+        text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() breaks at U+2028 too
+        if line.strip():
+            place = f"--data {path}: line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{place} is not JSON ({error.msg})") from error
+            yield example_of(row, place)
+
+
+def example_of(row: Any, place: str) -> Example:
+    """The example in a row, under either pair of names. Raises UserError naming the place."""
+    for names in FIELDS:
+        if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in names):
+            question, answer = (row[name].strip() for name in names)
+            if not (question and answer):
+                raise UserError(f"{place}: the field {names[bool(question)]!r} is empty")
+            return Example(question, answer)
+    pairs = " or ".join(f"{first!r} and {second!r}" for first, second in FIELDS)
+    raise UserError(f"{place}: needs the fields {pairs}, which hold strings")

@@ -13,7 +13,7 @@ import datasets  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lorapre_recipes.config import PretrainConfig, UserError
 from lorapre_recipes.data.corpus import Corpus, hash_documents, read_corpus, take_characters
@@ -78,14 +78,21 @@ class TokenStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
 def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
     """Read, split and tokenize; what another run has tokenized is found in the cache.
 
-    A stream is tokenized as it is read, and not kept. The folder of a run that goes on has its tokenizer.
+    A stream is tokenized as it is read, and not kept. A run that goes on has its tokenizer in its folder.
 
     Raises:
         UserError: no such data or tokenizer, or too little text for one sequence on either side of the split.
     """
-    corpus = read_corpus(config)
-    length = config.sequence_length
-    tokenizer = tokenizer_of(config, corpus, run)
+    corpus, length = read_corpus(config), config.sequence_length
+    if config.tokenizer is not None and run is None:
+        tokenizer = load_tokenizer(config.tokenizer, length)
+    elif config.tokenizer is not None:  # not AutoTokenizer: it would take the run's config.json for a model's
+        tokenizer = load_tokenizer(str(run), length, PreTrainedTokenizerFast)
+    elif run is not None:
+        tokenizer = for_transformers(Tokenizer.from_file(str(run / "tokenizer.json")), length)
+    else:
+        sample = take_characters(corpus.sample, TOKENIZER_CHARACTERS)
+        tokenizer = for_transformers(cached_tokenizer(sample, corpus.fingerprint, config.vocab_size), length)
 
     def encode(documents: Iterable[str]) -> Iterator[Sequence]:
         return sequences(documents, tokenizer, length, packed=config.packed, vocab_size=config.vocab_size)
@@ -100,8 +107,8 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
         # Reading on until a stream's every held-out document is found would take for ever.
         validation = as_dataset(itertools.islice(encode(corpus.validation), config.eval_sequences), length)
     else:
-        form = f"{length} {config.packed} {config.vocab_size} "
-        form += hash_documents([tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id)])
+        words = hash_documents([tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id)])
+        form = f"{length} {config.packed} {config.vocab_size} {words}"
         train, validation = (
             cached_sequences(f"{fingerprint} {form}", length, partial(encode, part), too_little)
             for part, fingerprint in (
@@ -116,29 +123,9 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
             )
         # An epoch has whole steps, all of one size.
         train = train.select(range(len(train) - len(train) % config.sequences_per_step))
-    count = min(len(validation), config.eval_sequences)
-    if count > config.batch_size:  # whole batches: processes share one evenly, and no sequence counts twice
-        count -= count % config.batch_size
-    if 0 < count < len(validation):
-        # Evenly spaced, so that every held-out document has its say.
-        validation = validation.select(np.linspace(0, len(validation) - 1, count).astype(int))
     if len(validation) == 0:
         raise too_little
+    # Evenly spaced, so that every held-out document has its say.
+    count = config.evaluated(len(validation))
+    validation = validation.select(np.linspace(0, len(validation) - 1, count).astype(int))
     return TokenData(tokenizer, train, validation, corpus)
-
-
-def tokenizer_of(config: PretrainConfig, corpus: Corpus, run: Path | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a run that goes on, the one that the config names, or one trained on the corpus."""
-    if config.tokenizer is not None:
-        # Not AutoTokenizer for a run: it would take the run's config.json for a model's.
-        return load_tokenizer(
-            config.tokenizer if run is None else str(run),
-            config.sequence_length,
-            AutoTokenizer if run is None else PreTrainedTokenizerFast,
-        )
-    if run is not None:
-        trained = Tokenizer.from_file(str(run / "tokenizer.json"))
-    else:
-        sample = take_characters(corpus.sample, TOKENIZER_CHARACTERS)
-        trained = cached_tokenizer(sample, corpus.fingerprint, config.vocab_size)
-    return for_transformers(trained, config.sequence_length)

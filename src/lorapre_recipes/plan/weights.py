@@ -64,31 +64,18 @@ class Matrices(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """A parameter: its shape, the state that an optimizer makes for it, and where tensor parallelism cuts it.
-
-    Attributes:
-        name: in the model.
-        shape: of the whole.
-        group: index of the optimizer's group that it is in.
-        rank: of its factors; None without.
-        flatten: whether three dimensions are one matrix, a convolution.
-        matrix: whether it takes the route of the matrices, low rank or torch.optim.Muon's.
-        state: names and shapes of the state tensors of the whole.
-        state_item: bytes of an element of the state, steps aside.
-        tp_dim: the dimension that tensor parallelism divides, None where it replicates.
-        frozen: whether it has neither gradient nor state.
-    """
+    """A parameter: its shape, the state that an optimizer makes for it, and where it is cut."""
 
     name: str
-    shape: tuple[int, ...]
-    group: int
-    rank: int | None
-    flatten: bool
-    matrix: bool
-    state: Mapping[str, tuple[int, ...]]
-    state_item: int
-    tp_dim: int | None
-    frozen: bool
+    shape: tuple[int, ...]  # of the whole
+    group: int  # index of the optimizer's group that it is in
+    rank: int | None  # of its factors
+    flatten: bool  # whether three dimensions are one matrix, a convolution
+    matrix: bool  # whether it takes the route of the matrices, low rank or torch.optim.Muon's
+    state: Mapping[str, tuple[int, ...]]  # names and shapes of the state tensors of the whole
+    state_item: int  # bytes of an element of the state, steps aside
+    tp_dim: int | None  # the dimension that tensor parallelism divides; else it is replicated
+    frozen: bool  # whether it has neither gradient nor state
 
     def cuts(self, mesh: Mesh) -> tuple[Cut, ...]:
         """How `mesh` divides the weight: FSDP2 cuts rows, after tensor parallelism where that does too."""

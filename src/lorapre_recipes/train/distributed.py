@@ -24,7 +24,7 @@ def join() -> None:
     if "RANK" not in os.environ or dist.is_initialized():
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(rank("LOCAL_RANK"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
 
@@ -40,19 +40,14 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank(variable: str = "RANK") -> int:
+    """The number of this process, before `join` too; LOCAL_RANK is that on its machine."""
+    return int(os.environ.get(variable, "0"))
+
+
 def is_main() -> bool:
     """Whether this process is the one that prints and writes the run folder."""
     return rank() == 0
-
-
-def rank() -> int:
-    """The number of this process, before `join` too."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def local_rank() -> int:
-    """The number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def barrier() -> None:
@@ -63,29 +58,29 @@ def barrier() -> None:
 
 def on_main(function: Callable[[], T]) -> T:
     """Call `function` on rank 0 alone and return its result, or raise its UserError, on every rank."""
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None]
     if is_main():
         try:
             outcome[0] = function()
         except UserError as error:
-            outcome[1] = error
+            outcome[0] = error
     if dist.is_initialized():
         dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: T = outcome[0]
-    return result
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[no-any-return]
 
 
 @contextmanager
 def first_on_its_machine() -> Iterator[None]:
     """One process of each machine runs the block before the others do, which then find its files."""
-    if local_rank() != 0:
+    first = rank("LOCAL_RANK") == 0
+    if not first:
         barrier()
     try:
         yield
     finally:
-        if local_rank() == 0:
+        if first:
             barrier()
 
 

@@ -23,7 +23,6 @@ from transformers import (
     DataCollatorWithFlattening,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    TrainerCallback,
     set_seed,
 )
 
@@ -40,14 +39,7 @@ ALPHA = 2  # times the rank: 16 at rank 8
 LORA_PLUS_RATIO = 16  # learning rate of B over that of A, as the paper of LoRA+ has it
 
 
-def finetune(
-    config: FinetuneConfig,
-    out: Path,
-    *,
-    resume: bool = False,
-    command: str | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> Summary:
+def finetune(config: FinetuneConfig, out: Path, **session: Any) -> Summary:
     """Train, evaluate as it goes, fill the run folder `out`, and print the table.
 
     The arguments and errors are those of `session.train`.
@@ -60,7 +52,11 @@ def finetune(
     tokenizer = load_tokenizer(config.model, folder)
     set_seed(config.seed)
     base = load_model(config.model, folder, DTYPES[config.dtype])
-    check_length(base, config)
+    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.sequence_length > longest:
+        raise UserError(
+            f"--sequence-length {config.sequence_length}: the model reads at most {longest} tokens"
+        )
     if config.gradient_checkpointing:
         old = "gradient_checkpointing_enable"  # before transformers 5.23
         getattr(base, "activation_checkpointing_enable", getattr(base, old))({"use_reentrant": False})
@@ -77,11 +73,9 @@ def finetune(
         eval_dataset=data.validation,
         collate=collator(tokenizer, packing=config.packing),
         facts=data.facts | {"model": folder},
-        resume=resume,
-        command=command,
-        callbacks=callbacks,
         eval_items=labels_per_batch(data.validation, config.batch_size),
         include_num_input_tokens_seen="all" if config.packing else "non_padding",
+        **session,
     )
     if isinstance(model, PeftModel):
         merged = model.merge_and_unload()
@@ -121,15 +115,6 @@ def load_model(name: str, folder: str, dtype: torch.dtype | Literal["auto"]) -> 
     return model
 
 
-def check_length(model: PreTrainedModel, config: FinetuneConfig) -> None:
-    """Refuse sequences that the model cannot read. Raises UserError."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.sequence_length > longest:
-        raise UserError(
-            f"--sequence-length {config.sequence_length}: the model reads at most {longest} tokens"
-        )
-
-
 def with_optimizer(
     model: PreTrainedModel, config: FinetuneConfig
 ) -> tuple[PreTrainedModel | PeftModel, Optimizer]:
@@ -151,20 +136,13 @@ def with_optimizer(
             adapted = get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"--method {config.adapter}: {one_line(error)}") from error
-    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
+    adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    decay = config.weight_decay
     if config.adapter == "lora+":
-        optimizer = create_loraplus_optimizer(
-            adapted,
-            AdamW,
-            lr=config.lr,
-            loraplus_lr_ratio=LORA_PLUS_RATIO,
-            loraplus_weight_decay=config.weight_decay,
-            **options,
-        )
-    else:
-        trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
-        optimizer = AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, **options)
-    return adapted, optimizer
+        adam |= {"loraplus_lr_ratio": LORA_PLUS_RATIO, "loraplus_weight_decay": decay}
+        return adapted, create_loraplus_optimizer(adapted, AdamW, **adam)
+    trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
+    return adapted, AdamW(trained, weight_decay=decay, **adam)
 
 
 # Batches

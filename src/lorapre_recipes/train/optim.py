@@ -16,7 +16,6 @@ from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, param_groups
 from lorapre.groups import Rule
-from lorapre_recipes.allocations import storage_bytes, tensors_in
 from lorapre_recipes.config import LOW_RANK, Precision, RunConfig, UserError, parse_patterns
 
 Groups = list[dict[str, Any]]
@@ -230,6 +229,31 @@ def state_bytes(optimizer: Optimizer) -> int:
     if isinstance(optimizer, LoRAPreAdamW | LoRAPreMuon | WithAdamW | AdamW):
         return coverage(optimizer).state_bytes
     return storage_bytes(*tensors_in(dict(optimizer.state)))
+
+
+def storage_bytes(*tensors: torch.Tensor) -> int:
+    """Bytes of the storages of tensors, each once, with those inside of tensors that wrap others."""
+    storages: dict[int, int] = {}
+    for tensor in tensors:
+        if hasattr(tensor, "__tensor_flatten__"):
+            names, _ = tensor.__tensor_flatten__()
+            parts = [getattr(tensor, name) for name in names]
+            storages[id(tensor)] = storage_bytes(*parts)
+        else:
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors in an optimizer's state: in dicts and lists, and in the objects that peers keep there."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in tensors_in(item)]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return tensors_in(vars(value)) if hasattr(value, "__dict__") and not isinstance(value, type) else []
 
 
 def package(module: str, name: str, package: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from lorapre_recipes.config import ADAPTERS, PretrainConfig, parse_rules
 from lorapre_recipes.data.stream import load_data
@@ -20,14 +20,7 @@ from lorapre_recipes.train.session import check_machine, train
 from lorapre_recipes.train.summary import Summary
 
 
-def pretrain(
-    config: PretrainConfig,
-    out: Path,
-    *,
-    resume: bool = False,
-    command: str | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> Summary:
+def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, **session: Any) -> Summary:
     """Train from scratch, evaluate as it goes, fill the run folder `out`, and print the table.
 
     The arguments and errors are those of `session.train`; besides, StreamLost where a stream of data broke
@@ -44,7 +37,7 @@ def pretrain(
         insert_adapters(model, config)
     if config.optimizer == "relora":
         assert config.refresh is not None
-        callbacks = [*callbacks, Merge(config.refresh)]
+        session["callbacks"] = [*session.get("callbacks", ()), Merge(config.refresh)]
     summary = train(
         config,
         out,
@@ -56,8 +49,7 @@ def pretrain(
         collate=collate,
         facts=data.facts,
         resume=resume,
-        command=command,
-        callbacks=callbacks,
+        **session,
     )
     if distributed.is_main() and data.facts["skipped"]:
         record_data(data.facts, out / "data.json")

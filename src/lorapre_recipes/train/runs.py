@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from lorapre_recipes.config import RunConfig, UserError
-from lorapre_recipes.files import append_line, read_json, write_json
+from lorapre_recipes.files import read_json, write_json
 from lorapre_recipes.train import distributed
 
 C = TypeVar("C", bound=RunConfig)
@@ -41,13 +41,7 @@ MERGED = "model"
 
 
 def prepare_folder(
-    out: Path,
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: dict[str, Any],
-    *,
-    resume: bool,
-    command: str | None,
+    out: Path, config: RunConfig, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any], *, resume: bool
 ) -> None:
     """Make the run folder, or clean one that goes on. Raises UserError where that cannot be."""
     try:
@@ -65,18 +59,22 @@ def prepare_folder(
             file=sys.stderr,
         )
         shutil.rmtree(out / PARTIAL)
-    if command is not None:
-        append_line(out / "command.txt", command)
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run, which was written to its end, or None."""
-    return max(checkpoints(run), key=checkpoint_step, default=None)
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run. What has this name was written to its end."""
-    return [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdecimal()]
+    """The checkpoints of a run, the newest last. What has this name was written to its end."""
+    found = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    return next(reversed(checkpoints(run)), None)
 
 
 def write_manifest(checkpoint: Path) -> None:
@@ -143,15 +141,10 @@ def model_folder(name: str) -> str:
     if folder is None:
         raise UserError(f"--model {name}: no checkpoint in this run folder")
     if folder.name != MERGED and (fault := damage(folder)) is not None:
-        others = sorted((x for x in checkpoints(run) if x != folder), key=checkpoint_step)
+        others = checkpoints(run)[:-1]
         offer = f"; the one before it is {others[-1]}" if others else ""
         raise UserError(f"--model {name}: {folder.name} is damaged ({fault}){offer}")
     return str(folder.resolve())
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def load_run(run: Path, kind: type[C]) -> C:

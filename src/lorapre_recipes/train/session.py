@@ -25,12 +25,12 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from lorapre import coverage, gradient_release
 from lorapre_recipes.config import RunConfig, UserError
-from lorapre_recipes.files import write_json
+from lorapre_recipes.files import append_line, write_json
 from lorapre_recipes.train import distributed
 from lorapre_recipes.train.optim import state_bytes
 from lorapre_recipes.train.runs import last_checkpoint, prepare_folder
 from lorapre_recipes.train.summary import Summary, plot_curves, summary_table
-from lorapre_recipes.train.trainer import Bookkeeping, Clock, Finished, Progress, RecipeTrainer, metrics_of
+from lorapre_recipes.train.trainer import Bookkeeper, Finished, Progress, RecipeTrainer, metrics_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,8 +47,8 @@ def train(
     eval_dataset: Any,
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]],
     facts: dict[str, Any],
-    resume: bool,
-    command: str | None,
+    resume: bool = False,
+    command: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     eval_items: float | None = None,
     **arguments: Any,
@@ -77,16 +77,17 @@ def train(
         NotWritten: a checkpoint could not be written.
     """
     start = time.perf_counter()
-    clock = Clock(optimizer)
+    books = Bookkeeper(optimizer, out / "metrics.jsonl")
     if config.release:
         gradient_release(model, optimizer)  # type: ignore[arg-type]
 
     # Nothing is written before this line: a mistake leaves no folder behind.
-    distributed.on_main(lambda: prepare_folder(out, config, tokenizer, facts, resume=resume, command=command))
+    distributed.on_main(lambda: prepare_folder(out, config, tokenizer, facts, resume=resume))
+    if command is not None and distributed.is_main():
+        append_line(out / "command.txt", command)
     trainer = RecipeTrainer(
         config,
-        clock,
-        out / "metrics.jsonl",
+        books,
         model=model,
         args=training_arguments(config, out, **arguments),
         data_collator=collate,
@@ -97,7 +98,7 @@ def train(
     )
     trainer.optimizer = optimizer  # the constructor refuses one with FSDP; accelerate gives it the shards
     trainer.remove_callback(ProgressCallback)
-    for callback in (Progress(), clock, Bookkeeping(trainer), *callbacks):
+    for callback in (Progress(), books, *callbacks):
         trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=str(last_checkpoint(out)) if resume else None)
@@ -125,10 +126,10 @@ def train(
         processes=distributed.processes(),
         state_bytes=held,
         adamw_state_bytes=adamw_held,
-        optimizer_share=None if config.release else clock.optimizer_seconds / clock.step_seconds,
-        tokens_per_second=clock.steps * last["tokens"] / config.steps / clock.step_seconds,
+        optimizer_share=None if config.release else books.optimizer_seconds / books.step_seconds,
+        tokens_per_second=books.steps * last["tokens"] / config.steps / books.step_seconds,
         peak_bytes=peak_bytes(),
-        step_seconds=clock.step_seconds,
+        step_seconds=books.step_seconds,
         wall_seconds=time.perf_counter() - start,
         device=describe_device(model.device),
         versions=versions("torch", "transformers", "datasets", "tokenizers"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,30 +60,37 @@ def describe_optimizer(config: RunConfig) -> str:
 def summary_table(summary: Summary, config: RunConfig) -> Table:
     """The table that ends a run, at most 80 columns wide."""
     ratio = summary.adamw_state_bytes / summary.state_bytes
+    beside = "per process, AdamW's /" if summary.processes > 1 else "AdamW's divided by"
+    loss, perplexity = summary.validation_loss, summary.validation_perplexity
+    rows = [
+        ("validation perplexity", f"{perplexity:.2f}", f"per token; {loss:.4f} nats"),
+        ("optimizer state", mebibytes(summary.state_bytes), f"{beside} {ratio:.2f}"),
+        ("AdamW's state, same model", mebibytes(summary.adamw_state_bytes), ""),
+    ]
+    if summary.adapter_bytes:
+        rows.append(("adapters", mebibytes(summary.adapter_bytes), "beside the model's weights"))
+    if summary.optimizer_share is not None:
+        share = f"{summary.optimizer_share:.1%}"
+        rows.append(("time in optimizer.step", share, "of the training steps' time"))
     frozen = summary.trained_parameters < summary.parameters
     trained = f", {short(summary.trained_parameters)} train" if frozen else ""
-    table = Table(title=describe_optimizer(config), show_header=False, title_justify="left")
+    rows += [
+        ("training speed", f"{summary.tokens_per_second:,.0f}", f"tokens/s, {summary.device}"),
+        ("wall time", duration(summary.wall_seconds), "with data and evaluation"),
+        ("trained on", short(summary.tokens), f"tokens in {summary.steps:,} steps"),
+        ("model", short(summary.parameters), f"parameters{trained}"),
+    ]
+    return figures(describe_optimizer(config), rows)
+
+
+def figures(title: str, rows: Iterable[tuple[str, str, str]]) -> Table:
+    """A table of names, figures and what they mean."""
+    table = Table(title=title, show_header=False, title_justify="left")
     table.add_column()
     table.add_column(justify="right")
     table.add_column(style="dim")
-    table.add_row(
-        "validation perplexity",
-        f"{summary.validation_perplexity:.2f}",
-        f"per token; {summary.validation_loss:.4f} nats",
-    )
-    beside = "per process, AdamW's /" if summary.processes > 1 else "AdamW's divided by"
-    table.add_row("optimizer state", mebibytes(summary.state_bytes), f"{beside} {ratio:.2f}")
-    table.add_row("AdamW's state, same model", mebibytes(summary.adamw_state_bytes), "")
-    if summary.adapter_bytes:
-        table.add_row("adapters", mebibytes(summary.adapter_bytes), "beside the model's weights")
-    if summary.optimizer_share is not None:
-        table.add_row(
-            "time in optimizer.step", f"{summary.optimizer_share:.1%}", "of the training steps' time"
-        )
-    table.add_row("training speed", f"{summary.tokens_per_second:,.0f}", f"tokens/s, {summary.device}")
-    table.add_row("wall time", duration(summary.wall_seconds), "with data and evaluation")
-    table.add_row("trained on", short(summary.tokens), f"tokens in {summary.steps:,} steps")
-    table.add_row("model", short(summary.parameters), f"parameters{trained}")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -108,7 +115,6 @@ def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path:
     """Draw training and validation loss over tokens, with perplexity on the right-hand axis."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    train = [row for row in metrics if "loss" in row]
     validation = [row for row in metrics if "validation_loss" in row]
     last = validation[-1]
     figure = Figure(figsize=(8, 4.8), layout="constrained")
@@ -116,27 +122,17 @@ def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path:
 
     # In thousands or millions, so that the axis needs no power of ten.
     unit, word = (1e6, "millions") if last["tokens"] >= 1e6 else (1e3, "thousands")
-    tokens = [row["tokens"] / unit for row in train]
-    losses = [row["loss"] for row in train]
+    tokens = [row["tokens"] / unit for row in metrics if "loss" in row]
+    losses = [row["loss"] for row in metrics if "loss" in row]
     axes.plot(tokens, losses, color="C0", alpha=0.3, linewidth=1, label="training")
     axes.plot(tokens, smooth(losses), color="C0", linewidth=1.8, label="training, smoothed")
-    axes.plot(
-        [row["tokens"] / unit for row in validation],
-        [row["validation_loss"] for row in validation],
-        color="C1",
-        marker="o",
-        markersize=4.5,
-        linewidth=1.2,
-        label="validation, held out",
-    )
-    axes.annotate(
-        f"perplexity {last['validation_perplexity']:.1f}",
-        (last["tokens"] / unit, last["validation_loss"]),
-        xytext=(0, -16),
-        textcoords="offset points",
-        ha="right",
-        color="C1",
-    )
+    tokens = [row["tokens"] / unit for row in validation]
+    losses = [row["validation_loss"] for row in validation]
+    style: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linewidth": 1.2}
+    axes.plot(tokens, losses, color="C1", label="validation, held out", **style)
+    place: dict[str, Any] = {"xytext": (0, -16), "textcoords": "offset points", "ha": "right"}
+    perplexity = f"perplexity {last['validation_perplexity']:.1f}"
+    axes.annotate(perplexity, (tokens[-1], losses[-1]), color="C1", **place)
     axes.margins(y=0.08)  # room for the line above
     axes.set_xlim(left=0)
     axes.set_xlabel(f"tokens seen ({word})")

@@ -29,7 +29,7 @@ from lorapre_recipes.config import RunConfig, UserError
 from lorapre_recipes.console import one_line
 from lorapre_recipes.files import append_line, write_lines
 from lorapre_recipes.train import distributed
-from lorapre_recipes.train.runs import PARTIAL, checkpoint_step, checkpoints, write_manifest
+from lorapre_recipes.train.runs import PARTIAL, checkpoints, write_manifest
 from lorapre_recipes.train.summary import Metric
 
 KEPT = 2  # checkpoints: should the last one be damaged, there is another
@@ -47,29 +47,26 @@ class Finished(Exception):
     """There is no step left to take: the run was cut off after its last checkpoint."""
 
 
-class Clock(TrainerCallback):
-    """Seconds in training steps and, within them, in optimizer.step; without evaluation and checkpoints."""
+class Bookkeeper(TrainerCallback):
+    """Times the steps, keeps metrics.jsonl, and takes up both where a checkpoint left them.
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.steps, self.step_seconds, self.optimizer_seconds = 0, 0.0, 0.0
+    `step_seconds` are those in training steps, without evaluation and checkpoints, `optimizer_seconds` those
+    of them in optimizer.step.
+    """
+
+    def __init__(self, optimizer: Optimizer, file: Path) -> None:
+        self.file, self.steps, self.step_seconds, self.optimizer_seconds = file, 0, 0.0, 0.0
         optimizer.register_step_pre_hook(lambda *_: self.start("optimizer_seconds"))
         optimizer.register_step_post_hook(lambda *_: self.stop("optimizer_seconds"))
         self._starts: dict[str, float] = {}
 
-    @staticmethod
-    def now() -> float:
-        """Seconds. Waits for an accelerator, whose work would else be booked on whoever waits for it next."""
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        return time.perf_counter()
-
     def start(self, figure: str) -> None:
         """What counts towards a figure begins."""
-        self._starts[figure] = self.now()
+        self._starts[figure] = now()
 
     def stop(self, figure: str) -> None:
         """It has ended."""
-        setattr(self, figure, getattr(self, figure) + self.now() - self._starts[figure])
+        setattr(self, figure, getattr(self, figure) + now() - self._starts[figure])
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """A training step begins."""
@@ -80,21 +77,35 @@ class Clock(TrainerCallback):
         self.stop("step_seconds")
         self.steps += 1
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forget what an interrupted session logged after its last checkpoint: it will be logged again."""
+        if distributed.is_main():
+            write_lines(self.file, metrics_of(state.log_history))
+        for entry in state.log_history:
+            if "timed_steps" in entry:
+                self.steps, self.step_seconds = entry["timed_steps"], entry["step_seconds"]
+                self.optimizer_seconds = entry["optimizer_seconds"]
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take no step more than there are: the trainer takes one before it looks. Raises Finished."""
+        if state.global_step >= state.max_steps:
+            raise Finished
+
+
+def now() -> float:
+    """Seconds. Waits for an accelerator, whose work would else be booked on whoever waits for it next."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
 
 class RecipeTrainer(Trainer):
-    """transformers.Trainer with a clock, metrics.jsonl, and checkpoints that are complete or not there."""
+    """transformers.Trainer with metrics.jsonl, and checkpoints that are complete or not there."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        clock: Clock,
-        metrics_file: Path,
-        *,
-        eval_items: float | None = None,
-        **kwargs: Any,
+        self, config: RunConfig, books: Bookkeeper, *, eval_items: float | None, **kwargs: Any
     ) -> None:
-        self.recipe, self.clock, self.metrics_file = config, clock, metrics_file
-        self._saving = False
+        self.recipe, self.books, self._saving = config, books, False
         super().__init__(**kwargs)
         self.eval_items = eval_items
 
@@ -119,7 +130,7 @@ class RecipeTrainer(Trainer):
 
         What is called checkpoint-N is complete, whenever a process or the machine's owner kills the run.
         """
-        run, name = self.metrics_file.parent, f"checkpoint-{self.state.global_step}"
+        run, name = self.books.file.parent, f"checkpoint-{self.state.global_step}"
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
@@ -132,15 +143,14 @@ class RecipeTrainer(Trainer):
             free = shutil.disk_usage(run).free / 2**20
             if distributed.processes() == 1:
                 shutil.rmtree(run / PARTIAL, ignore_errors=True)
-            reason = one_line(error)
             raise NotWritten(
-                f"{name} could not be written ({reason}); the disk has {free:,.0f} MiB left"
+                f"{name} could not be written ({one_line(error)}); the disk has {free:,.0f} MiB left"
             ) from error
         finally:
             self._saving = False
         if distributed.is_main():
             (run / PARTIAL / name).rename(run / name)
-            for old in sorted(checkpoints(run), key=checkpoint_step)[:-KEPT]:
+            for old in checkpoints(run)[:-KEPT]:
                 old.rename(run / PARTIAL / old.name)  # out of the way before it is incomplete
             shutil.rmtree(run / PARTIAL)
 
@@ -158,17 +168,11 @@ class RecipeTrainer(Trainer):
         except ValueError as error:
             raise UserError(f"--resume: {checkpoint} does not fit this run ({error})") from error
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """In evaluation, weigh tokens alike, not batches: the mean over batches is then that over tokens."""
         if not model.training and self.eval_items is not None:
-            num_items_in_batch = torch.tensor(self.eval_items, device=self.args.device)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            kwargs["num_items_in_batch"] = torch.tensor(self.eval_items, device=self.args.device)
+        return super().compute_loss(model, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log to the trainer's history, loggers and metrics.jsonl. Raises Diverged at a loss of nan, inf."""
@@ -178,41 +182,18 @@ class RecipeTrainer(Trainer):
             self.state.num_input_tokens_seen or self.state.global_step * self.recipe.tokens_per_step
         )
         if "eval_loss" in logs:
-            logs["eval_perplexity"] = perplexity(loss)
+            logs["eval_perplexity"] = math.exp(loss) if loss < 700 else math.inf  # where floats end
         if "loss" in logs:
-            clock = self.clock
-            logs["timed_steps"], logs["step_seconds"] = clock.steps, clock.step_seconds
-            logs["optimizer_seconds"] = clock.optimizer_seconds
+            logs["timed_steps"], logs["step_seconds"] = self.books.steps, self.books.step_seconds
+            logs["optimizer_seconds"] = self.books.optimizer_seconds
         super().log(logs, start_time)
         if distributed.is_main():
             for row in metrics_of(self.state.log_history[-1:]):
-                append_line(self.metrics_file, json.dumps(row))
+                append_line(self.books.file, json.dumps(row))
         if not math.isfinite(loss):
             raise Diverged(
                 f"the loss is {loss} at step {self.state.global_step}; try a lower --lr or --scale"
             )
-
-
-class Bookkeeping(TrainerCallback):
-    """Takes up clock and metrics.jsonl where the checkpoint left them."""
-
-    def __init__(self, trainer: RecipeTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Forget what an interrupted session logged after its last checkpoint: it will be logged again."""
-        if distributed.is_main():
-            write_lines(self.trainer.metrics_file, metrics_of(state.log_history))
-        clock = self.trainer.clock
-        for entry in state.log_history:
-            if "timed_steps" in entry:
-                clock.steps, clock.step_seconds = entry["timed_steps"], entry["step_seconds"]
-                clock.optimizer_seconds = entry["optimizer_seconds"]
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take no step more than there are: the trainer takes one before it looks. Raises Finished."""
-        if state.global_step >= state.max_steps:
-            raise Finished
 
 
 class Progress(ProgressCallback):
@@ -243,11 +224,6 @@ class Progress(ProgressCallback):
         if "eval_loss" in logs:
             step = f"{state.global_step:>{len(str(state.max_steps))}}"
             self.training_bar.write(f"step {step}  validation perplexity {logs['eval_perplexity']:.2f}")
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where floats end."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 # Names in the trainer's history, and those in metrics.jsonl.

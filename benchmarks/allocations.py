@@ -98,28 +98,3 @@ def peak_resident_bytes(fn: Callable[[], Any]) -> int | None:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
-
-
-def storage_bytes(*tensors: torch.Tensor) -> int:
-    """Bytes of the storages of tensors, each once, with those inside of tensors that wrap others."""
-    storages: dict[int, int] = {}
-    for tensor in tensors:
-        if hasattr(tensor, "__tensor_flatten__"):
-            names, _ = tensor.__tensor_flatten__()
-            parts = [getattr(tensor, name) for name in names]
-            storages[id(tensor)] = storage_bytes(*parts)
-        else:
-            storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
-
-
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """All tensors in an optimizer's state: in dicts and lists, and in the objects that peers keep there."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [tensor for item in value.values() for tensor in tensors_in(item)]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in tensors_in(item)]
-    return tensors_in(vars(value)) if hasattr(value, "__dict__") and not isinstance(value, type) else []
