@@ -5,14 +5,17 @@ A field's annotation holds its help: `cli/options.py` makes a command-line optio
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from lorapre_recipes.console import one_line
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,11 +54,27 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
 # Whole numbers are at least 1, these aside. A vocabulary has 256 bytes and the end of a document.
 LEAST = {"seed": 0, "sequence_length": 2, "samples": 2, "held_out_every": 2, "vocab_size": 257}
 POSITIVE = ("lr", "scale")
-SHARES = ("betas", "momentum", "warmup", "final_lr")  # between 0 and 1
+SHARES = ("warmup", "final_lr")  # between 0 and 1
+DECAYS = ("betas", "momentum")  # less than 1
 
 
 class UserError(ValueError):
     """A mistake of the user's. The message is one line: which argument, what is wrong, what is right."""
+
+
+# What from_pretrained raises where there is nothing that it can load.
+NOT_LOADED = (OSError, ValueError, KeyError, ImportError)
+
+
+@contextlib.contextmanager
+def user_errors(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds within the block are the user's. Raises UserError: the message and the reason."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{message} ({getattr(error, 'strerror', None) or one_line(error)})") from error
 
 
 def flag(name: str) -> str:
@@ -64,22 +83,18 @@ def flag(name: str) -> str:
 
 
 @functools.cache
-def hints_of(config: Any) -> dict[str, Any]:
-    """The types of the fields of a config."""
+def kinds_of(config: Any) -> dict[str, tuple[Any, ...]]:
+    """The types that each field of a config may have: the parts of a union, the union itself."""
     hints = get_type_hints(config)
-    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+    return {
+        field.name: (*get_args(hints[field.name]), hints[field.name]) for field in dataclasses.fields(config)
+    }
 
 
-@functools.cache
 def choices_of(config: Any) -> dict[str, tuple[str, ...]]:
     """The fields that take one of a few words, with these words."""
-    kinds = {name: (hint, *get_args(hint)) for name, hint in hints_of(config).items()}
-    return {
-        name: get_args(kind)
-        for name, alternatives in kinds.items()
-        for kind in alternatives
-        if get_origin(kind) is Literal
-    }
+    fields = kinds_of(config).items()
+    return {name: get_args(kind) for name, kinds in fields for kind in kinds if get_origin(kind) is Literal}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,14 +103,13 @@ class Checked:
 
     def __post_init__(self) -> None:
         """Check every field. Raises UserError naming the option."""
-        kind: Any = type(self)
-        choices = choices_of(kind)
-        for name, hint in hints_of(kind).items():
+        config: Any = type(self)
+        choices = choices_of(config)
+        for name, kinds in kinds_of(config).items():
             value = getattr(self, name)
             if name in choices and value is not None and value not in choices[name]:
                 words = ", ".join(choices[name])
                 raise UserError(f"{flag(name)}: there is no {value!r}; choose from {words}")
-            kinds = (hint, *get_args(hint))
             for number in value if isinstance(value, tuple) else (value,):
                 if number is None or not (int in kinds or float in kinds):
                     continue
@@ -105,6 +119,8 @@ class Checked:
                     raise UserError(f"{flag(name)}: must be a positive number, not {number}")
                 if name in SHARES and not 0 <= number <= 1:
                     raise UserError(f"{flag(name)}: must be between 0 and 1, not {number}")
+                if name in DECAYS and not 0 <= number < 1:
+                    raise UserError(f"{flag(name)}: must be at least 0 and less than 1, not {number}")
                 if not (math.isfinite(number) and number >= 0):
                     raise UserError(f"{flag(name)}: must be a number that is not negative, not {number}")
 
@@ -132,8 +148,7 @@ class OptimizerConfig(Checked):
         "embed_tokens=8. May be repeated; the first match wins.",
     ] = ()
     freeze: Annotated[
-        tuple[str, ...],
-        "do not train parameters in whose names this regular expression is found. May be repeated.",
+        tuple[str, ...], "parameters with this regular expression in their names do not train; repeatable."
     ] = ()
 
     def __post_init__(self) -> None:
@@ -164,12 +179,8 @@ class OptimizerConfig(Checked):
     @staticmethod
     def fitting(method: str, rank: int, refresh: int) -> dict[str, Any]:
         """The options that a method has, with their defaults; None for those that it has not."""
-        values = {
-            "rank": rank,
-            "variant": DEFAULT_VARIANT.get(method),
-            "compress": "both",
-            "refresh": refresh,
-        }
+        values: dict[str, Any] = {"rank": rank, "compress": "both", "refresh": refresh}
+        values["variant"] = DEFAULT_VARIANT.get(method)
         return {name: value if method in ONLY_FOR[name] else None for name, value in values.items()}
 
 
@@ -194,9 +205,7 @@ class RunConfig(OptimizerConfig):
     eps: Annotated[float, "of Adam."] = 1e-8
     momentum: Annotated[float, "decay rate of Muon's momentum."] = 0.95
     weight_decay: Annotated[float, "decoupled, times the learning rate."] = 0.0
-    stochastic_rounding: Annotated[bool, "round updated bf16 weights up or down at random, without bias."] = (
-        False
-    )
+    stochastic_rounding: Annotated[bool, "round updated bf16 weights at random, without bias."] = False
 
     steps: Annotated[int, "optimizer steps."]
     batch_size: Annotated[int, "sequences in a forward pass, of all processes together."]
@@ -211,8 +220,7 @@ class RunConfig(OptimizerConfig):
     checkpoints: Annotated[int, "how many checkpoints are written; the last two are kept."]
     precision: Annotated[Precision, "of matrix products, whatever the weights have."] = "fp32"
     report_to: Annotated[
-        tuple[str, ...],
-        "a logger that is installed, such as tensorboard, trackio or wandb; may be repeated.",
+        tuple[str, ...], "an installed logger, such as tensorboard, trackio or wandb; may be repeated."
     ] = ()
     seed: Annotated[int, "of weights or adapters, data order and factors."] = 0
     # Batches are those of all processes together: how many there are does not change what is computed.
@@ -250,14 +258,11 @@ class RunConfig(OptimizerConfig):
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read what `write_json` wrote. Raises UserError where it is no config of this version."""
-        try:
+        wrong = f"{path}: not a config that this version of lorapre wrote"
+        with user_errors(wrong, json.JSONDecodeError, TypeError, AttributeError):
             fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            for name, value in fields.items():
-                if isinstance(value, list):  # JSON knows no tuples
-                    fields[name] = tuple(value)
-            return cls(**fields)
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not a config that this version of lorapre wrote ({error})") from error
+            lists = {name: value for name, value in fields.items() if isinstance(value, list)}
+            return cls(**(fields | {name: tuple(value) for name, value in lists.items()}))  # not in JSON
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -94,7 +94,7 @@ def launch(
 
 
 def explain(error: BaseException, name: str, run: Path) -> int:
-    """Say in a line why a run ended and how to go on with it, and return the exit code, or raise the error."""
+    """Say in a line why a run ended and how to go on, and return the exit code, or raise the error."""
     from lorapre_recipes.data.corpus import StreamLost
     from lorapre_recipes.train import distributed
     from lorapre_recipes.train.runs import last_checkpoint

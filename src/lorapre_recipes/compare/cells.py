@@ -8,14 +8,13 @@ report.md, report.html    see `compare/report.py`
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from lorapre_recipes.config import OptimizerName, PretrainConfig, UserError, choices_of
+from lorapre_recipes.config import OptimizerName, PretrainConfig, UserError, choices_of, user_errors
 from lorapre_recipes.files import read_json
 from lorapre_recipes.presets import PRETRAIN, get_preset
 
@@ -72,13 +71,12 @@ class Comparison:
     @classmethod
     def load(cls, folder: Path) -> Comparison:
         """Read compare.json. Raises UserError where there is no such file."""
-        try:
+        wrong = f"--resume {folder}: not a comparison, compare.json cannot be read"
+        with user_errors(wrong, OSError, ValueError, KeyError, TypeError, AttributeError):
             fields = read_json(folder / "compare.json")
             fields["contenders"] = tuple(fields["contenders"])
             fields["grid"] = {name: tuple(values) for name, values in fields["grid"].items()}
             return cls(**fields)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--resume {folder}: not a comparison, compare.json cannot be read") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,16 +130,8 @@ def read_sweep(texts: Sequence[str]) -> Grid:
 
 def numbers(text: str, separator: str, where: str) -> tuple[float, ...]:
     """Numbers in order. Raises UserError."""
-    try:
+    with user_errors(f"{where}: give numbers, one or several with {separator!r} between them", ValueError):
         return tuple(sorted({float(value) for value in text.split(separator)}))
-    except ValueError as error:
-        raise UserError(f"{where}: give numbers, one or several with {separator!r} between them") from error
-
-
-def combinations(grid: Grid) -> Iterator[Values]:
-    """Every combination of the values of a grid."""
-    for values in itertools.product(*grid.values()):
-        yield dict(zip(grid, values, strict=True))
 
 
 def cell_config(comparison: Comparison, cell: Cell) -> PretrainConfig:

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from lorapre_recipes.compare.cells import (
     Cell,
@@ -27,7 +28,6 @@ from lorapre_recipes.compare.cells import (
     Contender,
     Values,
     cell_config,
-    combinations,
     ending_of,
 )
 from lorapre_recipes.config import LOW_RANK, UserError
@@ -37,8 +37,7 @@ from lorapre_recipes.files import append_line, write_json
 RESUMABLE = (*LOW_RANK, "adamw", "muon", "muon-no-momentum", "galore-muon", "sgd")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a cell ended: `loss` is that of the last evaluation, infinite where training broke down."""
 
     cell: Cell
@@ -59,15 +58,13 @@ def compare(comparison: Comparison, out: Path, *, jobs: int, command: str | None
         UserError: before the first cell, where one of them could not run.
     """
     contenders = [Contender.parse(text) for text in dict.fromkeys(comparison.contenders)]
-    first = {
-        contender.name: [
-            Cell(contender=contender, values=values, seed=0)
-            for values in combinations(comparison.grid | contender.grid)
-        ]
-        for contender in contenders
-    }
-    for cell in itertools.chain(*first.values()):
-        cell_config(comparison, cell)
+    first: dict[str, list[Cell]] = {}
+    for contender in contenders:
+        grid = comparison.grid | contender.grid
+        combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        first[contender.name] = [Cell(contender=contender, values=x, seed=0) for x in combinations]
+        for cell in first[contender.name]:
+            cell_config(comparison, cell)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "compare.json", comparison)
     if command is not None:
@@ -144,9 +141,8 @@ def start_cell(cell: Cell, out: Path, threads: int) -> Outcome:
             ).returncode
         ending = ending_of(run)
         if ending is None:  # it is tried again when the comparison goes on
-            reason = f"exit code {code}, see {run / 'log.txt'}"
-            return Outcome(cell=cell, loss=math.inf, reason=reason)
-    return Outcome(cell=cell, loss=ending.loss, reason=ending.reason)
+            return Outcome(cell, math.inf, f"exit code {code}, see {run / 'log.txt'}")
+    return Outcome(cell, ending.loss, ending.reason)
 
 
 def run_cell(out: Path, arguments: str) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from lorapre_recipes.config import ArithmeticConfig, UserError
+from lorapre_recipes.config import ArithmeticConfig, UserError, user_errors
 from lorapre_recipes.data import tokens
 from lorapre_recipes.data.examples import Example
 from lorapre_recipes.data.tokens import for_transformers
@@ -126,12 +126,10 @@ def write_task(out: Path, sizes: ArithmeticConfig) -> None:
     Raises:
         UserError: a folder that holds something or cannot be made.
     """
-    try:
+    with user_errors(f"OUT {out}: this folder cannot be made", OSError):
         out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise UserError(f"OUT {out}: this folder is not empty; give a new one")
-    except OSError as error:
-        raise UserError(f"OUT {out}: this folder cannot be made ({error.strerror})") from error
+    if any(out.iterdir()):
+        raise UserError(f"OUT {out}: this folder is not empty; give a new one")
     seen: set[str] = set()
     test, train, text = (random.Random(f"{sizes.seed} {name}") for name in ("test", "train", "text"))
     held_out = list(itertools.islice(problems(test, seen), sizes.test))

@@ -8,14 +8,14 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets  # type: ignore[import-untyped]
 import numpy as np
 
-from lorapre_recipes.config import PretrainConfig, UserError
+from lorapre_recipes.config import PretrainConfig, UserError, user_errors
 from lorapre_recipes.console import one_line
 
 JSONL_SUFFIX = ".jsonl"
@@ -211,18 +211,10 @@ def looks_like_hub_name(name: str) -> bool:
     return bool(owner and rest) and "/" not in rest and not is_path
 
 
-@contextmanager
-def from_hub(data: str) -> Iterator[None]:
-    """Raises UserError where the hub has no such dataset or does not answer within the block."""
-    try:
-        yield
-    except OSError as error:  # offline; DatasetNotFoundError is one too
-        raise UserError(
-            f"--data {data}: no such file here, nor a dataset found on the Hugging Face Hub "
-            f"({one_line(error)})"
-        ) from error
-    except ValueError as error:  # unknown config or split
-        raise UserError(f"--data {data}: {one_line(error)}") from error
+def from_hub(data: str) -> AbstractContextManager[None]:
+    """Raises UserError where the hub has no such dataset, config or split, or does not answer."""
+    message = f"--data {data}: no such file here, nor a dataset found on the Hugging Face Hub"
+    return user_errors(message, OSError, ValueError)  # DatasetNotFoundError is an OSError
 
 
 def read_hub(config: PretrainConfig) -> Corpus:

@@ -7,7 +7,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from datasets.exceptions import DatasetGenerationError  # type: ignore[import-un
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lorapre_recipes.config import UserError
-from lorapre_recipes.console import one_line
+from lorapre_recipes.config import NOT_LOADED, UserError, user_errors
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = -100  # in place of a token; it is what losses of torch and transformers ignore
@@ -31,13 +30,9 @@ def load_tokenizer(
     name: str, length: int, kind: type[AutoTokenizer | PreTrainedTokenizerFast] = AutoTokenizer
 ) -> PreTrainedTokenizerFast:
     """A tokenizer from a folder or the Hugging Face Hub. Raises UserError where it cannot serve."""
-    try:
+    missing = "neither a folder with a tokenizer nor found on the Hugging Face Hub"
+    with user_errors(f"--tokenizer {name}: {missing}", *NOT_LOADED):
         tokenizer = kind.from_pretrained(name, model_max_length=length)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"--tokenizer {name}: neither a folder with a tokenizer nor found on the Hugging Face Hub "
-            f"({one_line(error)})"
-        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"--tokenizer {name}: needs one of the tokenizers package (tokenizer.json)")
     if tokenizer.eos_token_id is None:
@@ -86,16 +81,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapre"
 
 
-@contextmanager
-def writable_cache() -> Iterator[None]:
+def writable_cache() -> AbstractContextManager[None]:
     """Raises UserError where the block cannot write the cache."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"the cache {cache_folder()} cannot be written ({error.strerror or one_line(error)}); "
-            "set LORAPRE_CACHE to a folder that can"
-        ) from error
+    message = f"the cache {cache_folder()} cannot be written; set LORAPRE_CACHE to a folder that can"
+    return user_errors(message, OSError)
 
 
 def cached_tokenizer(documents: Iterable[str], fingerprint: str, vocab_size: int) -> Tokenizer:

@@ -10,8 +10,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from lorapre_recipes.config import UserError
-from lorapre_recipes.console import one_line, quieten
+from lorapre_recipes.config import NOT_LOADED, UserError, user_errors
+from lorapre_recipes.console import quieten
 
 
 def llama(hidden: int, intermediate: int, heads: int, layers: int, **fields: Any) -> LlamaConfig:
@@ -56,16 +56,14 @@ def meta_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     quieten()
     config = config_of(name)
     named = getattr(transformers, (config.architectures or [""])[0], None)
-    try:
-        with torch.device("meta"):
-            if named is not None:
-                model: PreTrainedModel = named(config)
-            else:  # what transformers takes for the type
-                causal = type(config) in AutoModelForCausalLM._model_mapping
-                kind = AutoModelForCausalLM if causal else AutoModel
-                model = kind.from_config(config)  # type: ignore[no-untyped-call]
-    except (ValueError, ImportError) as error:
-        raise UserError(f"MODEL {name}: transformers cannot build it: {one_line(error)}") from error
+    wrong = f"MODEL {name}: transformers cannot build it"
+    with user_errors(wrong, ValueError, ImportError), torch.device("meta"):
+        if named is not None:
+            model: PreTrainedModel = named(config)
+        else:  # what transformers takes for the type
+            causal = type(config) in AutoModelForCausalLM._model_mapping
+            kind = AutoModelForCausalLM if causal else AutoModel
+            model = kind.from_config(config)  # type: ignore[no-untyped-call]
     model.to(dtype)  # type: ignore[arg-type]
     return model
 
@@ -78,11 +76,7 @@ def config_of(name: str) -> transformers.PreTrainedConfig:
         return copy.deepcopy(built_in)
     if not path.exists() and (name.startswith((".", "/", "~")) or name.endswith(".json")):
         raise UserError(f"MODEL {name}: there is no such folder or file")
-    try:
+    missing = f"not built in ({', '.join(BUILT_IN)}), and no config that transformers can read"
+    with user_errors(f"MODEL {name}: {missing}", *NOT_LOADED):
         config: transformers.PreTrainedConfig = AutoConfig.from_pretrained(path if path.exists() else name)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"MODEL {name}: not built in ({', '.join(BUILT_IN)}), and no config that transformers can read: "
-            f"{one_line(error)}"
-        ) from error
     return config

@@ -43,17 +43,6 @@ def summed(variant: str, moment: str, means: bool, r: int, p: int, q: int) -> tu
     return rows, columns + FLOAT64
 
 
-def track_traffic(weight: Weight, settings: Settings, mesh: Mesh) -> float:
-    """Bytes that a GPU sends in a step to keep the factors of a weight."""
-    assert weight.rank is not None
-    part, total = weight.matrices(mesh), 0.0
-    variant, means = settings.variant or "", "v_row" in weight.state
-    for moment in settings.moments:
-        rows, columns = summed(variant, moment, means, weight.rank, part.p, part.q)
-        total += ring(rows, part.over("rows")) + ring(columns, part.over("columns"))
-    return part.E * total
-
-
 def deal_traffic(n: int, p: int, q: int, splits: Sequence[tuple[int, str]]) -> float:
     """Bytes that the busiest GPU moves to orthogonalise n matrices, of each of which it holds a part (p, q).
 
@@ -98,10 +87,14 @@ def optimizer_traffic(weights: Sequence[Weight], settings: Settings, mesh: Mesh)
         if weight.matrix:
             batches.setdefault((weight.group, weight.shape, weight.cuts(mesh)), []).append(weight)
     for batch in batches.values():
+        one = batch[0]
+        part, each = one.matrices(mesh), 0.0
         if settings.optimizer == "muon":
-            each = gather_traffic(batch[0], settings.item, mesh)
-        else:
-            each = track_traffic(batch[0], settings, mesh)
+            each = gather_traffic(one, settings.item, mesh)
+        for moment in settings.moments if one.rank is not None else ():
+            means = "v_row" in one.state
+            rows, columns = summed(settings.variant or "", moment, means, one.rank or 0, part.p, part.q)
+            each += part.E * (ring(rows, part.over("rows")) + ring(columns, part.over("columns")))
         if settings.optimizer == "lorapre-muon":
             each += muon_traffic(batch, mesh) / len(batch)
         sent |= {weight.name: each for weight in batch}

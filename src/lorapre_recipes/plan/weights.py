@@ -38,13 +38,6 @@ TP_DIM = {
 }
 
 
-class Cut(NamedTuple):
-    """A dimension of a weight, divided over so many processes."""
-
-    size: int
-    dim: int
-
-
 class Matrices(NamedTuple):
     """What a GPU holds of a weight: parts (p, q) of E matrices.
 
@@ -77,12 +70,12 @@ class Weight:
     tp_dim: int | None  # the dimension that tensor parallelism divides; else it is replicated
     frozen: bool  # whether it has neither gradient nor state
 
-    def cuts(self, mesh: Mesh) -> tuple[Cut, ...]:
-        """How `mesh` divides the weight: FSDP2 cuts rows, after tensor parallelism where that does too."""
-        fsdp = [Cut(mesh.shards, 0)] if self.shape else []
-        tp = [] if self.tp_dim is None else [Cut(mesh.tp, self.tp_dim)]
+    def cuts(self, mesh: Mesh) -> tuple[tuple[int, int], ...]:
+        """(processes, dimension that they divide): FSDP2 cuts rows, after tensor parallelism if both do."""
+        fsdp = [(mesh.shards, 0)] if self.shape else []
+        tp = [] if self.tp_dim is None else [(mesh.tp, self.tp_dim)]
         cuts = tp + fsdp if self.tp_dim == 0 else fsdp + tp
-        return tuple(cut for cut in cuts if cut.size > 1)
+        return tuple((size, dim) for size, dim in cuts if size > 1)
 
     def part(self, mesh: Mesh) -> tuple[int, ...]:
         """Shape of the largest shard."""

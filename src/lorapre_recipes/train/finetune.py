@@ -26,8 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from lorapre_recipes.config import FinetuneConfig, UserError, parse_rules
-from lorapre_recipes.console import one_line
+from lorapre_recipes.config import NOT_LOADED, FinetuneConfig, UserError, parse_rules, user_errors
 from lorapre_recipes.data.examples import labels_per_batch, load_examples
 from lorapre_recipes.train import distributed
 from lorapre_recipes.train.optim import DTYPES, build_optimizer, freeze
@@ -91,10 +90,8 @@ def finetune(config: FinetuneConfig, out: Path, **session: Any) -> Summary:
 
 def load_tokenizer(name: str, folder: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a model, with a token to pad with. Raises UserError."""
-    try:
+    with user_errors(f"--model {name}: has no tokenizer here", *NOT_LOADED):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"--model {name}: has no tokenizer here ({one_line(error)})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: needs a tokenizer with a tokenizer.json and an end token")
     if tokenizer.pad_token_id is None:
@@ -104,13 +101,9 @@ def load_tokenizer(name: str, folder: str) -> PreTrainedTokenizerFast:
 
 def load_model(name: str, folder: str, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
     """The model with its weights in this dtype ("auto": as stored). Raises UserError without it."""
-    try:
+    missing = "no causal language model here, nor found on the Hugging Face Hub"
+    with user_errors(f"--model {name}: {missing}", *NOT_LOADED):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"--model {name}: no causal language model here, nor found on the Hugging Face Hub "
-            f"({one_line(error)})"
-        ) from error
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -130,12 +123,10 @@ def with_optimizer(
         use_rslora=config.adapter == "rslora",
         use_dora=config.adapter == "dora",
     )
-    try:
-        with warnings.catch_warnings():  # peft 0.21 reads an attribute that transformers 5.23 has renamed
-            warnings.simplefilter("ignore", FutureWarning)
-            adapted = get_peft_model(model, lora)
-    except ValueError as error:
-        raise UserError(f"--method {config.adapter}: {one_line(error)}") from error
+    with user_errors(f"--method {config.adapter}: peft refuses", ValueError), warnings.catch_warnings():
+        # peft 0.21 reads an attribute that transformers 5.23 has renamed.
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = get_peft_model(model, lora)
     adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     decay = config.weight_decay
     if config.adapter == "lora+":

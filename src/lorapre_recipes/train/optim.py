@@ -16,7 +16,7 @@ from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, param_groups
 from lorapre.groups import Rule
-from lorapre_recipes.config import LOW_RANK, Precision, RunConfig, UserError, parse_patterns
+from lorapre_recipes.config import LOW_RANK, Precision, RunConfig, UserError, parse_patterns, user_errors
 
 Groups = list[dict[str, Any]]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -218,10 +218,8 @@ def grouped(
         groups = param_groups(model, rank=rank, rules=rules, strict=strict)
     except ValueError as error:
         raise UserError(f"{option}: {error}") from error
-    return (
-        [group for group in groups if group["rank"] is not None],
-        [group for group in groups if group["rank"] is None],
-    )
+    matrices = [group for group in groups if group["rank"] is not None]
+    return matrices, [group for group in groups if group["rank"] is None]
 
 
 def state_bytes(optimizer: Optimizer) -> int:
@@ -258,10 +256,6 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 def package(module: str, name: str, package: str) -> Any:
     """A class of a package. Raises UserError where that is not installed."""
-    try:
+    missing = f"{name} is in the package {package}, which is not installed here: pip install 'lorapre[bench]'"
+    with user_errors(f"--optimizer: {missing}", ModuleNotFoundError):
         return getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--optimizer: {name} is in the package {package}, which is not installed here ({error}); "
-            "pip install 'lorapre[bench]'"
-        ) from error

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from lorapre_recipes.config import RunConfig, UserError
+from lorapre_recipes.config import RunConfig, UserError, user_errors
 from lorapre_recipes.files import read_json, write_json
 from lorapre_recipes.train import distributed
 
@@ -44,10 +44,8 @@ def prepare_folder(
     out: Path, config: RunConfig, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any], *, resume: bool
 ) -> None:
     """Make the run folder, or clean one that goes on. Raises UserError where that cannot be."""
-    try:
+    with user_errors(f"--out {out}: this folder cannot be made", OSError):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: this folder cannot be made ({error.strerror})") from error
     record_data(facts, out / "data.json")
     if not resume:
         write_json(out / "config.json", config)

@@ -98,12 +98,16 @@ def train(
     )
     trainer.optimizer = optimizer  # the constructor refuses one with FSDP; accelerate gives it the shards
     trainer.remove_callback(ProgressCallback)
-    for callback in (Progress(), books, *callbacks):
+    progress = Progress()
+    for callback in (progress, books, *callbacks):
         trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=str(last_checkpoint(out)) if resume else None)
     except Finished:
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+    finally:
+        if progress.training_bar is not None:  # before anyone says why the run ended
+            progress.training_bar.close()
 
     metrics = metrics_of(trainer.state.log_history)
     last = next(row for row in reversed(metrics) if "validation_loss" in row)
@@ -113,6 +117,11 @@ def train(
     if adapters:  # of the model without them: two moments and a float32 step each
         own = {*model.parameters()} - {*adapters}
         adamw_bytes = sum(2 * p.nbytes + 4 for p in own)
+    # The most that this process has held: allocated on its GPU, or else resident.
+    kibibyte = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
     held, adamw_held = distributed.largest(state_bytes(optimizer), adamw_bytes)
     summary = Summary(
         optimizer=config.method,
@@ -128,7 +137,7 @@ def train(
         adamw_state_bytes=adamw_held,
         optimizer_share=None if config.release else books.optimizer_seconds / books.step_seconds,
         tokens_per_second=books.steps * last["tokens"] / config.steps / books.step_seconds,
-        peak_bytes=peak_bytes(),
+        peak_bytes=peak,
         step_seconds=books.step_seconds,
         wall_seconds=time.perf_counter() - start,
         device=describe_device(model.device),
@@ -209,14 +218,6 @@ def check_machine(config: RunConfig) -> None:
         raise UserError(
             "--fsdp: start it with torchrun --nproc-per-node N -m lorapre_recipes pretrain; N may be 1"
         )
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held: allocated on its GPU, or else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes * (1 if sys.platform == "darwin" else 1024)  # macOS counts in bytes
 
 
 def describe_device(device: torch.device) -> str:

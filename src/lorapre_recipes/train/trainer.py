@@ -25,7 +25,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from lorapre_recipes.config import RunConfig, UserError
+from lorapre_recipes.config import RunConfig, user_errors
 from lorapre_recipes.console import one_line
 from lorapre_recipes.files import append_line, write_lines
 from lorapre_recipes.train import distributed
@@ -163,10 +163,8 @@ class RecipeTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Raises UserError where the state in the checkpoint does not fit the optimizer."""
-        try:
+        with user_errors(f"--resume: {checkpoint} does not fit this run", ValueError):
             super()._load_optimizer_and_scheduler(checkpoint)
-        except ValueError as error:
-            raise UserError(f"--resume: {checkpoint} does not fit this run ({error})") from error
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """In evaluation, weigh tokens alike, not batches: the mean over batches is then that over tokens."""
