@@ -44,10 +44,10 @@ def memory(weights: Iterable[Weight], settings: Settings, mesh: Mesh = ONE_GPU) 
     held = sum(weight.held(mesh) for weight in weights) * item
     weights = [weight for weight in weights if not weight.frozen]
     gradients = sum(weight.held(mesh) for weight in weights) * item
-    transient = transient_bytes(settings, weights, mesh)
+    transient = step_bytes(settings, weights, mesh)
     if settings.release:  # one gradient at a time, from when it is complete until its weight is updated
         gradients, transient = max(
-            ((weight.held(mesh) * item, transient_bytes(settings, [weight], mesh)) for weight in weights),
+            ((weight.held(mesh) * item, step_bytes(settings, [weight], mesh)) for weight in weights),
             key=sum,
         )
     return Memory(
@@ -60,22 +60,25 @@ def memory(weights: Iterable[Weight], settings: Settings, mesh: Mesh = ONE_GPU) 
     )
 
 
-def transient_bytes(settings: Settings, weights: Sequence[Weight], mesh: Mesh) -> int:
-    """Bytes that optimizer.step allocates beside weights, gradients and state, at most.
-
-    Only this function knows how the library cuts its work into tiles and stacks of weights.
-    """
-    item = settings.item
-    held = [weight.held(mesh) * item for weight in weights]
-    matrices = [weight for weight in weights if weight.matrix]
+def step_bytes(settings: Settings, weights: Sequence[Weight], mesh: Mesh) -> int:
+    """Bytes that optimizer.step allocates beside weights, gradients and state, at most."""
+    held = [weight.held(mesh) * settings.item for weight in weights]
     if settings.optimizer == "adamw":  # foreach, as on a GPU: the denominators of all weights
         return sum(held)
     if settings.optimizer == "muon":
-        dense = sum(weight.held(mesh) * item for weight in weights if not weight.matrix)
-        return max([dense, *(newton_schulz_bytes(weight, item) for weight in matrices)])
+        dense = sum(size for size, weight in zip(held, weights, strict=True) if not weight.matrix)
+        whole = [newton_schulz_bytes(weight, settings.item) for weight in weights if weight.matrix]
+        return max([dense, *whole])
+    return transient_bytes(settings, weights, mesh)
+
+
+def transient_bytes(settings: Settings, weights: Sequence[Weight], mesh: Mesh) -> int:
+    """The same of LoRA-Pre's optimizers: all that a plan knows of how the library cuts and stacks weights."""
+    matrices = [weight for weight in weights if weight.matrix]
     if not matrices:
-        return 0 if item == FLOAT32 else DENSE_SCRATCH
-    scratch = max(SCRATCH, round(SCRATCH_SHARE * max(held)))
+        return 0 if settings.item == FLOAT32 else DENSE_SCRATCH
+    largest = max(weight.held(mesh) for weight in weights) * settings.item
+    scratch = max(SCRATCH, round(SCRATCH_SHARE * largest))
     split = settings.variant == "split" and settings.optimizer == "lorapre-adamw"
     alike = Counter(weight.shape for weight in matrices)
     copies = 0  # of factors
