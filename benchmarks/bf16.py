@@ -16,11 +16,11 @@ import torch
 from common import Column, Result, Row, quiet, reason
 from cyclopts import App
 
-from lorapre_recipes.cli.launch import quieten
 from lorapre_recipes.config import OptimizerName
-from lorapre_recipes.presets import get_preset
-from lorapre_recipes.pretrain import pretrain
-from lorapre_recipes.report import read_metrics
+from lorapre_recipes.console import quieten
+from lorapre_recipes.presets import PRETRAIN, get_preset
+from lorapre_recipes.train.pretrain import pretrain
+from lorapre_recipes.train.summary import read_metrics
 
 COLUMNS = [
     Column("run", "weights"),
@@ -59,7 +59,9 @@ def main(
         out: folder of the results. Default: benchmarks/results/DATE_HARDWARE.
     """
     changes = {"steps": steps, "data": data, "seed": seed}
-    config = get_preset(preset)(optimizer).replace(**{k: v for k, v in changes.items() if v is not None})
+    config = get_preset(PRETRAIN, preset)(optimizer).replace(
+        **{k: v for k, v in changes.items() if v is not None}
+    )
     rows: list[Row] = []
     curves: dict[str, list[tuple[int, float]]] = {}
     quieten()

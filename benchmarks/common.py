@@ -36,10 +36,10 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
 from lorapre.groups import is_low_rank
-from lorapre_recipes.optim import WithAdamW
+from lorapre_recipes.train.optim import WithAdamW
 
 logging.disable(logging.ERROR)  # transformers imports torchao, which logs what a machine without GPU lacks
-from lorapre_recipes.shapes import meta_model  # noqa: E402
+from lorapre_recipes.plan.shapes import meta_model  # noqa: E402
 
 logging.disable(logging.NOTSET)
 

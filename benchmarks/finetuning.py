@@ -26,15 +26,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorapre_recipes.arithmetic import write_task
-from lorapre_recipes.cli.launch import quieten
-from lorapre_recipes.config import PretrainConfig
-from lorapre_recipes.finetune import finetune
-from lorapre_recipes.finetune_data import Example, read_examples
-from lorapre_recipes.finetune_presets import arithmetic
-from lorapre_recipes.presets import llama_arithmetic
-from lorapre_recipes.pretrain import pretrain
-from lorapre_recipes.runs import checkpoint_step, last_checkpoint, load_run, model_folder
+from lorapre_recipes.config import ArithmeticConfig, PretrainConfig
+from lorapre_recipes.console import quieten
+from lorapre_recipes.data.arithmetic import write_task
+from lorapre_recipes.data.examples import Example, read_examples
+from lorapre_recipes.presets import arithmetic, llama_arithmetic
+from lorapre_recipes.train.finetune import finetune
+from lorapre_recipes.train.pretrain import pretrain
+from lorapre_recipes.train.runs import checkpoint_step, last_checkpoint, load_run, model_folder
 
 TASK, BASE, RESULTS = "arithmetic", "llama-arithmetic", "results.jsonl"
 ANSWER = re.compile(r"#### (-?[0-9.,]+)")  # as in lm-eval's gsm8k task
@@ -136,7 +135,7 @@ def main(
 def prepare(out: Path) -> str:
     """The folder of the pre-trained model, made at first use."""
     if not (out / TASK).is_dir():
-        write_task(out / TASK, train=20_000, test=500, text=20_000, seed=0)
+        write_task(out / TASK, ArithmeticConfig(train=20_000, test=500, text=20_000, seed=0))
     run = out / BASE
     config = llama_arithmetic("adamw")
     config = config.replace(data=str(out / TASK / "text.jsonl"), tokenizer=str(out / TASK / "tokenizer"))

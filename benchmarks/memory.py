@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from allocations import Mark, peak_resident_bytes, segments
 from common import (
     DTYPES,
     SVD,
@@ -34,8 +35,8 @@ from cyclopts import App
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorapre_recipes.allocations import Mark, peak_resident_bytes, segments, storage_bytes, tensors_in
-from lorapre_recipes.shapes import config_of
+from lorapre_recipes.plan.shapes import config_of
+from lorapre_recipes.train.optim import storage_bytes, tensors_in
 
 COLUMNS = [
     Column("optimizer", "optimizer"),

@@ -22,11 +22,11 @@ from torch.optim import AdamW
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, set_seed
 
 from lorapre import LoRAPreAdamW, param_groups, steps
-from lorapre_recipes.cli.launch import quieten
 from lorapre_recipes.config import Precision
-from lorapre_recipes.data import load_data
-from lorapre_recipes.presets import get_preset
-from lorapre_recipes.pretrain import build_model, collate
+from lorapre_recipes.console import quieten
+from lorapre_recipes.data.stream import load_data
+from lorapre_recipes.presets import PRETRAIN, get_preset
+from lorapre_recipes.train.pretrain import build_model, collate
 
 COLUMNS = [
     Column("variant", "variant"),
@@ -120,7 +120,7 @@ def main(
     changes = {"steps": steps, "seed": seed, "lr": lr, "scale": scale, "precision": precision}
     changes |= {"batch_size": batch_size} if batch_size else {}
     changes |= {"data": data} if data else {}
-    config = get_preset(preset)("adamw").replace(**changes)
+    config = get_preset(PRETRAIN, preset)("adamw").replace(**changes)
     packed = load_data(config)
     set_seed(seed)
     model = build_model(config, 0)

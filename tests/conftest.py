@@ -3,8 +3,11 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # its counter of allocations
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch loads: its profiler talks on stderr
 

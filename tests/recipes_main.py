@@ -11,8 +11,9 @@ from typing import Any
 
 from torch.distributed.checkpoint import FileSystemWriter
 
-from lorapre_recipes import cli, presets, training
+from lorapre_recipes import cli, presets
 from lorapre_recipes.config import OptimizerName, PretrainConfig
+from lorapre_recipes.train import trainer as training
 from tiny_runs import tiny_config
 
 
@@ -29,14 +30,14 @@ def arm(rank: str, where: str, number: str) -> None:
     if os.environ.get("RANK", "0") != rank:
         return
     if where == "step":
-        begin = training.Bookkeeping.on_step_begin
+        begin = training.Bookkeeper.on_step_begin
 
         def on_step_begin(self: Any, args: Any, state: Any, *rest: Any, **named: Any) -> None:
             if state.global_step + 1 == int(number):
                 die()
             begin(self, args, state, *rest, **named)
 
-        training.Bookkeeping.on_step_begin = on_step_begin
+        training.Bookkeeper.on_step_begin = on_step_begin
     else:
         write = FileSystemWriter.write_data
 
@@ -49,7 +50,7 @@ def arm(rank: str, where: str, number: str) -> None:
 
 
 if __name__ == "__main__":
-    presets.PRESETS["tiny"] = tiny
+    presets.PRETRAIN["tiny"] = tiny
     if moment := os.environ.get("LORAPRE_TEST_KILL"):
         arm(*moment.split())
     sys.exit(cli.main())

@@ -30,9 +30,10 @@ from safetensors.torch import load_file
 
 from cases import CASES, assert_near, parameters, set_gradients, state, weights
 from lorapre.checkpoints import STATE_FORMAT
-from lorapre_recipes import cli, presets, pretrain
-from lorapre_recipes.pretrain import collate
-from lorapre_recipes.runs import (
+from lorapre_recipes import cli, presets
+from lorapre_recipes.train import pretrain
+from lorapre_recipes.train.pretrain import collate
+from lorapre_recipes.train.runs import (
     MANIFEST,
     PARTIAL,
     checkpoint_step,
@@ -55,7 +56,7 @@ class Runs:
         self.folder = folder
         write_corpus(folder)
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["lorapre_recipes.pretrain", "lorapre_recipes.cli"])
+        self.context.set_forkserver_preload(["lorapre_recipes.train.pretrain", "lorapre_recipes.cli"])
         start = time.monotonic()
         assert self.run(*self.arguments("whole")) == 0, self.log()
         self.seconds = time.monotonic() - start
@@ -125,7 +126,7 @@ def command_line(
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
     torch.set_num_threads(1)
-    presets.PRESETS["tiny"] = lambda optimizer: tiny(
+    presets.PRETRAIN["tiny"] = lambda optimizer: tiny(
         optimizer, steps=STEPS, log_points=STEPS, checkpoints=STEPS // SAVED_EVERY
     )
     sys.argv = ["lorapre", "pretrain", *arguments]

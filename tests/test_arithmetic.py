@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from lorapre_recipes import cli
-from lorapre_recipes.arithmetic import LARGEST, make_equations, make_problem, write_task
+from lorapre_recipes.config import ArithmeticConfig
+from lorapre_recipes.data.arithmetic import LARGEST, make_equations, make_problem, write_task
 
 EQUATION = re.compile(r"(\d+)([+*-])(\d+)=(\d+)")
 
@@ -59,7 +60,7 @@ def test_equations_hold() -> None:
 
 def test_files_share_no_question_and_depend_on_the_seed_alone(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        write_task(tmp_path / name, train=300, test=50, text=40, seed=seed)
+        write_task(tmp_path / name, ArithmeticConfig(train=300, test=50, text=40, seed=seed))
     files = ("train.jsonl", "test.jsonl", "text.jsonl", "tokenizer/tokenizer.json")
     a, b, c = ([(tmp_path / name / file).read_text() for file in files] for name in "abc")
     assert a == b
@@ -72,12 +73,12 @@ def test_files_share_no_question_and_depend_on_the_seed_alone(tmp_path: Path) ->
     assert len({*questions, *stories}) == len(questions) + len(stories)
     assert "####" not in a[2]  # no answers to learn the task from before
 
-    write_task(tmp_path / "d", train=1, test=50, text=1, seed=0)
+    write_task(tmp_path / "d", ArithmeticConfig(train=1, test=50, text=1, seed=0))
     assert read(tmp_path / "d" / "test.jsonl") == test
 
 
 def test_digits_are_tokens(tmp_path: Path) -> None:
-    write_task(tmp_path / "task", train=50, test=1, text=20, seed=0)
+    write_task(tmp_path / "task", ArithmeticConfig(train=50, test=1, text=20, seed=0))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "task" / "tokenizer")
     text = "14+15=29 plums\n#### 29"
     tokens = tokenizer.tokenize(text)

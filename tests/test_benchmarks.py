@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import peak_bytes, segments
 
-from lorapre_recipes.allocations import peak_bytes, segments
 from lorapre_recipes.config import UserError
 from lorapre_recipes.presets import llama_tiny
 

@@ -9,11 +9,12 @@ import torch
 from lm_eval.api.model import LM
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorapre_recipes.config import EvaluateConfig
+from lorapre_recipes.data.examples import Example, encode
+from lorapre_recipes.data.tokens import for_transformers, train_tokenizer
 from lorapre_recipes.evaluate import evaluate, score
-from lorapre_recipes.finetune import collator
-from lorapre_recipes.finetune_data import Example, encode
-from lorapre_recipes.runs import MERGED
-from lorapre_recipes.tokens import for_transformers, train_tokenizer
+from lorapre_recipes.train.finetune import collator
+from lorapre_recipes.train.runs import MERGED
 
 ROWS = [
     {"question": f"Ann has {n} apples and buys {m}. How many has she?", "answer": f"{n} + {m}\n#### {n + m}"}
@@ -178,7 +179,9 @@ def test_an_untrained_model(untrained: Path, gsm8k: Path, lorapre: Any, tmp_path
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_answer_loss_is_the_mean_over_answer_tokens(batch_size: int, untrained: Path, gsm8k: Path) -> None:
-    result = evaluate(str(untrained), "gsm8k", data=str(gsm8k), batch_size=batch_size, max_new_tokens=2)
+    result = evaluate(
+        EvaluateConfig(model=str(untrained), data=str(gsm8k), batch_size=batch_size, max_new_tokens=2)
+    )
     model, total, count = build(), 0.0, 0
     for row in ROWS:
         ids, labels = encode(Example(**row), tokenizer()).values()
@@ -192,7 +195,7 @@ def test_answer_loss_is_the_mean_over_answer_tokens(batch_size: int, untrained: 
 
 def test_batches_change_no_answer(untrained: Path, gsm8k: Path) -> None:
     results = [
-        evaluate(str(untrained), "gsm8k", data=str(gsm8k), batch_size=size, max_new_tokens=12)
+        evaluate(EvaluateConfig(model=str(untrained), data=str(gsm8k), batch_size=size, max_new_tokens=12))
         for size in (1, 5)
     ]
     assert results[0].generations == results[1].generations
@@ -211,7 +214,7 @@ def test_a_run_folder_stands_for_its_model(untrained: Path, gsm8k: Path, tmp_pat
     run.mkdir()
     (run / "data.json").write_text("{}")
     untrained.rename(run / MERGED)
-    result = evaluate(str(run), "gsm8k", data=str(gsm8k), max_new_tokens=2)
+    result = evaluate(EvaluateConfig(model=str(run), data=str(gsm8k), max_new_tokens=2))
     assert (run / "evaluation-gsm8k.json").is_file()
     assert result.model == str(run)
 
@@ -220,7 +223,7 @@ def test_what_the_model_cannot_read_is_not_cut(tmp_path: Path, gsm8k: Path) -> N
     longest = max(len(tokenizer()(Example(**row).prompt)["input_ids"]) for row in ROWS)
     whole = max(len(encode(Example(**row), tokenizer())["input_ids"]) for row in ROWS)
     folder = save(build(max_position_embeddings=whole - 1), tmp_path / "model")
-    result = evaluate(str(folder), "gsm8k", data=str(gsm8k))
+    result = evaluate(EvaluateConfig(model=str(folder), data=str(gsm8k)))
     assert result.max_new_tokens == whole - 1 - longest
     assert 0 < result.too_long <= 5
 

@@ -13,7 +13,7 @@ import pytest
 import stress
 from cases import CASES
 from lorapre_recipes.config import UserError
-from lorapre_recipes.runs import MANIFEST, damage, last_checkpoint, model_folder
+from lorapre_recipes.train.runs import MANIFEST, damage, last_checkpoint, model_folder
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lorapre_recipes.arithmetic import make_problem, train_tokenizer
 from lorapre_recipes.config import FinetuneConfig, Method, UserError
-from lorapre_recipes.finetune import collator, finetune, load_tokenizer
-from lorapre_recipes.finetune_data import IGNORED, Example, encode, load_examples, read_examples
-from lorapre_recipes.finetune_presets import PRESETS, arithmetic, metamath100k
-from lorapre_recipes.runs import last_checkpoint, load_run, model_folder
+from lorapre_recipes.data.arithmetic import make_problem, train_tokenizer
+from lorapre_recipes.data.examples import IGNORED, Example, encode, load_examples, read_examples
+from lorapre_recipes.presets import FINETUNE as PRESETS
+from lorapre_recipes.presets import arithmetic, metamath100k
+from lorapre_recipes.train.finetune import collator, finetune, load_tokenizer
+from lorapre_recipes.train.runs import last_checkpoint, load_run, model_folder
 from tiny_runs import Interrupt, losses
 
 METHODS = get_args(Method)

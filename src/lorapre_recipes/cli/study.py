@@ -1,0 +1,115 @@
+"""Commands that say how good a model or an optimizer is: `lorapre evaluate`, `compare` and `report`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from lorapre_recipes.cli.launch import new_folder, settled
+from lorapre_recipes.cli.options import options
+from lorapre_recipes.compare.cells import SWEPT, Comparison, read_sweep
+from lorapre_recipes.config import ONLY_FOR, EvaluateConfig, PretrainConfig, UserError
+
+# What one comparison has not for all of its cells: contenders, sweeps and seeds have options of their own.
+NOT_SHARED = {"preset", "optimizer", "seed", "betas", "freeze", "fsdp", *ONLY_FOR, *SWEPT} - {"batch_size"}
+
+
+@options(EvaluateConfig)
+def evaluate(model: str, *, changes: dict[str, Any]) -> None:
+    """Score a model's answers to questions in mathematics with lm-eval, and take the loss of the right ones.
+
+    The prompt is that of `lorapre finetune`, without examples. Metrics are those of lm-eval's task, by the
+    filter that finds the answer in the text.
+
+    Args:
+        model: a name on the Hugging Face hub, a folder, or a run folder of `lorapre pretrain` or `finetune`.
+        changes: the other options.
+    """
+    config = EvaluateConfig(model=model, **changes)
+    from lorapre_recipes.console import quieten
+    from lorapre_recipes.evaluate import evaluate as recipe
+
+    quieten()
+    recipe(config)
+
+
+@options(PretrainConfig, without=NOT_SHARED, preset=True)
+def compare(
+    *,
+    preset: str = "llama-1m",
+    optimizers: list[str] | None = None,
+    sweep: list[str] | None = None,
+    seeds: int = 1,
+    extend: int = 0,
+    jobs: int | None = None,
+    out: Path | None = None,
+    resume: Path | None = None,
+    changes: dict[str, Any],
+) -> int:
+    """Compare optimizers on the same model, data, order and evaluation, each at its best learning rate.
+
+    Every optimizer runs every combination of the swept values on seed 0, the best one on the other seeds.
+    Without a sweep each takes the preset's values for it.
+
+    Args:
+        preset: model, data and schedule.
+        optimizers: a contender, with options of its own after a colon: galore, adamw:lr=0.01,
+            lorapre-adamw:variant=subspace,rank=16,scale=0.05/0.1. May be repeated.
+        sweep: values to try, such as lr=0.005,0.01 or scale=0.1,0.2,0.4 or beta2=0.95,0.999. May be repeated.
+        seeds: how many for the best values of each.
+        extend: go on so many times where the best lr or scale lies at the edge of the sweep.
+        jobs: runs at a time, each with its share of the cores. Default: as many as there are cores.
+        out: folder of the comparison, new or empty. Default: runs/compare-PRESET-TIME.
+        resume: the folder of a comparison to go on with. It holds all other options but jobs.
+        changes: the other options.
+    """
+    for name, count in (("seeds", seeds), ("jobs", jobs)):
+        if count is not None and count < 1:
+            raise UserError(f"--{name}: must be at least 1, not {count}")
+    if resume is not None:
+        if changes or optimizers or sweep or out is not None:
+            raise UserError("--resume: a comparison goes on as it began; leave out all options but --jobs")
+        folder, comparison = resume, Comparison.load(resume)
+    else:
+        folder = new_folder(out, f"compare-{preset}")
+        comparison = Comparison(
+            preset=preset,
+            contenders=tuple(optimizers or ("adamw", "lorapre-adamw", "muon", "lorapre-muon")),
+            grid=read_sweep(sweep or ()),
+            seeds=seeds,
+            extend=extend,
+            changes=changes | settled(changes),
+        )
+    from lorapre_recipes.compare.compare import compare as recipe
+    from lorapre_recipes.compare.report import write_report
+
+    try:
+        recipe(
+            comparison,
+            folder,
+            jobs=jobs or os.cpu_count() or 1,
+            command=shlex.join(["lorapre", *sys.argv[1:]]),
+        )
+    except KeyboardInterrupt:
+        again = f"lorapre compare --resume {shlex.quote(str(folder))}"
+        print(f"\nlorapre compare: interrupted; go on with: {again}", file=sys.stderr)
+        return 130
+    write_report([folder], folder)
+    return 0
+
+
+def report(*runs: Path, out: Path | None = None) -> None:
+    """Make the table and the pictures of comparisons or of runs anew, from their folders.
+
+    Args:
+        runs: folders of `lorapre compare` or `lorapre pretrain`.
+        out: where report.md, report.html and the pictures go. Default: the first of the folders.
+    """
+    if not runs:
+        raise UserError("RUNS: give the folder of a comparison or of a run")
+    from lorapre_recipes.compare.report import write_report
+
+    write_report(runs, out or runs[0])

@@ -1,0 +1,73 @@
+"""`lorapre pretrain` and `lorapre finetune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorapre_recipes.cli.launch import launch, launched_with_fsdp
+from lorapre_recipes.cli.options import options
+from lorapre_recipes.config import FinetuneConfig, Method, PretrainConfig, UserError
+from lorapre_recipes.presets import FINETUNE, PRETRAIN, get_preset
+
+
+@options(PretrainConfig, without=("preset",), preset=True)
+def pretrain(
+    *,
+    preset: str | None = None,
+    out: Path | None = None,
+    resume: Path | None = None,
+    changes: dict[str, Any],
+) -> int:
+    """Pre-train a Llama. With no options: a small one on real English text, in minutes on two CPU cores.
+
+    What is not given comes from the preset, whose learning rates depend on the optimizer. On several
+    processes: torchrun --nproc-per-node 2 -m lorapre_recipes pretrain, see docs/distributed.md.
+
+    Args:
+        preset: model, data and schedule: llama-tiny (default), llama-1m, -5m, -20m; as published,
+            on C4: llama-60m, -130m, -350m, -1b, -7b.
+        out: run folder, new or empty. Default: runs/PRESET-OPTIMIZER-TIME.
+        resume: a run folder to go on with from its last checkpoint. It holds all other options.
+        changes: the other options.
+    """
+
+    def make() -> PretrainConfig:
+        chosen = get_preset(PRETRAIN, preset or "llama-tiny")
+        config = chosen(changes.pop("optimizer", "lorapre-adamw")).replace(**changes)
+        return config.replace(fsdp=config.fsdp or launched_with_fsdp())
+
+    given = {"preset": preset, "out": out} | changes
+    return launch("pretrain", PretrainConfig, make, out, resume, given)
+
+
+@options(FinetuneConfig, without=("preset", "optimizer", "fsdp"), preset=True)
+def finetune(
+    *,
+    preset: str | None = None,
+    method: Method | None = None,
+    out: Path | None = None,
+    resume: Path | None = None,
+    changes: dict[str, Any],
+) -> int:
+    """Fine-tune a causal language model on questions and answers; the loss is that of the answers.
+
+    What is not given comes from the preset. See docs/finetuning.md on the choice of rank, lr and scale.
+
+    Args:
+        preset: data and schedule: metamath100k (default), the paper's, or arithmetic, for a CPU.
+        method: an optimizer of all weights (lorapre-adamw, the default, lorapre-muon, adamw, galore) or
+            adapters of peft (lora, rslora, dora, lora+).
+        out: run folder, new or empty. Default: runs/PRESET-METHOD-TIME.
+        resume: a run folder to go on with from its last checkpoint. It holds all other options.
+        changes: the other options.
+    """
+
+    def make() -> FinetuneConfig:
+        chosen = get_preset(FINETUNE, preset or "metamath100k")
+        if launched_with_fsdp():
+            raise UserError("lorapre finetune: runs on one process; start it without accelerate launch")
+        return chosen(method or "lorapre-adamw").replace(**changes)
+
+    given = {"preset": preset, "method": method, "out": out} | changes
+    return launch("finetune", FinetuneConfig, make, out, resume, given)

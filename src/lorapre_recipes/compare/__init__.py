@@ -1,0 +1,1 @@
+"""Comparisons of optimizers: their runs and their report."""

@@ -1,0 +1,175 @@
+"""Compare optimizers on the same model, data, order and evaluation: `lorapre compare`.
+
+Every contender is run with every combination of the swept values on the first seed; where its best value lies
+at the edge of the grid, the grid goes on from there; and the best combination is then run on the other seeds.
+
+A cell that is cut off goes on from its last checkpoint, or from its start where the optimizer keeps objects
+in its state that a safe load refuses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from lorapre_recipes.compare.cells import (
+    Cell,
+    Comparison,
+    Contender,
+    Values,
+    cell_config,
+    ending_of,
+)
+from lorapre_recipes.config import LOW_RANK, UserError
+from lorapre_recipes.files import append_line, write_json
+
+# Of the rest some keep objects in their state, which a safe load refuses.
+RESUMABLE = (*LOW_RANK, "adamw", "muon", "muon-no-momentum", "galore-muon", "sgd")
+
+
+class Outcome(NamedTuple):
+    """How a cell ended: `loss` is that of the last evaluation, infinite where training broke down."""
+
+    cell: Cell
+    loss: float
+    reason: str | None = None  # why there is no figure
+
+
+def compare(comparison: Comparison, out: Path, *, jobs: int, command: str | None) -> list[Outcome]:
+    """Run what is missing of a comparison, and print a line for each cell.
+
+    Args:
+        comparison: what to run.
+        out: its folder; cells that are finished there are not run again.
+        jobs: cells at a time, each in a process with its share of the cores.
+        command: what to write to command.txt.
+
+    Raises:
+        UserError: before the first cell, where one of them could not run.
+    """
+    contenders = [Contender.parse(text) for text in dict.fromkeys(comparison.contenders)]
+    first: dict[str, list[Cell]] = {}
+    for contender in contenders:
+        grid = comparison.grid | contender.grid
+        combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        first[contender.name] = [Cell(contender=contender, values=x, seed=0) for x in combinations]
+        for cell in first[contender.name]:
+            cell_config(comparison, cell)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "compare.json", comparison)
+    if command is not None:
+        append_line(out / "command.txt", command)
+
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    planned, ended = sum(map(len, first.values())), itertools.count(1)
+
+    def run(cell: Cell) -> Outcome:
+        outcome = start_cell(cell, out, threads)
+        words = outcome.reason or f"validation loss {outcome.loss:.4f}"
+        print(f"{next(ended)}/{planned}  {cell.path}  {words}")
+        return outcome
+
+    def run_more(cells: Iterable[Cell]) -> list[Outcome]:
+        nonlocal planned
+        planned += len(cells := list(cells))
+        return list(pool.map(run, cells))
+
+    def run_contender(contender: Contender) -> list[Outcome]:
+        outcomes = list(pool.map(run, first[contender.name]))
+        for _ in range(comparison.extend):
+            outcomes += run_more(beyond_the_edge(outcomes))
+        best = best_values(outcomes)
+        if best is None:
+            return outcomes
+        seeds = range(1, comparison.seeds)
+        return outcomes + run_more(Cell(contender=contender, values=best, seed=seed) for seed in seeds)
+
+    # Threads that wait: one for each contender, and one for the process of each cell.
+    with ThreadPoolExecutor(len(contenders)) as drivers, ThreadPoolExecutor(jobs) as pool:
+        try:
+            return list(itertools.chain(*drivers.map(run_contender, contenders)))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def best_values(outcomes: Iterable[Outcome]) -> Values | None:
+    """The values with the lowest loss on the first seed; None where no run has one."""
+    finished = [each for each in outcomes if each.cell.seed == 0 and math.isfinite(each.loss)]
+    return min(finished, key=lambda each: each.loss).cell.values if finished else None
+
+
+def beyond_the_edge(outcomes: Sequence[Outcome]) -> Iterator[Cell]:
+    """Cells beyond the best one where that lies at the edge of what has been run, in geometric steps."""
+    best = best_values(outcomes)
+    if best is None:
+        return
+    for name in ("lr", "scale"):
+        tried = sorted({each.cell.values[name] for each in outcomes if name in each.cell.values})
+        if len(tried) < 2 or best[name] not in (tried[0], tried[-1]):
+            continue
+        low = best[name] == tried[0]
+        ratio = tried[0] / tried[1] if low else tried[-1] / tried[-2]
+        values = best | {name: float(f"{best[name] * ratio:.4g}")}
+        yield dataclasses.replace(outcomes[0].cell, values=values)
+
+
+def start_cell(cell: Cell, out: Path, threads: int) -> Outcome:
+    """Run a cell that has not ended in a process of its own, and read how it ended."""
+    run = out / cell.path
+    ending = ending_of(run)
+    if ending is None:
+        run.mkdir(parents=True, exist_ok=True)
+        arguments = json.dumps(dataclasses.asdict(cell) | {"contender": cell.contender.name})
+        with (run / "log.txt").open("a", encoding="utf-8") as log:
+            code = subprocess.run(
+                [sys.executable, "-m", "lorapre_recipes.compare.compare", str(out), arguments],
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                stdout=log,
+                stderr=log,
+                check=False,
+            ).returncode
+        ending = ending_of(run)
+        if ending is None:  # it is tried again when the comparison goes on
+            return Outcome(cell, math.inf, f"exit code {code}, see {run / 'log.txt'}")
+    return Outcome(cell, ending.loss, ending.reason)
+
+
+def run_cell(out: Path, arguments: str) -> None:
+    """Run a cell in this process, or go on with it."""
+    from lorapre_recipes.console import quieten
+    from lorapre_recipes.train.pretrain import pretrain
+    from lorapre_recipes.train.runs import sound_checkpoint
+    from lorapre_recipes.train.trainer import Diverged
+
+    fields = json.loads(arguments)
+    cell = Cell(**(fields | {"contender": Contender.parse(fields["contender"])}))
+    run = out / cell.path
+    resume = sound_checkpoint(run) is not None and cell.contender.optimizer in RESUMABLE
+    if not resume:
+        for file in run.glob("*"):
+            if file.is_dir():
+                shutil.rmtree(file)
+            elif file.name != "log.txt":
+                file.unlink()
+    quieten()
+    try:
+        pretrain(cell_config(Comparison.load(out), cell), run, resume=resume)
+    except (Diverged, UserError) as error:
+        write_json(run / "ended.json", {"reason": str(error)})
+    for checkpoint in run.glob("checkpoint-*"):  # hundreds of cells; the weights of none are needed
+        shutil.rmtree(checkpoint)
+
+
+if __name__ == "__main__":
+    run_cell(Path(sys.argv[1]), sys.argv[2])

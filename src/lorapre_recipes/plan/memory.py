@@ -1,0 +1,111 @@
+"""What a training step holds in memory: arithmetic on the shapes of weights, which the tests count."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from lorapre.batch import BATCH, PART
+from lorapre.groups import matrix_shape
+from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
+from lorapre_recipes.plan.weights import BF16, FLOAT32, Weight
+
+# What a step of LoRA-Pre's Adam may allocate for its own use, by the tests of `lorapre`: so many bytes, or
+# this share of the largest weight where that is more.
+SCRATCH, SCRATCH_SHARE = 8 * 2**20, 0.02
+DENSE_SCRATCH = 2 * 2**20  # tiles of a dense weight in float32, where it has less
+
+
+class Memory(NamedTuple):
+    """Bytes on a GPU."""
+
+    weights: int
+    gradients: int
+    matrices: int  # optimizer state of the matrices: low rank or, for muon, its momentum
+    dense: int  # optimizer state of all else
+    transient: int  # what the step allocates for its own use, at most
+    adamw: int  # what torch.optim.AdamW would hold as state
+
+    @property
+    def state(self) -> int:
+        """All optimizer state."""
+        return self.matrices + self.dense
+
+    @property
+    def peak(self) -> int:
+        """Of a training step, but for activations and for what the traffic between GPUs needs."""
+        return self.weights + self.gradients + self.state + self.transient
+
+
+def memory(weights: Iterable[Weight], settings: Settings, mesh: Mesh = ONE_GPU) -> Memory:
+    """What a GPU of `mesh` holds in a training step."""
+    weights, item = list(weights), settings.item
+    held = sum(weight.held(mesh) for weight in weights) * item
+    weights = [weight for weight in weights if not weight.frozen]
+    gradients = sum(weight.held(mesh) for weight in weights) * item
+    transient = step_bytes(settings, weights, mesh)
+    if settings.release:  # one gradient at a time, from when it is complete until its weight is updated
+        gradients, transient = max(
+            ((weight.held(mesh) * item, step_bytes(settings, [weight], mesh)) for weight in weights),
+            key=sum,
+        )
+    return Memory(
+        weights=held,
+        gradients=gradients,
+        matrices=sum(weight.state_bytes(mesh) for weight in weights if weight.matrix),
+        dense=sum(weight.state_bytes(mesh) for weight in weights if not weight.matrix),
+        transient=transient,
+        adamw=sum(weight.adamw_bytes(mesh, item) for weight in weights),
+    )
+
+
+def step_bytes(settings: Settings, weights: Sequence[Weight], mesh: Mesh) -> int:
+    """Bytes that optimizer.step allocates beside weights, gradients and state, at most."""
+    held = [weight.held(mesh) * settings.item for weight in weights]
+    if settings.optimizer == "adamw":  # foreach, as on a GPU: the denominators of all weights
+        return sum(held)
+    if settings.optimizer == "muon":
+        dense = sum(size for size, weight in zip(held, weights, strict=True) if not weight.matrix)
+        whole = [newton_schulz_bytes(weight, settings.item) for weight in weights if weight.matrix]
+        return max([dense, *whole])
+    return transient_bytes(settings, weights, mesh)
+
+
+def transient_bytes(settings: Settings, weights: Sequence[Weight], mesh: Mesh) -> int:
+    """The same of LoRA-Pre's optimizers: all that a plan knows of how the library cuts and stacks weights."""
+    matrices = [weight for weight in weights if weight.matrix]
+    if not matrices:
+        return 0 if settings.item == FLOAT32 else DENSE_SCRATCH
+    largest = max(weight.held(mesh) for weight in weights) * settings.item
+    scratch = max(SCRATCH, round(SCRATCH_SHARE * largest))
+    split = settings.variant == "split" and settings.optimizer == "lorapre-adamw"
+    alike = Counter(weight.shape for weight in matrices)
+    copies = 0  # of factors
+    for weight in matrices:
+        E, p, q, _ = weight.matrices(mesh)
+        r, count, cuts = weight.rank or 0, 1, 0
+        if split:  # T W^T, a basis and W: of several weights stacked, of a single one in cuts
+            whole = matrix_shape(weight.shape, weight.flatten)
+            stacked = BATCH // max(1, whole[0] * r * (whole[1] + whole[2]))
+            count = min(alike[weight.shape], max(1, stacked))
+            kept = 2 * p + q if count == 1 else 3 * p + 2 * q
+            cuts = 2 * min(PART, r * max(p, q)) if count == 1 else 0
+        elif settings.variant == "paper":  # the old B
+            kept, count = p, len(settings.moments)
+        elif settings.variant == "subspace":  # a basis and a new A
+            kept, count = 2 * p + q, len(settings.moments)
+        else:
+            continue
+        copies = max(copies, FLOAT32 * (count * E * r * (kept + 2 * r) + cuts))
+    if split:
+        return scratch // 4 + copies
+    if settings.optimizer == "lorapre-muon":
+        return max([scratch + copies, *(newton_schulz_bytes(weight, FLOAT32) for weight in matrices)])
+    return scratch + copies
+
+
+def newton_schulz_bytes(weight: Weight, item: int) -> int:
+    """Bytes that Muon needs for a whole matrix: its momentum, two iterates in bfloat16 and their Grams."""
+    E, p, q = matrix_shape(weight.shape, weight.flatten)
+    return E * (p * q * (item + 2 * BF16) + 2 * BF16 * min(p, q) ** 2)

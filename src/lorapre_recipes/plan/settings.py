@@ -1,0 +1,106 @@
+"""What `lorapre plan` is asked: an optimizer with its options, and meshes of GPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Annotated, ClassVar, get_args
+
+from lorapre_recipes.config import (
+    DEFAULT_VARIANT,
+    LOW_RANK,
+    ONLY_FOR,
+    OptimizerConfig,
+    PlannedOptimizer,
+    UserError,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(OptimizerConfig):
+    """The optimizer to plan for, and the dtype of weights and gradients."""
+
+    METHODS: ClassVar[tuple[str, ...]] = get_args(PlannedOptimizer)
+
+    optimizer: Annotated[PlannedOptimizer, "what to train with."] = "lorapre-adamw"
+
+    def __post_init__(self) -> None:
+        """Fill in what the optimizer has by default. Raises UserError naming an option that cannot be."""
+        if self.variant is None:
+            object.__setattr__(self, "variant", DEFAULT_VARIANT.get(self.optimizer))
+        if self.compress is None and self.optimizer in ONLY_FOR["compress"]:
+            object.__setattr__(self, "compress", "both")
+        super().__post_init__()
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether it is an optimizer of LoRA-Pre."""
+        return self.optimizer in LOW_RANK
+
+    @property
+    def item(self) -> int:
+        """Bytes of an element of a weight or gradient."""
+        return {"fp32": 4, "bf16": 2}[self.dtype]
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The moments that have factors; the second of Muon and of split has none."""
+        if self.optimizer == "lorapre-muon" or self.variant == "split":
+            return ("m",)
+        return {"first": ("m",), "second": ("v",)}.get(self.compress or "", ("m", "v"))
+
+    def __str__(self) -> str:
+        options: list[str] = [self.optimizer]
+        if self.low_rank:
+            options += [f"rank {self.rank}", f"variant {self.variant}"]
+        if self.compress in ("first", "second"):
+            options.append(f"{self.compress} moment only")
+        if self.release:
+            options.append("gradients released")
+        lines = [", ".join(options)]
+        for what, patterns in (("rules", self.rules), ("frozen", self.freeze)):
+            if patterns:
+                lines.append(f"{what}: {', '.join(patterns)}")
+        return "\n".join(lines)
+
+
+_COUNT = r"[1-9]\d{0,5}"
+_MESH = re.compile(
+    rf"(?:fsdp=(?P<fsdp>{_COUNT})|hsdp=(?P<replicas>{_COUNT})x(?P<hsdp>{_COUNT}))?"
+    rf"(?:(?:(?<=.),|^)tp=(?P<tp>{_COUNT}))?"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """GPUs as replicas x FSDP2 shards x tensor parallelism; one GPU, where nothing is given."""
+
+    replicas: int = 1
+    shards: int = 1
+    tp: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Mesh:
+        """Read fsdp=8, hsdp=8x8 (replicas x shards), tp=8, or fsdp or hsdp with tp behind a comma."""
+        match = _MESH.fullmatch(text)
+        if not text or match is None:
+            raise UserError(
+                f"--mesh {text!r}: write fsdp=SHARDS or hsdp=REPLICASxSHARDS, tp=RANKS, "
+                "or both with a comma, as in fsdp=128,tp=8"
+            )
+        replicas, tp = int(match["replicas"] or 1), int(match["tp"] or 1)
+        return cls(replicas=replicas, shards=int(match["fsdp"] or match["hsdp"] or 1), tp=tp)
+
+    @property
+    def gpus(self) -> int:
+        """How many there are."""
+        return self.replicas * self.shards * self.tp
+
+    def __str__(self) -> str:
+        data = f"fsdp={self.shards}" if self.replicas == 1 else f"hsdp={self.replicas}x{self.shards}"
+        if self.tp == 1:
+            return data
+        return f"{data},tp={self.tp}" if self.replicas * self.shards > 1 else f"tp={self.tp}"
+
+
+ONE_GPU = Mesh()

@@ -1,0 +1,199 @@
+"""The parameters of a model as a plan sees them: shape, state, and how a mesh of GPUs divides them.
+
+"A GPU" is the one that holds the most: the first, where a mesh does not divide a weight evenly.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
+from lorapre.groups import is_low_rank, matrix_shape, state_shapes
+from lorapre_recipes.config import UserError, parse_rules
+from lorapre_recipes.plan.settings import Mesh, Settings
+from lorapre_recipes.train.optim import freeze
+
+FLOAT32, FLOAT64, BF16 = 4, 8, 2  # bytes
+
+# Which dimension of a weight (..., out, in) the styles of a transformers tp_plan divide. Others replicate it.
+TP_DIM = {
+    "colwise": -2,
+    "colwise_rep": -2,
+    "colwise_gather_output": -2,
+    "packed_colwise": -2,
+    "embedding_rowwise": -2,
+    "rowwise": -1,
+    "rowwise_rep": -1,
+    "rowwise_split_input": -1,
+    "packed_rowwise": -1,
+    "embedding_colwise": -1,
+}
+
+
+class Matrices(NamedTuple):
+    """What a GPU holds of a weight: parts (p, q) of E matrices.
+
+    `splits` are (processes, what is split between them: "experts", "rows" or "columns"), in the order in
+    which `lorapre.sharding` goes through the mesh.
+    """
+
+    E: int
+    p: int
+    q: int
+    splits: tuple[tuple[int, str], ...]
+
+    def over(self, role: str) -> list[int]:
+        """Sizes of the mesh dimensions that divide "rows" or "columns"."""
+        return [size for size, split in self.splits if split == role]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A parameter: its shape, the state that an optimizer makes for it, and where it is cut."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole
+    group: int  # index of the optimizer's group that it is in
+    rank: int | None  # of its factors
+    flatten: bool  # whether three dimensions are one matrix, a convolution
+    matrix: bool  # whether it takes the route of the matrices, low rank or torch.optim.Muon's
+    state: Mapping[str, tuple[int, ...]]  # names and shapes of the state tensors of the whole
+    state_item: int  # bytes of an element of the state, steps aside
+    tp_dim: int | None  # the dimension that tensor parallelism divides; else it is replicated
+    frozen: bool  # whether it has neither gradient nor state
+
+    def cuts(self, mesh: Mesh) -> tuple[tuple[int, int], ...]:
+        """(processes, dimension that they divide): FSDP2 cuts rows, after tensor parallelism if both do."""
+        fsdp = [(mesh.shards, 0)] if self.shape else []
+        tp = [] if self.tp_dim is None else [(mesh.tp, self.tp_dim)]
+        cuts = tp + fsdp if self.tp_dim == 0 else fsdp + tp
+        return tuple((size, dim) for size, dim in cuts if size > 1)
+
+    def part(self, mesh: Mesh) -> tuple[int, ...]:
+        """Shape of the largest shard."""
+        shape = list(self.shape)
+        for size, dim in self.cuts(mesh):
+            shape[dim] = math.ceil(shape[dim] / size)
+        return tuple(shape)
+
+    def held(self, mesh: Mesh) -> int:
+        """Elements of the largest shard."""
+        return math.prod(self.part(mesh))
+
+    def matrices(self, mesh: Mesh) -> Matrices:
+        """What a GPU holds of it, as a matrix or as E fused experts."""
+        fused = len(self.shape) == 3 and not self.flatten
+        roles = ("experts", "rows", "columns") if fused else ("rows", "columns")
+        splits = tuple((size, roles[dim]) for size, dim in self.cuts(mesh))
+        return Matrices(*matrix_shape(self.part(mesh), self.flatten), splits)
+
+    def state_bytes(self, mesh: Mesh) -> int:
+        """Bytes of state on a GPU: B is divided as rows are, A as columns are, else they are whole."""
+        E, p, q = matrix_shape(self.part(mesh), self.flatten)
+        r = self.rank or 0
+        sizes = {"B": E * p * r, "A": E * r * q, "row": E * p, "col": E * q}
+        total = 0
+        for name, shape in self.state.items():
+            is_step = not shape and name in ("step", "skipped")
+            size = sizes.get(name.partition("_")[2], self.held(mesh))
+            total += FLOAT32 if is_step else size * self.state_item
+        return total
+
+    def adamw_bytes(self, mesh: Mesh, item: int) -> int:
+        """Bytes of the state of torch.optim.AdamW on a GPU: two moments in the weight's dtype and a step."""
+        return 2 * self.held(mesh) * item + FLOAT32
+
+
+def routed(model: PreTrainedModel, settings: Settings) -> list[Weight]:
+    """The parameters of a model with the state that the optimizer makes for them.
+
+    Raises:
+        UserError: no matrix would be factorised, or a pattern is found nowhere.
+    """
+    freeze(model, settings.freeze)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            groups = groups_of(model, settings)
+    except (ValueError, UserWarning) as error:
+        option = "--rules" if str(error).startswith("rules:") else f"--rank {settings.rank}"
+        raise UserError(f"{option}: {error}") from error
+    dims = tp_dims(model)
+    weights: dict[str, Weight] = {}
+    for index, group in enumerate(groups):
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            shape = tuple(parameter.shape)
+            matrix = is_low_rank(shape, group["rank"], group["flatten"])
+            if settings.low_rank:
+                state = state_shapes(group, shape)
+            elif matrix:
+                state = {"momentum_buffer": shape}
+            else:
+                state = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+            weights[name] = Weight(
+                name=name,
+                shape=shape,
+                group=index,
+                rank=group["rank"] if matrix and settings.low_rank else None,
+                flatten=group["flatten"],
+                matrix=matrix,
+                state=state,
+                state_item=FLOAT32 if settings.low_rank else settings.item,
+                tp_dim=dims.get(name),
+                frozen=not parameter.requires_grad,
+            )
+    return [weights[name] for name, _ in model.named_parameters()]
+
+
+def groups_of(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """The optimizer's groups with all their options; for the dense optimizers, rank 1 marks the matrices."""
+    if not settings.low_rank:
+        rank = 1 if settings.optimizer == "muon" else None
+        return LoRAPreAdamW(param_groups(model, rank=rank)).param_groups
+    assert settings.variant is not None
+    groups = param_groups(model, rank=settings.rank, rules=parse_rules(settings.rules))
+    if settings.optimizer == "lorapre-muon":
+        return LoRAPreMuon(groups, variant=settings.variant).param_groups
+    compress = settings.compress or "both"
+    return LoRAPreAdamW(groups, variant=settings.variant, compress=compress).param_groups
+
+
+def tp_dims(model: PreTrainedModel) -> dict[str, int]:
+    """The dimension that the model's tensor-parallel plan divides, by name of the parameter."""
+    styles = {
+        re.compile(re.escape(pattern).replace(r"\*", r"\d+") + r"(?:\.(?:weight|bias))?"): style
+        for pattern, style in (model.tp_plan or {}).items()
+    }
+    dims = {}
+    for name, parameter in model.named_parameters():
+        style = next((style for pattern, style in styles.items() if pattern.fullmatch(name)), None)
+        dim = TP_DIM.get(style or "")
+        if dim is None or parameter.ndim == 0 or (parameter.ndim == 1 and dim == -1):
+            continue  # the bias of a rowwise layer is whole everywhere
+        dims[name] = dim + parameter.ndim if parameter.ndim > 1 else 0
+    return dims
+
+
+def check_mesh(model: PreTrainedModel, weights: Iterable[Weight], mesh: Mesh) -> None:
+    """Refuse a tensor parallelism that does not fit the model. FSDP2 pads, and fits any. Raises UserError."""
+    if mesh.tp == 1:
+        return
+    config, option = model.config.get_text_config(), f"--mesh tp={mesh.tp}"
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
+    assert isinstance(heads, int)
+    if all(weight.tp_dim is None for weight in weights):
+        raise UserError(f"{option}: transformers has no tensor-parallel plan for {config.model_type}")
+    if heads % mesh.tp:
+        raise UserError(f"{option}: does not divide the model's {heads} key-value heads")
+    for weight in weights:
+        if weight.tp_dim is not None and weight.shape[weight.tp_dim] % mesh.tp:
+            shape = "x".join(map(str, weight.shape))
+            raise UserError(f"{option}: does not divide dimension {weight.tp_dim} of {weight.name}, {shape}")

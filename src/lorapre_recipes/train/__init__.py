@@ -1,0 +1,1 @@
+"""Training runs: models, optimizers, the trainer, checkpoints and run folders."""

@@ -1,0 +1,157 @@
+"""Fine-tune a causal language model on questions and answers, and leave a run folder: `lorapre finetune`.
+
+All weights with one of the optimizers, or adapters of peft with AdamW. The loss is that of the answers'
+tokens.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from torch.optim import AdamW, Optimizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from lorapre_recipes.config import NOT_LOADED, FinetuneConfig, UserError, parse_rules, user_errors
+from lorapre_recipes.data.examples import labels_per_batch, load_examples
+from lorapre_recipes.train import distributed
+from lorapre_recipes.train.optim import DTYPES, build_optimizer, freeze
+from lorapre_recipes.train.runs import MERGED, PARTIAL, model_folder
+from lorapre_recipes.train.session import check_machine, train
+from lorapre_recipes.train.summary import Summary
+
+ALPHA = 2  # times the rank: 16 at rank 8
+LORA_PLUS_RATIO = 16  # learning rate of B over that of A, as the paper of LoRA+ has it
+
+
+def finetune(config: FinetuneConfig, out: Path, **session: Any) -> Summary:
+    """Train, evaluate as it goes, fill the run folder `out`, and print the table.
+
+    The arguments and errors are those of `session.train`.
+    """
+    distributed.join()
+    if distributed.processes() > 1:
+        raise UserError("lorapre finetune: runs on one process; start it without torchrun")
+    check_machine(config)
+    folder = model_folder(config.model)
+    tokenizer = load_tokenizer(config.model, folder)
+    set_seed(config.seed)
+    base = load_model(config.model, folder, DTYPES[config.dtype])
+    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.sequence_length > longest:
+        raise UserError(
+            f"--sequence-length {config.sequence_length}: the model reads at most {longest} tokens"
+        )
+    if config.gradient_checkpointing:
+        old = "gradient_checkpointing_enable"  # before transformers 5.23
+        getattr(base, "activation_checkpointing_enable", getattr(base, old))({"use_reentrant": False})
+    freeze(base, config.freeze)
+    model, optimizer = with_optimizer(base, config)
+    data = load_examples(config, tokenizer)
+    summary = train(
+        config,
+        out,
+        model=model,
+        optimizer=optimizer,
+        tokenizer=tokenizer,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        collate=collator(tokenizer, packing=config.packing),
+        facts=data.facts | {"model": folder},
+        eval_items=labels_per_batch(data.validation, config.batch_size),
+        include_num_input_tokens_seen="all" if config.packing else "non_padding",
+        **session,
+    )
+    if isinstance(model, PeftModel):
+        merged = model.merge_and_unload()
+        merged.save_pretrained(out / PARTIAL)
+        tokenizer.save_pretrained(out / PARTIAL)
+        shutil.rmtree(out / MERGED, ignore_errors=True)
+        (out / PARTIAL).rename(out / MERGED)
+    return summary
+
+
+# Model
+
+
+def load_tokenizer(name: str, folder: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model, with a token to pad with. Raises UserError."""
+    with user_errors(f"--model {name}: has no tokenizer here", *NOT_LOADED):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
+        raise UserError(f"--model {name}: needs a tokenizer with a tokenizer.json and an end token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # the mask and the labels say what is padding
+    return tokenizer
+
+
+def load_model(name: str, folder: str, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+    """The model with its weights in this dtype ("auto": as stored). Raises UserError without it."""
+    missing = "no causal language model here, nor found on the Hugging Face Hub"
+    with user_errors(f"--model {name}: {missing}", *NOT_LOADED):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def with_optimizer(
+    model: PreTrainedModel, config: FinetuneConfig
+) -> tuple[PreTrainedModel | PeftModel, Optimizer]:
+    """The model, with its adapters where the method has them, and the optimizer of what trains."""
+    if config.adapter is None:
+        return model, build_optimizer(model, config, parse_rules(config.rules))
+    assert config.rank is not None
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=ALPHA * config.rank,
+        target_modules="all-linear",  # but for the head
+        use_rslora=config.adapter == "rslora",
+        use_dora=config.adapter == "dora",
+    )
+    with user_errors(f"--method {config.adapter}: peft refuses", ValueError), warnings.catch_warnings():
+        # peft 0.21 reads an attribute that transformers 5.23 has renamed.
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = get_peft_model(model, lora)
+    adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    decay = config.weight_decay
+    if config.adapter == "lora+":
+        adam |= {"loraplus_lr_ratio": LORA_PLUS_RATIO, "loraplus_weight_decay": decay}
+        return adapted, create_loraplus_optimizer(adapted, AdamW, **adam)
+    trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
+    return adapted, AdamW(trained, weight_decay=decay, **adam)
+
+
+# Batches
+
+
+def collator(
+    tokenizer: PreTrainedTokenizerFast, *, packing: bool
+) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
+    """What makes a batch of rows: padded on the right, or all in one row where each sees itself alone.
+
+    Positions that begin anew tell the model where in the row an example begins.
+    """
+    if packing:
+        flatten = DataCollatorWithFlattening()  # type: ignore[no-untyped-call]
+
+        def packed(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            # A cache would hide from the model that the row holds more than one sequence.
+            return {**flatten(rows), "use_cache": False}
+
+        return packed
+    return DataCollatorForSeq2Seq(tokenizer)

@@ -1,0 +1,261 @@
+"""One optimizer for the whole model, from a config: LoRA-Pre's two, and the peers they stand beside.
+
+All take the same matrices for matrices (`lorapre.param_groups` decides), at `lr * scale`, and dense AdamW at
+`lr` for the rest: a comparison compares what they do with the matrices.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
+
+from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, param_groups
+from lorapre.groups import Rule
+from lorapre_recipes.config import LOW_RANK, Precision, RunConfig, UserError, parse_patterns, user_errors
+
+Groups = list[dict[str, Any]]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Newton-Schulz makes updates of one size whatever the gradient. With this adjustment it is AdamW's size: a
+# learning rate means the same for Adam and Muon.
+ADJUST_LR = "match_rms_adamw"
+
+
+class WithAdamW(Optimizer):
+    """One optimizer for matrices and torch.optim.AdamW for the rest, as one.
+
+    torch.optim.Muon takes nothing but matrices; a trainer takes one optimizer, scheduler and checkpoint. This
+    class owns all groups and all state and lends them to the two for each step.
+
+    Args:
+        matrices: the optimizer of the matrices.
+        rest: that of the rest; its groups come first, and loggers report the first group's learning rate.
+    """
+
+    def __init__(self, matrices: Optimizer, rest: AdamW) -> None:
+        self._matrices, self._rest = matrices, rest
+        super().__init__([*rest.param_groups, *matrices.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of each, with its own rule on its own groups."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # Lent anew at every step: load_state_dict replaces the groups and the state.
+        dense = len(self._rest.param_groups)
+        self._rest.param_groups = self.param_groups[:dense]
+        self._matrices.param_groups = self.param_groups[dense:]
+        self._rest.state = self._matrices.state = self.state
+        self._rest.step()
+        self._matrices.step()
+        return loss
+
+
+class GaLoreMuon(Optimizer):
+    """Muon whose momentum is that of the gradient projected to its leading singular vectors, as in GaLore.
+
+    The paper has it as a baseline; no package does. m <- mu m + P^T g of (r, q) or, of a tall matrix, g P of
+    (p, r); the update is P NewtonSchulz(m) or NewtonSchulz(m) P^T. P holds the r leading singular vectors of
+    the gradient on the shorter side, taken anew every `refresh` steps; m stays as it is then.
+    """
+
+    def __init__(self, params: Groups, *, momentum: float, rank: int, refresh: int, weight_decay: float):
+        super().__init__(
+            params, dict(momentum=momentum, rank=rank, refresh=refresh, weight_decay=weight_decay)
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                tall = p.shape[0] > p.shape[1]
+                g = (p.grad.mT if tall else p.grad).float()
+                if state.get("step", 0) % group["refresh"] == 0:
+                    U, _, _ = torch.linalg.svd(g, full_matrices=False)
+                    state["projection"] = U[:, : group["rank"]]
+                state["step"] = state.get("step", 0) + 1
+                P = state["projection"]
+                m = state.setdefault("momentum_buffer", torch.zeros_like(P.mT @ g))
+                m.mul_(group["momentum"]).add_(P.mT @ g)
+                update = P @ orthogonal(m)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.mT if tall else update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonal(m: Tensor) -> Tensor:
+    """m (r, n) as U V^T of its singular value decomposition."""
+    U, _, Vt = torch.linalg.svd(m, full_matrices=False)
+    product: Tensor = U @ Vt
+    return product
+
+
+def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] = ()) -> Optimizer:
+    """The optimizer that `config` describes, on all of the model's parameters that train.
+
+    Groups at the full learning rate come first: loggers report the first group's.
+
+    Args:
+        model: with its weights; those that are frozen take no part.
+        config: names the optimizer and its options.
+        rules: for `lorapre.param_groups`, over the rank of the config (lorapre-* only).
+
+    Raises:
+        UserError: no matrix can be factorised, the rank is so large that factors would not be smaller than
+            some matrix, a rule does not fit, or a package is not installed.
+    """
+    low_rank = config.optimizer in LOW_RANK
+    matrices, rest = grouped(model, 1, (), option="--rank", strict=low_rank)
+    if not low_rank:
+        matrices = [{"params": group["params"], "lr": config.lr * config.scale} for group in matrices]
+        rest = [{"params": group["params"], "lr": config.lr} for group in rest]
+        return peer(matrices, rest, config)
+    assert config.rank is not None
+    assert config.variant is not None
+    # A larger rank would leave some matrices dense: no run of the rank that it is named after.
+    weights = (weight for group in matrices for _, weight in group["params"])
+    largest = min((weight.numel() - 1) // sum(weight.shape) for weight in weights)
+    if config.rank > largest:
+        raise UserError(
+            f"--rank {config.rank}: factors would not be smaller than this model's smallest matrix; "
+            f"give at most {largest}"
+        )
+    matrices, rest = grouped(model, config.rank, rules, option="--rules", strict=True)
+    shared: dict[str, Any] = {
+        "rank": config.rank,
+        "variant": config.variant,
+        "weight_decay": config.weight_decay,
+        "seed": config.seed,
+        "stochastic_rounding": config.stochastic_rounding,
+    }
+    if config.optimizer == "lorapre-muon":
+        return LoRAPreMuon(
+            [*rest, *matrices],
+            lr=config.lr * config.scale,
+            momentum=config.momentum,
+            adjust_lr_fn=ADJUST_LR,
+            adamw_lr=config.lr,
+            adamw_betas=config.betas,
+            adamw_eps=config.eps,
+            adamw_weight_decay=config.weight_decay,
+            **shared,
+        )
+    assert config.compress is not None
+    return LoRAPreAdamW(
+        [*rest, *matrices],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        scale=config.scale,
+        compress=config.compress,
+        **shared,
+    )
+
+
+def peer(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
+    """The optimizer that LoRA-Pre stands beside. Raises UserError where its package is not installed."""
+    decay: dict[str, Any] = {"weight_decay": config.weight_decay}
+    adam = decay | {"betas": config.betas, "eps": config.eps}
+    name, momentum = config.optimizer, config.momentum
+    packages = {"galore": "GaLore", "fira": "Fira", "apollo": "APOLLO"}
+    if name in ("adamw", "lora", "relora"):
+        return AdamW([*rest, *matrices], **adam)
+    if name == "adam8bit":
+        plain = [group | {"params": [p for _, p in group["params"]]} for group in (*rest, *matrices)]
+        return package("torchao.optim", "AdamW8bit", "torchao")(plain, **adam)  # type: ignore[no-any-return]
+    if name in packages:
+        make = package("pytorch_optimizer", packages[name], "pytorch_optimizer")
+        # Their state holds objects of this class, and torch.load refuses what it does not know.
+        torch.serialization.add_safe_globals([importlib.import_module(make.__module__).GaLoreProjector])
+        options: dict[str, Any] = {"rank": config.rank, "update_proj_gap": config.refresh, "scale": 1.0}
+        apollo = {"projection_type": "random", "scale_type": "channel"}
+        options |= apollo if name == "apollo" else {"projection_type": "std"}
+        groups = [*rest, *(group | options for group in matrices)]
+        return make(groups, **adam)  # type: ignore[no-any-return]
+    if name in ("muon", "muon-no-momentum"):
+        momentum = 0.0 if name == "muon-no-momentum" else momentum
+        chosen: Optimizer = Muon(matrices, momentum=momentum, adjust_lr_fn=ADJUST_LR, **decay)
+    elif name == "galore-muon":
+        assert config.rank is not None
+        assert config.refresh is not None
+        rank, refresh = config.rank, config.refresh
+        chosen = GaLoreMuon(matrices, momentum=momentum, rank=rank, refresh=refresh, **decay)
+    elif name == "adafactor":
+        chosen = Adafactor(matrices, **decay)
+    else:
+        assert name == "sgd"
+        chosen = SGD(matrices, momentum=momentum, **decay)
+    return WithAdamW(chosen, AdamW(rest, **adam))
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze the parameters in whose names a pattern is found. Raises UserError where none is, or all are."""
+    for pattern in parse_patterns("freeze", patterns):
+        found = [parameter for name, parameter in model.named_parameters() if pattern.search(name)]
+        if not found:
+            raise UserError(f"--freeze {pattern.pattern!r}: found in the name of no parameter")
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("--freeze: leaves nothing to train")
+
+
+def grouped(
+    model: nn.Module, rank: int, rules: Sequence[Rule], *, option: str, strict: bool
+) -> tuple[Groups, Groups]:
+    """Groups with a rank, and those without. Raises UserError naming the option where that cannot be."""
+    try:
+        groups = param_groups(model, rank=rank, rules=rules, strict=strict)
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from error
+    matrices = [group for group in groups if group["rank"] is not None]
+    return matrices, [group for group in groups if group["rank"] is None]
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of state that an optimizer holds now in this process, in objects of its own too."""
+    if isinstance(optimizer, LoRAPreAdamW | LoRAPreMuon | WithAdamW | AdamW):
+        return coverage(optimizer).state_bytes
+    return storage_bytes(*tensors_in(dict(optimizer.state)))
+
+
+def storage_bytes(*tensors: torch.Tensor) -> int:
+    """Bytes of the storages of tensors, each once, with those inside of tensors that wrap others."""
+    storages: dict[int, int] = {}
+    for tensor in tensors:
+        if hasattr(tensor, "__tensor_flatten__"):
+            names, _ = tensor.__tensor_flatten__()
+            parts = [getattr(tensor, name) for name in names]
+            storages[id(tensor)] = storage_bytes(*parts)
+        else:
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors in an optimizer's state: in dicts and lists, and in the objects that peers keep there."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in tensors_in(item)]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return tensors_in(vars(value)) if hasattr(value, "__dict__") and not isinstance(value, type) else []
+
+
+def package(module: str, name: str, package: str) -> Any:
+    """A class of a package. Raises UserError where that is not installed."""
+    missing = f"{name} is in the package {package}, which is not installed here: pip install 'lorapre[bench]'"
+    with user_errors(f"--optimizer: {missing}", ModuleNotFoundError):
+        return getattr(importlib.import_module(module), name)

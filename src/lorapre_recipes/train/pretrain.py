@@ -1,0 +1,87 @@
+"""Pre-train a Llama from a config and leave a run folder: `lorapre pretrain`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from lorapre_recipes.config import ADAPTERS, PretrainConfig, parse_rules
+from lorapre_recipes.data.stream import load_data
+from lorapre_recipes.data.tokens import PADDING
+from lorapre_recipes.train import distributed
+from lorapre_recipes.train.adapters import Merge, insert_adapters
+from lorapre_recipes.train.optim import DTYPES, build_optimizer, freeze
+from lorapre_recipes.train.runs import record_data
+from lorapre_recipes.train.session import check_machine, train
+from lorapre_recipes.train.summary import Summary
+
+
+def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, **session: Any) -> Summary:
+    """Train from scratch, evaluate as it goes, fill the run folder `out`, and print the table.
+
+    The arguments and errors are those of `session.train`; besides, StreamLost where a stream of data broke
+    off for good.
+    """
+    distributed.join()
+    check_machine(config)
+    with distributed.first_on_its_machine():
+        data = load_data(config, out if resume else None)
+    set_seed(config.seed)
+    model = build_model(config, data.tokenizer.eos_token_id)
+    freeze(model, config.freeze)
+    if config.optimizer in ADAPTERS:
+        insert_adapters(model, config)
+    if config.optimizer == "relora":
+        assert config.refresh is not None
+        session["callbacks"] = [*session.get("callbacks", ()), Merge(config.refresh)]
+    summary = train(
+        config,
+        out,
+        model=model,
+        optimizer=build_optimizer(model, config, parse_rules(config.rules)),
+        tokenizer=data.tokenizer,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        collate=collate,
+        facts=data.facts,
+        resume=resume,
+        **session,
+    )
+    if distributed.is_main() and data.facts["skipped"]:
+        record_data(data.facts, out / "data.json")
+        print(f"Skipped {data.facts['skipped']:,} corrupt records of --data {config.data}: they hold no text")
+    return summary
+
+
+def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalLM:
+    """A Llama with fresh weights, the same whatever the dtype but for rounding."""
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            max_position_embeddings=config.sequence_length,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=end_of_document,
+            pad_token_id=None,
+        )
+    )
+    model.to(DTYPES[config.dtype])  # type: ignore[arg-type]
+    return model
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack sequences to (batch, length); the model shifts the labels itself.
+
+    Padding is no label. As tokens it needs no mask: it stands at the end, where no other token looks.
+    """
+    tokens = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows])
+    return {"input_ids": torch.where(tokens == PADDING, 0, tokens), "labels": tokens}

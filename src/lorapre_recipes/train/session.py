@@ -1,0 +1,235 @@
+"""A training session of any recipe: from model, optimizer and data to a filled run folder and its table."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from torch.optim import Optimizer
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+from lorapre import coverage, gradient_release
+from lorapre_recipes.config import RunConfig, UserError
+from lorapre_recipes.files import append_line, write_json
+from lorapre_recipes.train import distributed
+from lorapre_recipes.train.optim import state_bytes
+from lorapre_recipes.train.runs import last_checkpoint, prepare_folder
+from lorapre_recipes.train.summary import Summary, plot_curves, summary_table
+from lorapre_recipes.train.trainer import Bookkeeper, Finished, Progress, RecipeTrainer, metrics_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    *,
+    model: PreTrainedModel | PeftModel,
+    optimizer: Optimizer,
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: Any,
+    eval_dataset: Any,
+    collate: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]],
+    facts: dict[str, Any],
+    resume: bool = False,
+    command: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    eval_items: float | None = None,
+    **arguments: Any,
+) -> Summary:
+    """Train, evaluate as it goes, fill the run folder `out`, and print the table.
+
+    Args:
+        config: everything that decides the numbers.
+        out: the run folder; new or empty, or that of the run to go on with.
+        model: with its weights.
+        optimizer: of all of its parameters that train.
+        tokenizer: kept with every checkpoint.
+        train_dataset: rows for `collate`, mapped or streamed.
+        eval_dataset: rows for `collate`, mapped.
+        collate: makes a batch of rows.
+        facts: of the data (see `runs.record_data`), which must be the same again when a run goes on.
+        resume: go on from the last checkpoint in `out`; `config` must be what `load_run` returns for it.
+        command: what to write to command.txt.
+        callbacks: more of transformers' trainer callbacks.
+        eval_items: labels in a batch of the evaluation, on average; needed where batches differ in it.
+        **arguments: for TrainingArguments, over those that follow from the config.
+
+    Raises:
+        UserError: the run cannot start.
+        Diverged: the loss became infinite or not a number.
+        NotWritten: a checkpoint could not be written.
+    """
+    start = time.perf_counter()
+    books = Bookkeeper(optimizer, out / "metrics.jsonl")
+    if config.release:
+        gradient_release(model, optimizer)  # type: ignore[arg-type]
+
+    # Nothing is written before this line: a mistake leaves no folder behind.
+    distributed.on_main(lambda: prepare_folder(out, config, tokenizer, facts, resume=resume))
+    if command is not None and distributed.is_main():
+        append_line(out / "command.txt", command)
+    trainer = RecipeTrainer(
+        config,
+        books,
+        model=model,
+        args=training_arguments(config, out, **arguments),
+        data_collator=collate,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        eval_items=eval_items,
+    )
+    trainer.optimizer = optimizer  # the constructor refuses one with FSDP; accelerate gives it the shards
+    trainer.remove_callback(ProgressCallback)
+    progress = Progress()
+    for callback in (progress, books, *callbacks):
+        trainer.add_callback(callback)
+    try:
+        trainer.train(resume_from_checkpoint=str(last_checkpoint(out)) if resume else None)
+    except Finished:
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+    finally:
+        if progress.training_bar is not None:  # before anyone says why the run ended
+            progress.training_bar.close()
+
+    metrics = metrics_of(trainer.state.log_history)
+    last = next(row for row in reversed(metrics) if "validation_loss" in row)
+    state = coverage(optimizer)
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]  # what peft calls them
+    adamw_bytes = state.adamw_bytes
+    if adapters:  # of the model without them: two moments and a float32 step each
+        own = {*model.parameters()} - {*adapters}
+        adamw_bytes = sum(2 * p.nbytes + 4 for p in own)
+    # The most that this process has held: allocated on its GPU, or else resident.
+    kibibyte = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    held, adamw_held = distributed.largest(state_bytes(optimizer), adamw_bytes)
+    summary = Summary(
+        optimizer=config.method,
+        parameters=model.num_parameters() - sum(p.numel() for p in adapters),
+        trained_parameters=model.num_parameters(only_trainable=True),
+        adapter_bytes=sum(p.nbytes for p in adapters),
+        steps=config.steps,
+        tokens=last["tokens"],
+        validation_loss=last["validation_loss"],
+        validation_perplexity=last["validation_perplexity"],
+        processes=distributed.processes(),
+        state_bytes=held,
+        adamw_state_bytes=adamw_held,
+        optimizer_share=None if config.release else books.optimizer_seconds / books.step_seconds,
+        tokens_per_second=books.steps * last["tokens"] / config.steps / books.step_seconds,
+        peak_bytes=peak,
+        step_seconds=books.step_seconds,
+        wall_seconds=time.perf_counter() - start,
+        device=describe_device(model.device),
+        versions=versions("torch", "transformers", "datasets", "tokenizers"),
+    )
+    if not distributed.is_main():
+        return summary
+    (out / "coverage.txt").write_text(f"{state}\n", encoding="utf-8")
+    plot_curves(metrics, config, summary.parameters, out / "curves.png")
+    write_json(out / "summary.json", summary)  # the last: where it is, a run has ended
+    console = Console()
+    console.print(summary_table(summary, config))
+    console.print(f"Run folder: {out}", soft_wrap=True)
+    return summary
+
+
+def training_arguments(config: RunConfig, out: Path, **changes: Any) -> TrainingArguments:
+    """The trainer's view of a config; `changes` go over it."""
+    arguments: dict[str, Any] = dict(
+        output_dir=str(out),
+        run_name=out.name,
+        seed=config.seed,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size // distributed.processes(),
+        per_device_eval_batch_size=config.batch_size // distributed.processes(),
+        gradient_accumulation_steps=config.accumulation,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        learning_rate=config.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": config.final_lr},
+        warmup_steps=round(config.warmup * config.steps),
+        max_grad_norm=0,
+        bf16=config.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),  # without it bf16 is refused there
+        logging_steps=config.every(config.log_points),
+        logging_nan_inf_filter=False,  # a loss that is no number must show
+        eval_strategy="steps",
+        eval_steps=config.every(config.evaluations),
+        prediction_loss_only=True,
+        save_steps=config.every(config.checkpoints),
+        report_to=list(config.report_to) or "none",
+        disable_tqdm=False,
+        ddp_timeout=round(distributed.TIMEOUT.total_seconds()),
+        ddp_find_unused_parameters=False,
+        log_level_replica="error",
+        fsdp=config.fsdp or None,
+        fsdp_config=FSDP if config.fsdp else None,
+    )
+    return TrainingArguments(**(arguments | changes))
+
+
+# transformers hands it to accelerate. Each layer is a unit: gathered before it computes, freed after.
+FSDP = {
+    "version": 2,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    "reshard_after_forward": True,
+    "state_dict_type": "SHARDED_STATE_DICT",
+}
+
+
+def check_machine(config: RunConfig) -> None:
+    """Refuse what this machine and these processes cannot do, before any work. Raises UserError."""
+    if config.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UserError("--precision: this GPU has no bf16; use fp32")
+    available = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+    for logger in config.report_to:
+        if logger not in available:
+            names = ", ".join(available) or "none"
+            raise UserError(f"--report-to: {logger!r} is unknown or not installed; available here: {names}")
+    count = distributed.processes()
+    if config.batch_size % count:
+        raise UserError(
+            f"--batch-size {config.batch_size}: {count} processes cannot share it evenly; start a number of "
+            "processes that divides it"
+        )
+    if config.fsdp and not torch.distributed.is_initialized():
+        raise UserError(
+            "--fsdp: start it with torchrun --nproc-per-node N -m lorapre_recipes pretrain; N may be 1"
+        )
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words, with the number of threads where its speed depends on them."""
+    count = distributed.processes()
+    times = f"{count} × " if count > 1 else ""
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"{times}{threads} CPU thread{'s' * (threads > 1)}"
+    return times + (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of packages."""
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

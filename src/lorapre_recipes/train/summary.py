@@ -1,0 +1,152 @@
+"""What a run leaves to look at: the table at its end, the picture of its curves, the summary as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lorapre_recipes.config import RunConfig
+from lorapre_recipes.console import duration, mebibytes, short
+
+Metric = dict[str, Any]  # one line of metrics.jsonl
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The figures of a finished run."""
+
+    optimizer: str
+    parameters: int
+    trained_parameters: int
+    adapter_bytes: int  # of weights beside the model's own
+    steps: int
+    tokens: int
+    validation_loss: float  # nats per token
+    validation_perplexity: float
+    processes: int
+    state_bytes: int  # of the process that holds most
+    adamw_state_bytes: int  # what torch.optim.AdamW would hold there
+    optimizer_share: float | None  # of a training step's time, in optimizer.step; None in the backward pass
+    tokens_per_second: float  # while training; evaluation and checkpoints left out
+    peak_bytes: int  # of the process: allocated on its GPU, or else resident
+    step_seconds: float  # all training steps together, without evaluation and checkpoints
+    wall_seconds: float  # of the last session, everything included
+    device: str
+    versions: dict[str, str]
+
+
+def describe_optimizer(config: RunConfig) -> str:
+    """The optimizer and the options that it has, in words."""
+    parts: list[str] = [config.method]
+    if config.rank is not None:
+        parts.append(f"rank {config.rank}")
+    if config.variant is not None:
+        parts.append(config.variant)
+    if config.compress not in (None, "both"):
+        parts.append(f"{config.compress} moment only")
+    if config.release:
+        parts.append("gradients released")
+    if config.dtype != "fp32":
+        parts.append(f"{config.dtype} weights" + ", stochastic rounding" * config.stochastic_rounding)
+    return ", ".join(parts)
+
+
+def summary_table(summary: Summary, config: RunConfig) -> Table:
+    """The table that ends a run, at most 80 columns wide."""
+    ratio = summary.adamw_state_bytes / summary.state_bytes
+    beside = "per process, AdamW's /" if summary.processes > 1 else "AdamW's divided by"
+    loss, perplexity = summary.validation_loss, summary.validation_perplexity
+    rows = [
+        ("validation perplexity", f"{perplexity:.2f}", f"per token; {loss:.4f} nats"),
+        ("optimizer state", mebibytes(summary.state_bytes), f"{beside} {ratio:.2f}"),
+        ("AdamW's state, same model", mebibytes(summary.adamw_state_bytes), ""),
+    ]
+    if summary.adapter_bytes:
+        rows.append(("adapters", mebibytes(summary.adapter_bytes), "beside the model's weights"))
+    if summary.optimizer_share is not None:
+        share = f"{summary.optimizer_share:.1%}"
+        rows.append(("time in optimizer.step", share, "of the training steps' time"))
+    frozen = summary.trained_parameters < summary.parameters
+    trained = f", {short(summary.trained_parameters)} train" if frozen else ""
+    rows += [
+        ("training speed", f"{summary.tokens_per_second:,.0f}", f"tokens/s, {summary.device}"),
+        ("wall time", duration(summary.wall_seconds), "with data and evaluation"),
+        ("trained on", short(summary.tokens), f"tokens in {summary.steps:,} steps"),
+        ("model", short(summary.parameters), f"parameters{trained}"),
+    ]
+    return figures(describe_optimizer(config), rows)
+
+
+def figures(title: str, rows: Iterable[tuple[str, str, str]]) -> Table:
+    """A table of names, figures and what they mean."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def read_metrics(path: Path) -> list[Metric]:
+    """The lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
+    """The mean of each value and of `reach` neighbours on either side: centred, so that it does not lag."""
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def round_perplexities(low: float, high: float) -> list[int]:
+    """1, 2, 5, 10, 20, ... as far as their logarithms, the losses, lie in [low, high]."""
+    candidates = (digit * 10**power for power in range(10) for digit in (1, 2, 5))
+    return [candidate for candidate in candidates if low <= math.log(candidate) <= high]
+
+
+def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path: Path) -> None:
+    """Draw training and validation loss over tokens, with perplexity on the right-hand axis."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    validation = [row for row in metrics if "validation_loss" in row]
+    last = validation[-1]
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+
+    # In thousands or millions, so that the axis needs no power of ten.
+    unit, word = (1e6, "millions") if last["tokens"] >= 1e6 else (1e3, "thousands")
+    tokens = [row["tokens"] / unit for row in metrics if "loss" in row]
+    losses = [row["loss"] for row in metrics if "loss" in row]
+    axes.plot(tokens, losses, color="C0", alpha=0.3, linewidth=1, label="training")
+    axes.plot(tokens, smooth(losses), color="C0", linewidth=1.8, label="training, smoothed")
+    tokens = [row["tokens"] / unit for row in validation]
+    losses = [row["validation_loss"] for row in validation]
+    style: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linewidth": 1.2}
+    axes.plot(tokens, losses, color="C1", label="validation, held out", **style)
+    place: dict[str, Any] = {"xytext": (0, -16), "textcoords": "offset points", "ha": "right"}
+    perplexity = f"perplexity {last['validation_perplexity']:.1f}"
+    axes.annotate(perplexity, (tokens[-1], losses[-1]), color="C1", **place)
+    axes.margins(y=0.08)  # room for the line above
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"tokens seen ({word})")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    ticks = round_perplexities(*axes.get_ylim())
+    right = axes.secondary_yaxis("right")
+    right.set_yticks([math.log(tick) for tick in ticks], [f"{tick:,}" for tick in ticks])
+    right.set_ylabel("perplexity")
+    axes.set_title(
+        f"{describe_optimizer(config)}: {short(parameters)} parameters on {Path(config.data).name}\n"
+        f"lr {config.lr:g} (matrices × {config.scale:g}), {config.steps:,} steps of "
+        f"{config.sequences_per_step} × {config.sequence_length} tokens, seed {config.seed}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=150)

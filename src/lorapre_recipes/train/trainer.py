@@ -1,0 +1,251 @@
+"""transformers.Trainer with a clock, metrics.jsonl, a progress bar and checkpoints that are complete.
+
+The loop, checkpoints, resuming, mixed precision, accumulation and loggers are transformers.Trainer's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import (  # type: ignore[import-untyped]
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+)
+from rich.console import Console
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim import Optimizer
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from lorapre_recipes.config import RunConfig, user_errors
+from lorapre_recipes.console import one_line
+from lorapre_recipes.files import append_line, write_lines
+from lorapre_recipes.train import distributed
+from lorapre_recipes.train.runs import PARTIAL, checkpoints, write_manifest
+from lorapre_recipes.train.summary import Metric
+
+KEPT = 2  # checkpoints: should the last one be damaged, there is another
+
+
+class Diverged(RuntimeError):
+    """The loss is not a number any more."""
+
+
+class NotWritten(RuntimeError):
+    """A checkpoint could not be written."""
+
+
+class Finished(Exception):
+    """There is no step left to take: the run was cut off after its last checkpoint."""
+
+
+class Bookkeeper(TrainerCallback):
+    """Times the steps, keeps metrics.jsonl, and takes up both where a checkpoint left them.
+
+    `step_seconds` are those in training steps, without evaluation and checkpoints, `optimizer_seconds` those
+    of them in optimizer.step.
+    """
+
+    def __init__(self, optimizer: Optimizer, file: Path) -> None:
+        self.file, self.steps, self.step_seconds, self.optimizer_seconds = file, 0, 0.0, 0.0
+        optimizer.register_step_pre_hook(lambda *_: self.start("optimizer_seconds"))
+        optimizer.register_step_post_hook(lambda *_: self.stop("optimizer_seconds"))
+        self._starts: dict[str, float] = {}
+
+    def start(self, figure: str) -> None:
+        """What counts towards a figure begins."""
+        self._starts[figure] = now()
+
+    def stop(self, figure: str) -> None:
+        """It has ended."""
+        setattr(self, figure, getattr(self, figure) + now() - self._starts[figure])
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """A training step begins."""
+        self.start("step_seconds")
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """A training step has ended."""
+        self.stop("step_seconds")
+        self.steps += 1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forget what an interrupted session logged after its last checkpoint: it will be logged again."""
+        if distributed.is_main():
+            write_lines(self.file, metrics_of(state.log_history))
+        for entry in state.log_history:
+            if "timed_steps" in entry:
+                self.steps, self.step_seconds = entry["timed_steps"], entry["step_seconds"]
+                self.optimizer_seconds = entry["optimizer_seconds"]
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take no step more than there are: the trainer takes one before it looks. Raises Finished."""
+        if state.global_step >= state.max_steps:
+            raise Finished
+
+
+def now() -> float:
+    """Seconds. Waits for an accelerator, whose work would else be booked on whoever waits for it next."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+class RecipeTrainer(Trainer):
+    """transformers.Trainer with metrics.jsonl, and checkpoints that are complete or not there."""
+
+    def __init__(
+        self, config: RunConfig, books: Bookkeeper, *, eval_items: float | None, **kwargs: Any
+    ) -> None:
+        self.recipe, self.books, self._saving = config, books, False
+        super().__init__(**kwargs)
+        self.eval_items = eval_items
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let accelerate know FSDP2 on CPUs too: torch has it, but accelerate puts it aside there."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.recipe.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if self.recipe.precision == "bf16":
+                state.fsdp_plugin.set_mixed_precision("bf16")
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints are written: aside, until they are complete."""
+        run = super()._get_output_dir(trial)
+        return str(Path(run) / PARTIAL) if self._saving else run
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint, and rename it to its name when every process has written its part.
+
+        What is called checkpoint-N is complete, whenever a process or the machine's owner kills the run.
+        """
+        run, name = self.books.file.parent, f"checkpoint-{self.state.global_step}"
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+            distributed.barrier()
+            if distributed.is_main():
+                write_manifest(run / PARTIAL / name)
+        except (Exception, CheckpointException) as error:
+            if distributed.is_lost_contact(error):
+                raise
+            free = shutil.disk_usage(run).free / 2**20
+            if distributed.processes() == 1:
+                shutil.rmtree(run / PARTIAL, ignore_errors=True)
+            raise NotWritten(
+                f"{name} could not be written ({one_line(error)}); the disk has {free:,.0f} MiB left"
+            ) from error
+        finally:
+            self._saving = False
+        if distributed.is_main():
+            (run / PARTIAL / name).rename(run / name)
+            for old in checkpoints(run)[:-KEPT]:
+                old.rename(run / PARTIAL / old.name)  # out of the way before it is incomplete
+            shutil.rmtree(run / PARTIAL)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write what the Trainer writes, but for training_args.bin: a pickle, which nothing here reads."""
+        super()._save(output_dir, state_dict)
+        folder = output_dir or self.args.output_dir
+        assert folder is not None
+        (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Raises UserError where the state in the checkpoint does not fit the optimizer."""
+        with user_errors(f"--resume: {checkpoint} does not fit this run", ValueError):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """In evaluation, weigh tokens alike, not batches: the mean over batches is then that over tokens."""
+        if not model.training and self.eval_items is not None:
+            kwargs["num_items_in_batch"] = torch.tensor(self.eval_items, device=self.args.device)
+        return super().compute_loss(model, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log to the trainer's history, loggers and metrics.jsonl. Raises Diverged at a loss of nan, inf."""
+        loss = logs.get("loss", logs.get("eval_loss", 0.0))
+        # Counted where sequences differ in length.
+        logs["tokens"] = (
+            self.state.num_input_tokens_seen or self.state.global_step * self.recipe.tokens_per_step
+        )
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(loss) if loss < 700 else math.inf  # where floats end
+        if "loss" in logs:
+            logs["timed_steps"], logs["step_seconds"] = self.books.steps, self.books.step_seconds
+            logs["optimizer_seconds"] = self.books.optimizer_seconds
+        super().log(logs, start_time)
+        if distributed.is_main():
+            for row in metrics_of(self.state.log_history[-1:]):
+                append_line(self.books.file, json.dumps(row))
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"the loss is {loss} at step {self.state.global_step}; try a lower --lr or --scale"
+            )
+
+
+class Progress(ProgressCallback):
+    """One bar with the training loss, and a line above it for each evaluation."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar, at the checkpoint's step."""
+        if not state.is_world_process_zero:
+            return
+        self.training_bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2 if Console(stderr=True).is_terminal else 10,  # a log file needs no animation
+        )
+        self.current_step = state.global_step
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        """Draw nothing: an evaluation takes a second or two."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Show the figure."""
+        if self.training_bar is None:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+        if "eval_loss" in logs:
+            step = f"{state.global_step:>{len(str(state.max_steps))}}"
+            self.training_bar.write(f"step {step}  validation perplexity {logs['eval_perplexity']:.2f}")
+
+
+# Names in the trainer's history, and those in metrics.jsonl.
+METRICS = {
+    "loss": "loss",
+    "learning_rate": "lr",
+    "grad_norm": "grad_norm",
+    "step_seconds": "step_seconds",
+    "optimizer_seconds": "optimizer_seconds",
+    "eval_loss": "validation_loss",
+    "eval_perplexity": "validation_perplexity",
+}
+
+
+def metrics_of(history: Iterable[dict[str, Any]]) -> list[Metric]:
+    """The lines of metrics.jsonl for the entries of the trainer's history, without its closing statistics."""
+    return [
+        {"step": entry["step"], "tokens": entry["tokens"]}
+        | {
+            new: entry[old]
+            for old, new in METRICS.items()
+            # No norm is finite where gradients are released.
+            if old in entry and (old != "grad_norm" or math.isfinite(entry[old]))
+        }
+        for entry in history
+        if "loss" in entry or "eval_loss" in entry
+    ]
