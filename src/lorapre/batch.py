@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorapre import rounding, sharding
 from lorapre.backends import backend
-from lorapre.gradient import Ema, Factors, Moments, Number, wide
+from lorapre.gradient import TILE, Ema, Factors, Moments, Number, wide
 from lorapre.groups import is_low_rank, matrix_shape, state_shapes
 from lorapre.variants import State, debias
 
@@ -118,7 +118,7 @@ class Batch:
     def _matrices(self, tensors: list[Tensor], written: bool = False) -> list[Tensor]:
         """N matrices (p, q), with contiguous rows; copies, written back by `store`, where memory has another order."""
         (p, q), fused = self._matrix
-        matrices = []
+        matrices: list[Tensor] = []
         for x in tensors:
             if x.ndim in (2, 3) and (x.ndim == 2 or fused) and (x.stride(-1) == 1 or q == 1):
                 matrices += [x] if x.ndim == 2 else x.unbind()
@@ -139,16 +139,25 @@ class Batch:
         old, fused = self._tensors[name], self._matrix[1]
         if self.T.finite is not None:
             new = torch.where(self.T.finite.view(-1, *[1] * (new.ndim - 1)), new, self._read(name))
-        torch._foreach_copy_(old, list(new.split(self.E) if fused else new.unbind()))
+        torch._foreach_copy_(old, list(torch.split(new, self.E) if fused else new.unbind()))
 
 
-def batches(group: dict[str, Any], members: Sequence[Member]) -> Iterator[Batch]:
-    """Sort parameters by shape, dtype and device into batches whose factors have STACK elements, or of one parameter."""
+def batches(
+    group: dict[str, Any], weights: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Tensor],
+    positions: Sequence[int],
+) -> Iterator[Batch]:  # fmt: skip
+    """Sort parameters by shape, dtype and device into batches whose factors have STACK elements, or of one.
+
+    `state` has the tensors of every parameter in the order of `state_shapes`; `positions` are those of the
+    parameters among all of the optimizer.
+    """
     kinds: dict[Any, list[Member]] = {}
-    for m in members:
-        p = m.weight
+    rest = iter(state)
+    for p, g, position in zip(weights, grads, positions, strict=True):
+        own = {name: next(rest) for name in state_shapes(group, p.shape)}
         if p.numel():
-            kinds.setdefault((p.shape, p.dtype, m.grad.dtype, p.device, sharding.layout(p)), []).append(m)
+            kind = (p.shape, p.dtype, g.dtype, p.device, sharding.layout(p))
+            kinds.setdefault(kind, []).append(Member(p, g, own, position))
     for alike in kinds.values():
         size = _batch_size(group, alike[0].weight)
         if _overlap([m.weight for m in alike]):  # one after the other, so that every update arrives
@@ -168,6 +177,22 @@ def _batch_size(group: dict[str, Any], weight: Tensor) -> int:
     return max(count, limit * count // max(1, stacked))
 
 
+def transient_bytes(matrices: int, p: int, q: int, rank: int) -> int:
+    """What a step of Adam takes beside weights, gradients and state, in bytes, at most, on a CPU.
+
+    It holds some tiles, and three copies of the factors of one weight or of those it stacks.
+
+    Args:
+        matrices: how many weights, or experts, of this shape a process steps.
+        p: rows that it holds of each.
+        q: columns.
+        rank: of the factors; zero without.
+    """
+    tiles = 8 * 4 * min(TILE, matrices * p * q)
+    stacked = min(matrices, max(1, STACK // max(1, rank * (p + q))))
+    return tiles + 3 * 4 * stacked * rank * (p + q)
+
+
 def _overlap(weights: Sequence[Tensor]) -> bool:
     """Whether two of the weights share memory, as two parameters made of one tensor do."""
     if len(weights) == 1 or torch.compiler.is_compiling():
@@ -178,3 +203,12 @@ def _overlap(weights: Sequence[Tensor]) -> bool:
         spans.append((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
     spans.sort()
     return any(end > start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of a tile for the next one; else every tile may page its memory in anew.
+
+    From then on: it gives back what is free above twice the largest block that the process has mapped and
+    unmapped so far. This one, never touched, is of the size of all tiles that a step has at a time.
+    """
+    torch.empty(2**23 - 2**12, dtype=torch.uint8, device="cpu")

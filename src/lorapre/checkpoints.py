@@ -45,16 +45,36 @@ def check_format(saved: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def check_state(
-    p: Tensor, own: dict[str, Any], group: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], name: str
-) -> None:
-    """Raise a RuntimeError unless the state of p fits it and its options; another dtype or device is mended.
+def check_weight(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name: str) -> None:
+    """Raise a RuntimeError unless p can be stepped: gradient, memory and state fit it and its options.
 
-    Kernels take addresses: memory of another size or type must never get that far.
+    Kernels take addresses: memory of another size or type must never get that far. State of another dtype or
+    device is mended.
     """
+    if p.grad is not None and p.grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"LoRA-Pre needs dense gradients, but that of {name} is {p.grad.layout}; nn.Embedding gives dense "
+            "ones with sparse=False"
+        )
+    if why := sharding.refusal(p, group["flatten"]):
+        raise RuntimeError(f"{name} {why}")
+    if p.grad is None:
+        return
+    if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
+        raise RuntimeError(f"{name} is expanded: more than one element of it refers to a single memory location")
+    if p.grad.shape != p.shape:
+        raise RuntimeError(
+            f"{name} has shape {tuple(p.shape)}, but its gradient {tuple(p.grad.shape)}: the weight has been replaced "
+            "since the backward pass"
+        )
+    if "step" in own:
+        _check_state(p, own, group, name)
+
+
+def _check_state(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name: str) -> None:
     if group["made_for"] is not None and group["made_for"] != meaning(group):
         raise RuntimeError(f"the state of {name} was made for {group['made_for']}; {_remedy(group)}")
-    for key, shape in shapes.items():
+    for key, shape in state_shapes(group, p.shape).items():
         value = own.get(key)
         if value is None and key == "skipped":  # `nonfinite` has been edited: the count starts now
             own[key] = torch.zeros_like(own["step"])

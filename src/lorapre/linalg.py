@@ -5,8 +5,10 @@ Matrices have three dimensions, (N, rows, columns): N of them at a time. `T` is 
 Nothing here waits for a GPU.
 """
 
+import contextlib
 import math
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +35,29 @@ class Operand(Protocol):
 
     def sum_q(self, x: Tensor) -> Tensor:
         """The sum of x over the processes that hold other columns."""
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Products of float32 in float32: not under autocast, nor in the TF32 or bfloat16 that users allow for models.
+
+    Gram matrices and the systems they make are off by more than their damping in less. A graph of torch.compile
+    keeps the setting of the process.
+    """
+    if torch.compiler.is_compiling():
+        with torch.autocast(device.type, enabled=False):
+            yield
+        return
+    settings: tuple[Any, ...] = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = [x.fp32_precision for x in settings]
+    try:
+        for x in settings:
+            x.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for x, precision in zip(settings, before, strict=True):
+            x.fp32_precision = precision
 
 
 def matmul(X: Tensor, Y: Tensor) -> Tensor:
@@ -82,7 +107,8 @@ def norm(X: Tensor) -> Tensor:
     """Frobenius norm (N, 1, 1) of X; exact where the squares would leave the range of float32."""
     size = largest(X)
     unit = X / torch.where(size > 0, size, 1)
-    return size * torch.linalg.vector_norm(unit, dim=(-2, -1), keepdim=True)
+    of_unit: Tensor = torch.linalg.vector_norm(unit, dim=(-2, -1), keepdim=True)
+    return size * of_unit
 
 
 def largest(X: Tensor) -> Tensor:
@@ -142,7 +168,7 @@ def _whiten_(Y: Tensor, T: Operand, shift: float) -> Tensor:
     G.diagonal(dim1=-2, dim2=-1).add_(shift)
     R = inverse_root(G)
     U = (R * scale).mT
-    for rows in Y.split(max(64, 2**18 // Y.shape[-1]), -2):  # in parts, so that no second Y is needed
+    for rows in torch.split(Y, max(64, 2**18 // Y.shape[-1]), -2):  # in parts, so that no second Y is needed
         rows.copy_(matmul(rows, U))
     return R.square().sum(-1)[:, None]
 
@@ -218,3 +244,12 @@ def newton_schulz(
         X = add_product(X, add_product(G, G, G, beta=b, alpha=c), X, beta=a)
     X = X.mT if tall else X
     return X[None] if single else X
+
+
+def lr_factor(adjust_lr_fn: str | None, p: int, q: int) -> float:
+    """The factor on Muon's learning rate for a (p, q) matrix, as torch.optim.Muon has it.
+
+    None or "original": sqrt(max(1, p / q)); "match_rms_adamw": 0.2 sqrt(max(p, q)), with which AdamW's
+    learning rates carry over.
+    """
+    return 0.2 * math.sqrt(max(p, q)) if adjust_lr_fn == "match_rms_adamw" else math.sqrt(max(1.0, p / q))

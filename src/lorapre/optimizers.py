@@ -1,9 +1,7 @@
 """LoRAPreAdamW and LoRAPreMuon: options, state and the order of a step."""
 
-import contextlib
 import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +9,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lorapre import backends, checkpoints, options, sharding
-from lorapre.batch import Batch, Member, batches
+from lorapre.batch import Batch, Member, batches, keep_freed_memory
 from lorapre.gradient import Moments
 from lorapre.groups import names_of, state_shapes
-from lorapre.linalg import newton_schulz
+from lorapre.linalg import exact_products, lr_factor, newton_schulz
 from lorapre.variants import VARIANTS, dense, first_A, muon
 
 __all__ = ["LoRAPreAdamW", "LoRAPreMuon"]
@@ -74,7 +72,7 @@ class LoRAPreOptimizer(Optimizer):
             state: list[Tensor] = []
             self._init_group(group, weights, grads, state)
             places = [i for i, p in zip(positions, group["params"], strict=True) if _waits(p)]
-            for batch in batches(group, _members(group, weights, grads, state, places)):
+            for batch in batches(group, weights, grads, state, places):
                 with exact_products(batch.T.device):
                     self._update(batch)
                 if batch.slow is not None:
@@ -109,31 +107,8 @@ class LoRAPreOptimizer(Optimizer):
                 "the matrices of a group have been replaced by flat vectors, as DeepSpeed ZeRO does; "
                 f"{sharding.REMEDY}"
             )
-        shapes_of: dict[Any, dict[str, tuple[int, ...]]] = {}
         for p, name in zip(group["params"], names_of(group), strict=True):
-            if p.grad is not None and p.grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__} needs dense gradients, but that of {name} is {p.grad.layout}; "
-                    "nn.Embedding gives dense ones with sparse=False"
-                )
-            if why := sharding.refusal(p, group["flatten"]):
-                raise RuntimeError(f"{name} {why}")
-            if p.grad is None:
-                continue
-            if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
-                raise RuntimeError(
-                    f"{name} is expanded: more than one element of it refers to a single memory location; clone() it"
-                )
-            if p.grad.shape != p.shape:
-                raise RuntimeError(
-                    f"{name} has shape {tuple(p.shape)}, but its gradient {tuple(p.grad.shape)}: the weight has been "
-                    "replaced since the backward pass"
-                )
-            own = self.state.get(p, {})
-            if "step" in own:
-                if p.shape not in shapes_of:
-                    shapes_of[p.shape] = state_shapes(group, p.shape)
-                checkpoints.check_state(p, own, group, shapes_of[p.shape], name)
+            checkpoints.check_weight(p, self.state.get(p, {}), group, name)
 
     def _init_group(
         self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], state: list[Tensor]
@@ -423,7 +398,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
             )  # fmt: skip
             return
         batch.begin()
-        rate = batch.unless_skipped(lr * adjusted(group["adjust_lr_fn"], batch.T.p, batch.T.q), 0.0)
+        rate = batch.unless_skipped(lr * lr_factor(group["adjust_lr_fn"], batch.T.p, batch.T.q), 0.0)
         decay = batch.unless_skipped(1 - lr * group["weight_decay"], 1.0)
 
         def orthogonalise(X: Tensor) -> Tensor:
@@ -434,47 +409,6 @@ class LoRAPreMuon(LoRAPreOptimizer):
 
         follow = VARIANTS[group["variant"]].follow
         batch.store(muon(batch.state, batch.T, group["momentum"], group["nesterov"], follow, apply))
-
-
-@contextlib.contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """Products of float32 in float32: not under autocast, nor in the TF32 or bfloat16 that users allow for models.
-
-    Gram matrices and the systems they make are off by more than their damping in less. A graph of torch.compile
-    keeps the setting of the process.
-    """
-    if torch.compiler.is_compiling():
-        with torch.autocast(device.type, enabled=False):
-            yield
-        return
-    settings = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
-    before = [x.fp32_precision for x in settings]
-    try:
-        for x in settings:
-            x.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for x, precision in zip(settings, before, strict=True):
-            x.fp32_precision = precision
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of a tile for the next one; else every tile may page its memory in anew.
-
-    From then on: it gives back what is free above twice the largest block that the process has mapped and
-    unmapped so far. This one, never touched, is of the size of all tiles that a step has at a time.
-    """
-    torch.empty(2**23 - 2**12, dtype=torch.uint8, device="cpu")
-
-
-def adjusted(adjust_lr_fn: str | None, p: int, q: int) -> float:
-    """The factor on Muon's learning rate for a (p, q) matrix, as torch.optim.Muon has it.
-
-    None or "original": sqrt(max(1, p / q)); "match_rms_adamw": 0.2 sqrt(max(p, q)), with which AdamW's
-    learning rates carry over.
-    """
-    return 0.2 * math.sqrt(max(p, q)) if adjust_lr_fn == "match_rms_adamw" else math.sqrt(max(1.0, p / q))
 
 
 def _start(p: Tensor, group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -490,16 +424,6 @@ def _start(p: Tensor, group: dict[str, Any], shapes: dict[str, tuple[int, ...]])
             A = first_A(start, abs(T) if name == "v_A" else T, shapes[name][-2], 4 * group["seed"] + stream)
             sharding.local(state[name]).copy_(A.view_as(sharding.local(state[name])))
     return state
-
-
-def _members(
-    group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], state: list[Tensor], places: list[int]
-) -> list[Member]:
-    """The parameters of a group that are to be stepped, from the lists of `_init_group`."""
-    members, rest = [], iter(state)
-    for p, g, place in zip(weights, grads, places, strict=True):
-        members.append(Member(p, g, {name: next(rest) for name in state_shapes(group, p.shape)}, place))
-    return members
 
 
 def _waits(p: Tensor) -> bool:

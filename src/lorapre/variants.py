@@ -151,8 +151,9 @@ def project(f: Factors, T: Gradient, beta: Tensor | float, Y: Tensor) -> Factors
     return Factors(*gauge_(Q, A, T, before=f.A))
 
 
-def match_means(f: Factors, row: Tensor, col: Tensor, T: Gradient) -> Factors:
+def match_means(f: Factors, row: Tensor | None, col: Tensor | None, T: Gradient) -> Factors:
     """Rows of B and columns of A rescaled so that (B A)**2 has the means `row`, then `col` ("The second moment")."""
+    assert row is not None and col is not None
     squares = matmul(f.B, T.sum_q(matmul(f.A, f.A.mT))).mul_(f.B).sum(-1, keepdim=True)
     B = f.B * finite_or_zero((row / (squares / T.q)).sqrt())
     squares = matmul(T.sum_p(matmul(B.mT, B)), f.A).mul_(f.A).sum(-2, keepdim=True)

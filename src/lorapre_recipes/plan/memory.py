@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from lorapre.batch import BATCH, PART
+from lorapre.batch import transient_bytes as library_bytes
 from lorapre.groups import matrix_shape
 from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
 from lorapre_recipes.plan.weights import BF16, FLOAT32, Weight
@@ -78,31 +78,14 @@ def transient_bytes(settings: Settings, weights: Sequence[Weight], mesh: Mesh) -
     if not matrices:
         return 0 if settings.item == FLOAT32 else DENSE_SCRATCH
     largest = max(weight.held(mesh) for weight in weights) * settings.item
-    scratch = max(SCRATCH, round(SCRATCH_SHARE * largest))
-    split = settings.variant == "split" and settings.optimizer == "lorapre-adamw"
-    alike = Counter(weight.shape for weight in matrices)
-    copies = 0  # of factors
-    for weight in matrices:
+    alike = Counter(weight.shape for weight in weights)
+    taken = []
+    for weight in weights:
         E, p, q, _ = weight.matrices(mesh)
-        r, count, cuts = weight.rank or 0, 1, 0
-        if split:  # T W^T, a basis and W: of several weights stacked, of a single one in cuts
-            whole = matrix_shape(weight.shape, weight.flatten)
-            stacked = BATCH // max(1, whole[0] * r * (whole[1] + whole[2]))
-            count = min(alike[weight.shape], max(1, stacked))
-            kept = 2 * p + q if count == 1 else 3 * p + 2 * q
-            cuts = 2 * min(PART, r * max(p, q)) if count == 1 else 0
-        elif settings.variant == "paper":  # the old B
-            kept, count = p, len(settings.moments)
-        elif settings.variant == "subspace":  # a basis and a new A
-            kept, count = 2 * p + q, len(settings.moments)
-        else:
-            continue
-        copies = max(copies, FLOAT32 * (count * E * r * (kept + 2 * r) + cuts))
-    if split:
-        return scratch // 4 + copies
-    if settings.optimizer == "lorapre-muon":
-        return max([scratch + copies, *(newton_schulz_bytes(weight, FLOAT32) for weight in matrices)])
-    return scratch + copies
+        taken.append(library_bytes(E * alike[weight.shape], p, q, weight.rank or 0 if weight.matrix else 0))
+        if weight.matrix and settings.optimizer == "lorapre-muon":
+            taken.append(newton_schulz_bytes(weight, FLOAT32))
+    return max(taken)
 
 
 def newton_schulz_bytes(weight: Weight, item: int) -> int:
