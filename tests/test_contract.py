@@ -1,20 +1,21 @@
 """What users expect of any torch.optim.Optimizer, held for every class and variant.
 
-A table: the rows are `cases.CASES`, the columns are the tests below and, where they fill a file, those of
+A table: the rows are `cases.CASES`, the columns are the tests below and those of
 
-    test_state.py        names, types and bytes of the state, files and checkpoints, resuming bit for bit
+    test_state.py        names, types and bytes of the state, checkpoints, resuming bit for bit
     test_migration.py    checkpoints of other state formats
     test_compile.py      torch.compile: one graph, no recompilation
     test_fuzz.py         no NaN from finite gradients, no update above its bound
     test_faults.py       NaN and infinities at random steps
-    test_reference.py    the numbers of reference.py for shapes and options beyond the one weight here
+    test_reference.py    the numbers of reference.py, for shapes and options beyond one weight
 """
 
+import contextlib
 import copy
 import gc
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -42,10 +43,9 @@ from cases import (
     train,
     weights,
 )
-from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, launch
-from lorapre import batch as batch_module
-from lorapre.factors import gaussian
-from lorapre.steps import VARIANTS
+from lorapre import LoRAPreAdamW, LoRAPreMuon, batch, coverage
+from lorapre import gradient as gradient_module
+from lorapre.variants import VARIANTS, gaussian
 from reference import AdamReference, MuonReference, first_A
 
 
@@ -85,6 +85,20 @@ def test_names_of_parameters_are_kept_and_change_nothing(case: Case) -> None:
     assert optimizer.param_groups[0]["param_names"] == names
     assert [row.name for row in coverage(optimizer)] == names
     assert_same(train(optimizer, named, 2), train(case.make(plain), plain, 2))
+
+
+@every_case
+def test_unknown_keys_of_a_group_are_kept_and_change_nothing(case: Case) -> None:
+    theirs: dict[str, Any] = {"nesterov": True, "momentum": 0.5, "betas": (0.1, 0.2), "scale": 9.0}
+    theirs |= {"compress": "first", "dampening": 0, "lr_scale": 0.1, "name": "decoder"}
+    theirs = {
+        key: value for key, value in theirs.items() if key not in case.make(parameters()).defaults
+    }
+    params, expected = parameters(), parameters()
+    optimizer = case.make([{"params": params, **theirs}])
+    assert_same(train(optimizer, params, 3), train(case.make(expected), expected, 3))
+    assert theirs.items() <= optimizer.param_groups[0].items()
+    assert coverage(optimizer).planned_bytes == coverage(case.make(parameters())).planned_bytes
 
 
 @every_case
@@ -188,7 +202,9 @@ def test_a_closure_runs_once_with_gradients_enabled_and_its_loss_is_returned(cas
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_made_mid_run_continues_alike_and_on_its_own(case: Case, clone: Callable[[Any], Any]) -> None:
+def test_a_copy_made_mid_run_continues_alike_and_on_its_own(
+    case: Case, clone: Callable[[Any], Any]
+) -> None:
     params = parameters()
     optimizer = case.make([{"params": params[:4], "rank": 2}, {"params": params[4:], "lr": 0.003}])
     train(optimizer, params, 2)
@@ -204,7 +220,9 @@ def test_a_copy_made_mid_run_continues_alike_and_on_its_own(case: Case, clone: C
 
 
 @every_case
-def test_grad_scaler_skips_the_step_of_an_infinite_gradient_and_changes_no_other(case: Case) -> None:
+def test_grad_scaler_skips_the_step_of_an_infinite_gradient_and_changes_no_other(
+    case: Case,
+) -> None:
     params, expected = parameters(), parameters()
     optimizer, plain = case.make(params), case.make(expected)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -239,7 +257,9 @@ def test_a_step_inside_autocast_equals_one_outside(case: Case) -> None:
 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_weights_of_other_types_follow_float32_with_float32_state(case: Case, dtype: torch.dtype) -> None:
+def test_weights_of_other_types_follow_float32_with_float32_state(
+    case: Case, dtype: torch.dtype
+) -> None:
     narrow, exact = parameters(dtype=dtype), parameters(dtype=dtype)
     exact = [nn.Parameter(p.detach().float()) for p in exact]
     optimizer, reference = case.make(narrow), case.make(exact)
@@ -269,6 +289,63 @@ def test_float64_weights_keep_their_resolution(case: Case) -> None:
         assert 0 < (new - old).abs().max() < 1e-10
 
 
+# --- settings of the process
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def medium_precision() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+AMBIENT: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float16": lambda: default_dtype(torch.float16),
+    "meta": lambda: torch.device("meta"),
+    "medium": medium_precision,
+}
+ROUNDED: dict[str, Any] = {"nonfinite": "skip", "stochastic_rounding": True}
+
+
+@every_case
+@pytest.mark.parametrize("ambient", AMBIENT)
+@pytest.mark.parametrize("since", [0, 2], ids=["first", "later"])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, {}), (torch.bfloat16, ROUNDED)],
+    ids=["float32", "rounded"],
+)
+def test_default_dtype_and_device_and_precision_of_products_change_nothing(
+    case: Case, ambient: str, since: int, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """From the constructor on, or from the third step; "meta" stands for another device."""
+    shapes = [*SHAPES, (256, 192)]  # too small, and libraries would not look at the precision
+    params, expected = parameters(shapes, dtype), parameters(shapes, dtype)
+    with AMBIENT[ambient]() if since == 0 else contextlib.nullcontext():
+        optimizer = case.make(params, **options)
+    for step in range(4):
+        set_gradients(params, step)
+        with AMBIENT[ambient]() if step >= since else contextlib.nullcontext():
+            optimizer.step()
+    reference = case.make(expected, **options)
+    train(reference, expected, 4)
+    assert_same([weights(params), state(optimizer)], [weights(expected), state(reference)])
+
+
 # --- what may be missing
 
 
@@ -292,7 +369,12 @@ def test_frozen_parameters_and_those_without_gradient_get_no_state_and_stay(case
 @every_case
 def test_a_late_first_gradient_is_stepped_with_the_others_as_if_alone(case: Case) -> None:
     params, alone = parameters(), parameters()
-    late = [1, 4, 7, 10]  # of the three of a shape, of the experts, a matrix that goes dense, a vector
+    late = [
+        1,
+        4,
+        7,
+        10,
+    ]  # of the three of a shape, of the experts, a matrix that goes dense, a vector
     optimizer = case.make(params)
     separate = [case.make([p]) for p in alone]
     for step in range(5):
@@ -331,7 +413,9 @@ def test_an_all_zero_first_gradient_gives_no_nan_and_later_ones_are_followed(cas
 
 @every_case
 @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
-def test_a_first_step_of_zero_gradients_and_zero_lr_makes_the_state_alone(case: Case, lr: Any) -> None:
+def test_a_first_step_of_zero_gradients_and_zero_lr_makes_the_state_alone(
+    case: Case, lr: Any
+) -> None:
     # torch.distributed.checkpoint and torchtitan make the state so, and load into it.
     params, stepped = parameters(dtype=torch.bfloat16), parameters(dtype=torch.bfloat16)
     initial = weights(params)
@@ -377,7 +461,9 @@ def test_a_rank_for_which_factors_are_not_smaller_makes_the_matrix_dense(case: C
     # 4 (6 + 12) = 6 x 12: equal is not smaller.
     params, dense = parameters([(6, 12), (12, 6)]), parameters([(6, 12), (12, 6)])
     optimizer = (
-        case.make(params, rank=4, scale=0.25) if case.cls is LoRAPreAdamW else case.make(params, rank=4)
+        case.make(params, rank=4, scale=0.25)
+        if case.cls is LoRAPreAdamW
+        else case.make(params, rank=4)
     )
     reference = case.make(dense, rank=None)
     assert_same(train(optimizer, params, 2), train(reference, dense, 2))
@@ -444,22 +530,91 @@ def test_fused_experts_equal_separate_matrices(case: Case) -> None:
             assert_near([value], [torch.stack([apart.state[p][name] for p in single])], 1e-5)
 
 
+def transposed(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT if x.ndim > 1 else strided(x)
+
+
+def reversed_order(x: Tensor) -> Tensor:
+    """The last dimension outermost in memory, as channels_last has the channels innermost."""
+    return x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim)))
+
+
+def padded(x: Tensor) -> Tensor:
+    """Rows in a larger matrix."""
+    return torch.full((*x.shape[:-1], x.shape[-1] + 3), 7.0, dtype=x.dtype)[
+        ..., : x.shape[-1]
+    ].copy_(x)
+
+
+def strided(x: Tensor) -> Tensor:
+    """Every other number of longer rows."""
+    return torch.full((*x.shape[:-1], 2 * x.shape[-1]), 7.0, dtype=x.dtype)[..., ::2].copy_(x)
+
+
+LAYOUTS = {
+    "contiguous": Tensor.clone,
+    "transposed": transposed,
+    "reversed": reversed_order,
+    "padded": padded,
+    "strided": strided,
+}
+
+
 @every_case
-def test_transposed_and_broadcast_memory_gives_the_same_result(
-    case: Case, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.filterwarnings("ignore:.*without compiled kernels")  # for some of that memory
+@pytest.mark.parametrize(
+    ("weight_layout", "grad_layout", "dtype"),
+    [
+        *[
+            (x, y, torch.float32)
+            for x in LAYOUTS
+            for y in LAYOUTS
+            if x == y or "contiguous" in (x, y)
+        ],
+        ("transposed", "reversed", torch.float32),
+        ("padded", "transposed", torch.bfloat16),
+        ("reversed", "strided", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_weights_and_gradients_in_any_memory_give_the_same_result(
+    case: Case, weight_layout: str, grad_layout: str, dtype: torch.dtype
 ) -> None:
-    # Kernels do not take such memory, and other sums tell where the gradient is of rank one.
-    monkeypatch.setattr(launch, "_wants_cpu_kernels", lambda batch: False)
-    strided, plain = parameters([(12, 20)]), parameters([(12, 20)])
-    strided[0].data = strided[0].detach().t().contiguous().t()
-    by_strided, by_plain = case.make(strided), case.make(plain)
+    shapes = [shape for shape in SHAPES if shape]
+    params, expected = parameters(shapes, dtype), parameters(shapes, dtype)
+    for p in params:
+        p.data = LAYOUTS[weight_layout](p.detach())
+    strides = [p.stride() for p in params]
+    optimizer, reference = case.make(params), case.make(expected)
+    for step in range(3):
+        set_gradients(expected, step)
+        for p, q in zip(params, expected, strict=True):
+            assert q.grad is not None
+            p.grad = LAYOUTS[grad_layout](q.grad)
+        optimizer.step()
+        reference.step()
+    assert [p.stride() for p in params] == strides
+    # A sum of as many terms in another order; bfloat16 weights may round the other way.
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    assert_near(weights(params), weights(expected), tolerance)
+    assert all(value.is_contiguous() for own in state(optimizer) for value in own.values())
+    if weight_layout in ("padded", "strided"):  # what lies between is somebody else's
+        for p in params:
+            whole = p.detach().as_strided((p.untyped_storage().nbytes() // p.element_size(),), (1,))
+            assert (whole == 7).sum() == len(whole) - p.numel()
+
+
+@every_case
+@pytest.mark.usefixtures("torch_operations")  # other sums tell where the gradient is of rank one
+def test_a_broadcast_gradient_is_that_of_its_copy(case: Case) -> None:
+    broadcast, plain = parameters([(12, 20)]), parameters([(12, 20)])
+    by_broadcast, by_plain = case.make(broadcast), case.make(plain)
     for step in range(3):
         row = gradient((20,), step, 0)
-        strided[0].grad, plain[0].grad = row.expand(12, 20), row.repeat(12, 1)
-        by_strided.step()
+        broadcast[0].grad, plain[0].grad = row.expand(12, 20), row.repeat(12, 1)
+        by_broadcast.step()
         by_plain.step()
-    assert strided[0].stride() == (1, 12)
-    assert_near(weights(strided), weights(plain), 1e-6)
+    assert_near(weights(broadcast), weights(plain), 1e-6)
 
 
 @factorised
@@ -495,9 +650,11 @@ def test_results_do_not_depend_on_the_size_of_tiles_and_batches(
     expected = parameters()
     train(case.make(expected), expected, 4)
     # One row at a time; tiles that do not divide the rows; two of the three of a shape to a batch.
-    for tile, batch in ((1, 1), (110, 2 * 12 * 20), (2**30, 1)):
-        monkeypatch.setattr(batch_module, "TILE", tile)
-        monkeypatch.setattr(batch_module, "BATCH", batch)
+    factors = 2 * RANK * (12 + 20)
+    for tile, small, stack in ((1, 1, 1), (110, 1, factors), (2**30, 2**30, 2**30), (110, 500, 1)):
+        monkeypatch.setattr(gradient_module, "TILE", tile)
+        monkeypatch.setattr(gradient_module, "SMALL", small)
+        monkeypatch.setattr(batch, "STACK", stack)
         params = parameters()
         assert_near(train(case.make(params), params, 4), weights(expected), 1e-4)
 
@@ -589,7 +746,10 @@ def test_skip_leaves_a_weight_and_its_state_alone_and_counts(
 ) -> None:
     params, expected = parameters(dtype=dtype), parameters(dtype=dtype)
     poisoned = [1, 4, 6, 7, 10, 11]
-    optimizer, reference = case.make(params, nonfinite="skip"), case.make(expected, nonfinite="skip")
+    optimizer, reference = (
+        case.make(params, nonfinite="skip"),
+        case.make(expected, nonfinite="skip"),
+    )
     train(optimizer, params, 2)
     train(reference, expected, 2)
     set_gradients(params, 2)
@@ -610,7 +770,9 @@ def test_skip_leaves_a_weight_and_its_state_alone_and_counts(
         else:
             assert_same(after[index], expected[index].detach())
             assert_same(after_state[index], reference.state[expected[index]])
-    assert [row.skipped for row in coverage(optimizer)] == [int(i in poisoned) for i in range(len(params))]
+    assert [row.skipped for row in coverage(optimizer)] == [
+        int(i in poisoned) for i in range(len(params))
+    ]
     # Then all go on, with their own step counts.
     assert finite(train(optimizer, params, 2, start=3))
     steps = [int(optimizer.state[p]["step"]) for p in params]
@@ -626,7 +788,9 @@ def test_skip_survives_a_first_gradient_that_is_not_finite(case: Case) -> None:
         p.grad = torch.full_like(p, math.nan)
     optimizer.step()
     assert_same(weights(params), initial)
-    assert [(int(own["step"]), int(own["skipped"])) for own in state(optimizer)] == [(0, 1)] * len(SHAPES)
+    assert [(int(own["step"]), int(own["skipped"])) for own in state(optimizer)] == [(0, 1)] * len(
+        SHAPES
+    )
     assert finite(train(optimizer, params, 3))
     assert all(not torch.equal(p, old) for p, old in zip(params, initial, strict=True))
 
@@ -762,7 +926,9 @@ class DenseReference:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.double()
-        self.optimizer = torch.optim.AdamW([self.weight], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+        self.optimizer = torch.optim.AdamW(
+            [self.weight], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1
+        )
 
     def step(self, g: Tensor) -> None:
         self.weight.grad = g.double()
@@ -798,7 +964,8 @@ def holdings() -> tuple[int, int, int]:
 DEVICES = [
     pytest.param("cpu"),
     pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
     ),
 ]
 
@@ -819,7 +986,9 @@ def test_a_model_may_move_to_its_device_after_the_optimizer_was_made_and_stepped
             p.grad = gradient(p.shape, step, index).to(device)
         optimizer.step()
     assert {value.device.type for own in state(optimizer) for value in own.values()} == {device}
-    assert_near([p.cpu() for p in weights(model)], weights(expected), 1e-4 if device == "cpu" else 1e-3)
+    assert_near(
+        [p.cpu() for p in weights(model)], weights(expected), 1e-4 if device == "cpu" else 1e-3
+    )
 
 
 def test_the_table_has_a_row_for_every_variant_of_both_classes() -> None:

@@ -101,7 +101,10 @@ class Batch:
 
     def unless_skipped(self, value: Number, skipped: float) -> Number:
         """`value`, and `skipped` of the matrices whose gradient is not finite, (N, 1, 1) then."""
-        return value if self.T.finite is None else torch.where(self.T.finite[:, None, None], value, skipped)
+        if self.T.finite is None:
+            return value
+        other = torch.full((), skipped, dtype=self.T.dtype, device=self.T.device)
+        return torch.where(self.T.finite[:, None, None], value, other)
 
     def _finite(self) -> Tensor:
         """(n,) whether the gradient of a parameter is finite, on all processes."""
@@ -172,7 +175,7 @@ def _batch_size(group: dict[str, Any], weight: Tensor) -> int:
     stacked = sum(math.prod(shape) for name, shape in shapes.items() if name.endswith(("_B", "_A")))
     limit = GPU_STACK if weight.is_cuda else STACK
     count = sharding.shards(weight, group["flatten"]).count
-    if "momentum" in group and count > 1:  # Muon deals sharded matrices out, and wants one for each process
+    if group["algorithm"] == "muon" and count > 1:  # Muon deals sharded matrices out, and wants one for each process
         stacked, limit = max(stacked, weight.numel()), SHARED
     return max(count, limit * count // max(1, stacked))
 
