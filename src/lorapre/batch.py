@@ -55,7 +55,7 @@ class Batch:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self.weights = self._matrices([sharding.local(m.weight) for m in members], written=True)
         grads = self._matrices([sharding.local(m.grad) for m in members])
-        kind, self.slow = backend(self.weights, grads, low_rank=self.rank > 0)
+        kind, self.slow = backend(self.weights, grads)
         self.T = kind(
             grads, (p, q), sharding.local(weight).device, scale=-1.0 if group["maximize"] else 1.0,
             dtype=wide(weight.dtype), shards=sharding.shards(weight, flatten),

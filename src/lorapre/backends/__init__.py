@@ -9,13 +9,21 @@ from lorapre.backends import library
 from lorapre.gradient import Gradient
 
 
-def backend(weights: Sequence[Tensor], grads: Sequence[Tensor], *, low_rank: bool) -> tuple[type[Gradient], str | None]:
-    """The kind of Gradient that steps these weights, and why it is torch's where another should, for a warning."""
+def backend(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[type[Gradient], str | None]:
+    """The kind of Gradient that steps these weights, and why it is torch's where another should, for a warning.
+
+    Weights in float64 take torch's operations, which keep their precision.
+    """
     if not weights or torch.compiler.is_compiling() or weights[0].dtype == torch.float64:
         return Gradient, None
-    if weights[0].device.type == "cpu" and library.loaded() is not None:
+    if weights[0].is_cuda:
+        from lorapre.backends import triton  # loads a compiler
+
+        reason = triton.why_not(weights, grads)
+        return (triton.TritonGradient, None) if reason is None else (Gradient, f"does without Triton kernels, slower: {reason}")
+    if weights[0].is_cpu and library.loaded() is not None:
         from lorapre.backends import c
 
         reason = c.why_not(weights, grads)
-        return (c.CGradient, None) if reason is None else (Gradient, reason)
+        return (c.CGradient, None) if reason is None else (Gradient, f"does without compiled kernels, slower: {reason}")
     return Gradient, None

@@ -116,11 +116,11 @@ class TritonGradient(Gradient):
 
     def _step_(
         self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float,
-        keys: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        keys: Tensor | None, sums: bool,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         emas = [None if x is None else x.E for x in (M.exp_avg, M.exp_avg_sq)]
         if any(not E.is_contiguous() or E.dtype != torch.float32 for x in emas for E in x or ()):
-            return super()._step_(weights, M, lr, decay, eps, keys)
+            return super()._step_(weights, M, lr, decay, eps, keys, sums)
         assert not self.absolute
         assert (M.row is None) == (M.column is None)
         (p, q), N, g = self.held, len(self), self.grads[0]
@@ -143,7 +143,7 @@ class TritonGradient(Gradient):
                 W=_tl(weights[0].dtype), **_kinds(g), ALIGNED=aligned,
                 BM=BM, BN=BN, R=R, num_warps=warps, num_stages=stages,
             )  # fmt: skip
-        return rows.sum(0), columns.sum(0)
+        return (rows.sum(0), columns.sum(0)) if sums else None
 
     def _products(self, M: Moments) -> list[Any]:
         """B, A, a and c of two products, None for zero."""
