@@ -64,7 +64,7 @@ def product_error(grad: torch.dtype, terms: int, *, of_gradient: bool) -> float:
     operands = 0.0 if grad == F32 or not GPU else 2 * 2.0**-10
     if grad == BF16 and of_gradient:
         operands = unit(BF16)
-    return operands + (terms + 4) * EPS
+    return operands + ((3 * terms if GPU else terms) + 8) * EPS
 
 
 def assert_within(actual: Tensor, exact: Tensor, error: Tensor) -> None:
@@ -199,7 +199,7 @@ def check_step(x: Problem, T: Gradient, **changes: Any) -> None:
             m, m_error, v, v_error = (E, error, v, v_error) if i == 0 else (m, m_error, E, error)
     # sqrt(v + e) - sqrt(v) is at most e / sqrt(v), and at most sqrt(e).
     root = v.sqrt()
-    root_error = torch.minimum(v_error.sqrt(), v_error / root.clamp(min=1e-300)) + EPS * root
+    root_error = torch.minimum(v_error.sqrt(), v_error / root.clamp(min=1e-300)) + 2 * EPS * root
     update, least = m / (root + 1e-3), (root - root_error).clamp(min=0) + 1e-3
     update_error = (m_error + update.abs() * root_error) / least + 4 * EPS * update.abs()
     expected = x.decay * W - x.lr * update
@@ -536,7 +536,7 @@ def check(
     name: str, types: Types = (F32, F32), *, poison: tuple[int | None, ...] = (None,) * 3,
     **options: Any,
 ) -> Run:  # fmt: skip
-    """Triton and torch take steps alike, up to a few times what errors within their bounds do."""
+    """Triton and torch take steps alike, up to twice what errors in the size of their bounds do."""
     ours, torch_, *shaken = (
         Run(name, kind, types, **options)
         for kind in (TritonGradient, Gradient, Shaken, Shaken, Shaken)
@@ -556,7 +556,7 @@ def check(
             * len(poison)
             * (torch.finfo(x.dtype).eps * expected.double().abs() + EPS * expected.abs().max())
         )
-        excess = (x.double() - expected.double()).abs() - (4 * moved + last)
+        excess = (x.double() - expected.double()).abs() - (2 * moved + last)
         assert (excess <= 0).all(), (float(excess.max()), moved, x.shape)
     return ours
 

@@ -345,4 +345,4 @@ def _product(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def _indices(places: range | Tensor, device: torch.device) -> Tensor:
-    return places if isinstance(places, Tensor) else torch.arange(places.start, places.stop, device=device)
+    return places.to(device) if isinstance(places, Tensor) else torch.arange(places.start, places.stop, device=device)

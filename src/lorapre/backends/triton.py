@@ -1,8 +1,7 @@
 """The three primitives of `lorapre.gradient.Gradient` as two Triton kernels, for CUDA and ROCm.
 
-`why_not` tells whether they take some weights. `lorapre.gradient` has the same in plain torch, and
-defines what they compute. This is the only module that imports triton. Import it where it is used,
-so that `import lorapre` does not load a compiler.
+`lorapre.gradient` has the same in plain torch, and defines what they compute. This is the only
+module that imports triton. Import it where it is used: it loads a compiler.
 
 A launch serves all N matrices of a batch. Each weight and gradient is a tensor of its own, so their
 addresses travel in a table on the device. Nothing waits for the device, and CUDA graphs can capture
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lorapre.gradient import Ema, Gradient, Moments, Number
+from lorapre.gradient import Gradient, Moments, Number
 
 try:
     import triton
@@ -42,10 +41,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Blocks. A program of a product owns R rows of the rank and BJ columns of the result, and streams
 # through BK elements of the length at a time. A program of an update owns a tile (BM, BN), and
 # multiplies factors in chunks of R of the rank, so nothing a program holds grows with the rank.
-# The compiler reports for capabilities 8.0 and 9.0 that no program takes more than 56 KB of shared
-# memory, of the 99 that the smallest devices have, and that none spills registers. Programs that
-# update several tiles would write fewer sums, but take twice the registers, for addresses of the
-# next tile. The first key tells whether gradients, and so products, are float32.
+# For capabilities 8.0 and 9.0 the compiler reports at most 56 KB of shared memory (small devices
+# have 99) and no spilled registers (8 bytes where rows are not aligned). Programs that update more
+# tiles would write fewer sums, but take twice the registers, for the addresses of the next tile.
+# The first key: whether gradients, and so products, are float32.
 _PRODUCT = {  # padded rank, at most 128: BK, BJ, warps, stages
     False: {16: (64, 128, 8, 3), 32: (64, 64, 8, 3), 64: (64, 64, 8, 2), 128: (32, 64, 8, 2)},
     True: {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (32, 64, 8, 3), 128: (32, 64, 8, 2)},
@@ -103,8 +102,8 @@ class TritonGradient(Gradient):
             length, free, *strides = q, p, 1, _stride(g), 1, r
         blocks = -(-free // BJ) * -(-r // R)
         parts, span = _split(length, BK, blocks * N)
-        shape = (parts, N, p, r) if transposed else (parts, N, r, q)
-        out = torch.empty(shape, dtype=torch.float32, device=self.device)
+        shape = (p, r) if transposed else (r, q)
+        out = torch.empty(parts, N, *shape, dtype=torch.float32, device=self.device)
         table, aligned = _table(self.grads)
         with torch.cuda.device_of(table):
             _product_kernel[(blocks, parts, N)](
@@ -118,32 +117,33 @@ class TritonGradient(Gradient):
         self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float,
         keys: Tensor | None, sums: bool,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        emas = [None if x is None else x.E for x in (M.exp_avg, M.exp_avg_sq)]
-        if any(not E.is_contiguous() or E.dtype != torch.float32 for x in emas for E in x or ()):
+        emas = (M.exp_avg, M.exp_avg_sq)
+        if any(not E.is_contiguous() or E.dtype != torch.float32 for x in emas if x for E in x.E):
             return super()._step_(weights, M, lr, decay, eps, keys, sums)
         assert not self.absolute
         assert (M.row is None) == (M.column is None)
         (p, q), N, g = self.held, len(self), self.grads[0]
-        ranks = {factors.B.shape[-1] for factors in M.products if factors is not None}
-        assert len(ranks) <= 1, "the products of an update have one rank"
-        r = max(ranks, default=1)
+        r, *others = {x.B.shape[-1] for x in M.products if x is not None} or {1}
+        assert not others, "the products of an update have one rank"
         chunk, BM, BN, warps, stages = _UPDATE[g.dtype == torch.float32]
         R = min(chunk, triton.next_power_of_2(max(16, r)))
         blocks, parts = -(-p // BM), -(-q // BN)
-        rows = torch.empty(parts, N, p, 1, dtype=torch.float32, device=self.device)
-        columns = torch.empty(blocks, N, 1, q, dtype=torch.float32, device=self.device)
-        table, aligned = _table(weights, self.grads, *emas)
+        rows, columns = (
+            torch.empty(shape, dtype=torch.float32, device=self.device) if sums else None
+            for shape in ((parts, N, p, 1), (blocks, N, 1, q))
+        )
+        rates = [self._number(y) for x in emas for y in ((x.rate, x.scale) if x else (None, None))]
+        table, aligned = _table(weights, self.grads, *(x and x.E for x in emas))
         with torch.cuda.device_of(table):
             _update_kernel[(blocks * parts, N)](
                 table, _packed(self.finite, torch.bool), *self._products(M),
                 *map(self._number, (M.b, M.d)), _packed(M.row), _packed(M.column),
-                *self._ema(M.exp_avg), *self._ema(M.exp_avg_sq), *map(self._number, (lr, decay)),
-                *self._places(keys), rows, columns, p, q, r, _stride(weights[0]), _stride(g),
-                self.q, float(self.scale), float(eps),
+                *rates, *map(self._number, (lr, decay)), *self._places(keys), rows, columns,
+                p, q, r, _stride(weights[0]), _stride(g), self.q, float(self.scale), float(eps),
                 W=_tl(weights[0].dtype), **_kinds(g), ALIGNED=aligned,
                 BM=BM, BN=BN, R=R, num_warps=warps, num_stages=stages,
             )  # fmt: skip
-        return (rows.sum(0), columns.sum(0)) if sums else None
+        return None if rows is None or columns is None else (rows.sum(0), columns.sum(0))
 
     def _products(self, M: Moments) -> list[Any]:
         """B, A, a and c of two products, None for zero."""
@@ -154,10 +154,6 @@ class TritonGradient(Gradient):
                 arguments += [*map(_packed, factors), *map(self._number, numbers)]
         assert len(arguments) <= 8, "an update has two products"
         return arguments + [None] * (8 - len(arguments))
-
-    def _ema(self, ema: Ema | None) -> list[Any]:
-        """Its rate and scale; its address is in the table."""
-        return [None, None] if ema is None else [self._number(ema.rate), self._number(ema.scale)]
 
     def _number(self, x: Number | None) -> Any:
         """(N,) float32 on the device; a number on the host is an argument of the kernel."""
@@ -249,14 +245,14 @@ def _array(
 @_jit
 def _of(x, n):
     """The number x of matrix n: an argument, or an element of a vector on the device."""
-    x = tl.to_tensor(x)  # in the interpreter an argument is a number of Python
-    return tl.load(x + n) if x.dtype.is_ptr() else x
+    number = x  # the assignment makes the interpreter wrap a float of Python, which has no dtype
+    return tl.load(number + n) if number.dtype.is_ptr() else number
 
 
 @_jit
 def _offset(i, stride):
     """Elements before row i, in 64 bits; within a tile 32 do, and take fewer registers."""
-    return tl.to_tensor(i).to(tl.int64) * stride
+    return tl.cast(i, tl.int64) * stride
 
 
 @_jit
@@ -290,8 +286,7 @@ def _product_kernel(
     """R rows and BJ columns of X^T T (r, free) of matrix n, over `span` of the length."""
     n = tl.program_id(2).to(tl.int64)
     chunks = tl.cdiv(r, R)  # neighbours read the same T
-    k = tl.program_id(0) % chunks * R
-    j = tl.program_id(0) // chunks * BJ
+    k, j = tl.program_id(0) % chunks * R, tl.program_id(0) // chunks * BJ
     start = tl.program_id(1) * span
     grad = _array(table, n, 0, 1, G, ALIGNED)
     height = length if finite is None else length * tl.load(finite + n).to(tl.int32)
@@ -333,9 +328,8 @@ def _add_product(
 
 @_jit
 def _moved(at, x, rate, scale, n, inside):
-    """The moment whose EMA is stored there, once it has moved towards x."""
+    """The moment whose EMA is stored there, moved towards x; E - x may be no number."""
     rate = _of(rate, n)
-    # Not with a difference of E and x, which is no number where both are infinite.
     E = (1 - rate) * tl.load(at, mask=inside, other=0.0) + rate * x
     tl.store(at, E, mask=inside)
     return _of(scale, n) * E
@@ -381,8 +375,9 @@ def _update_kernel(
     g = tl.load(grad + at, mask=inside & (i < height)[:, None], other=0.0)
     g = g.to(tl.float32) * scale
     square = g * g
-    tl.store(row_sums + (part * group + n) * p + i, tl.sum(square, 1), mask=i < p)
-    tl.store(column_sums + (block * group + n) * q + j, tl.sum(square, 0), mask=j < q)
+    if row_sums is not None:
+        tl.store(row_sums + (part * group + n) * p + i, tl.sum(square, 1), mask=i < p)
+        tl.store(column_sums + (block * group + n) * q + j, tl.sum(square, 0), mask=j < q)
 
     m, v = _of(b, n) * g, _of(d, n) * square
     if row is not None:
