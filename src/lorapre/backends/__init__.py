@@ -1,4 +1,4 @@
-"""The three primitives of `lorapre.gradient.Gradient` as compiled kernels: in C for CPUs, in Triton for GPUs."""
+"""The primitives of `lorapre.gradient.Gradient` as compiled kernels: in C for CPUs, in Triton for GPUs."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,10 @@ from lorapre.backends import library
 from lorapre.gradient import Gradient
 
 
-def backend(weights: Sequence[Tensor], grads: Sequence[Tensor], *, low_rank: bool) -> tuple[type[Gradient], str | None]:
-    """The kind of Gradient that steps these weights, and why it is torch's where another should, for a warning."""
+def backend(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], *, low_rank: bool
+) -> tuple[type[Gradient], str | None]:
+    """The kind of Gradient that steps these weights, and why it is torch's where another should."""
     if not weights or torch.compiler.is_compiling() or weights[0].dtype == torch.float64:
         return Gradient, None
     if weights[0].device.type == "cpu" and library.loaded() is not None:
