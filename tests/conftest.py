@@ -52,6 +52,7 @@ def torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorapre.batch.backend", lambda *_, **__: (Gradient, None))
     monkeypatch.setattr("lorapre.backends.library.takes", lambda *_: False)
     monkeypatch.setattr("lorapre.linalg._everywhere", lambda _: False)
+    monkeypatch.setattr("lorapre.gradient.at_hand", lambda _: False)
 
 
 @pytest.fixture(params=["compiler", "torch_operations"], ids=["compiled", "torch"])

@@ -320,7 +320,7 @@ def test_an_empty_shard_has_empty_sums(shape: tuple[int, int]) -> None:
     x = Problem(*shape, 4)
     right = x.T._right(torch.randn(2, shape[1], 4, device=DEVICE))
     left = x.T._left(torch.randn(2, 4, shape[0], device=DEVICE))
-    rows, columns = x.T._step_(x.weights, x.M, 0.1, 0.9, 1e-8, None)
+    rows, columns = x.T._step_(x.weights, x.M, 0.1, 0.9, 1e-8, None, True)
     found = [tuple(y.shape) for y in (right, left, rows, columns)]
     assert found == [(2, shape[0], 4), (2, 4, shape[1]), (2, shape[0], 1), (2, 1, shape[1])]
     assert not any(y.any() for y in (right, left, rows, columns))
@@ -467,7 +467,7 @@ class Shaken(Gradient):
         error = product_error(self.grads[0].dtype, terms, of_gradient=True)
         return product + error * signs(product) * of(T, X)
 
-    def _step_(self, weights: Any, M: Moments, *args: Any) -> tuple[Tensor, Tensor]:
+    def _step_(self, weights: Any, M: Moments, *args: Any) -> tuple[Tensor, Tensor] | None:
         def shaken(x: Tensor | None, error: float) -> Any:
             return x if x is None else x * (1 + error * signs(x))
 
@@ -479,7 +479,10 @@ class Shaken(Gradient):
             products.append(factors and Factors(*(shaken(x, error) for x in factors)))
         row, column = (shaken(x, 4 * EPS) for x in (M.row, M.column))
         M = M._replace(products=products, row=row, column=column)
-        rows, columns = super()._step_(weights, M, *args)
+        sums = super()._step_(weights, M, *args)
+        if sums is None:
+            return None
+        rows, columns = sums
         return shaken(rows, (self.q + 4) * EPS), shaken(columns, (self.p + 4) * EPS)
 
 

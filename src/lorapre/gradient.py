@@ -177,6 +177,8 @@ class Gradient:
             The means of T**2 over the rows (N, p, 1) and over the columns (N, 1, q).
         """
         sums = self._step_(weights, M, lr, decay, max(eps, TINY), keys, means)
+        if not torch.compiler.is_compiling():  # autograd refuses a graph of the old weights, whoever wrote the new
+            torch.autograd.graph.increment_version(weights)
         return sums and (self.sum_q(sums[0].div_(self.q)), self.sum_p(sums[1].div_(self.p)))
 
     def orthogonal_step_(
@@ -337,7 +339,12 @@ def at(x: Number, n: slice) -> Number:
     if not isinstance(x, Tensor) or x.ndim < 3:
         return x
     x = x[n]
-    return x.item() if x.is_cpu and x.numel() == 1 and not torch.compiler.is_compiling() else x
+    return x.item() if x.numel() == 1 and at_hand(x) else x
+
+
+def at_hand(x: Tensor) -> bool:
+    """Whether the host may look at numbers: it waits for those of a GPU, and breaks a graph of torch.compile."""
+    return x.is_cpu and not torch.compiler.is_compiling()
 
 
 def _product(X: Tensor, Y: Tensor) -> Tensor:

@@ -74,10 +74,10 @@ def inverse_root(G: Tensor) -> Tensor:
     nearly singular; R^T R formed explicitly is not. Large G are taken by halves, so that most of the work is
     products of matrices: libraries solve triangular systems at a fraction of their speed.
     """
-    if library.takes(G, G.numel()):
-        return library.inverse_roots(G)
     r = G.shape[-1]
     if r <= 128:
+        if library.takes(G, G.numel() * r):
+            return library.inverse_roots(G)
         eye = torch.eye(r, dtype=G.dtype, device=G.device).expand_as(G)
         root: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(G).L, eye, upper=False)
         return root

@@ -27,9 +27,7 @@ class LoRAPreOptimizer(Optimizer):
         own = {"algorithm": self.algorithm, "state_format": checkpoints.STATE_FORMAT}
         super().__init__(params, {**defaults, **own, "flatten": False, "made_for": None})
         keep_freed_memory()
-        on_cpu = any(p.is_cpu and group["rank"] for group in self.param_groups for p in group["params"])
-        if on_cpu and (reason := backends.library.prepare()):
-            self._say(reason)
+        self._prepare()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -175,6 +173,7 @@ class LoRAPreOptimizer(Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
             group.setdefault("matrices", False)
+        self._prepare()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`: one of this class, or of torch.optim.AdamW where all it holds is dense.
@@ -219,6 +218,12 @@ class LoRAPreOptimizer(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _prepare(self) -> None:
+        """Compile the kernels before the first step, in whose collectives others would wait for the compiler."""
+        if any(p.is_cpu for group in self.param_groups for p in group["params"]):
+            if (reason := backends.library.prepare()) is not None:
+                self._say(reason)
 
     def _say(self, reason: str) -> None:
         """Warn, once for each optimizer and reason."""

@@ -151,7 +151,7 @@ class _Update:
             nn.utils.clip_grad_norm_([p], self.max_norm)
         number, index = self.place
         position = sum(len(group["params"]) for group in groups[:number]) + index
-        group = {**groups[number], "params": [p], "param_names": [self.name]}
+        group = {**groups[number], "params": [p], "param_names": [self.name], "matrices": False}
         optimizer._step([(group, [position])])
         groups[number]["made_for"] = group["made_for"]
         p.grad = Released(p, self.name)

@@ -1,4 +1,4 @@
-"""The three primitives of `lorapre.gradient.Gradient` as compiled kernels: in C for CPUs, in Triton for GPUs."""
+"""The three primitives of `lorapre.gradient.Gradient` as compiled kernels: in C, and in Triton."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,10 @@ from lorapre.backends import library
 from lorapre.gradient import Gradient
 
 
-def backend(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[type[Gradient], str | None]:
-    """The kind of Gradient that steps these weights, and why it is torch's where another should, for a warning.
+def backend(
+    weights: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[type[Gradient], str | None]:
+    """The kind of Gradient for these weights, and why it is torch's where another should be.
 
     Weights in float64 take torch's operations, which keep their precision.
     """
@@ -20,10 +22,13 @@ def backend(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[type[Gr
         from lorapre.backends import triton  # loads a compiler
 
         reason = triton.why_not(weights, grads)
-        return (triton.TritonGradient, None) if reason is None else (Gradient, f"does without Triton kernels, slower: {reason}")
-    if weights[0].is_cpu and library.loaded() is not None:
+        kind: type[Gradient] = triton.TritonGradient
+    elif weights[0].is_cpu and library.loaded() is not None:
         from lorapre.backends import c
 
-        reason = c.why_not(weights, grads)
-        return (c.CGradient, None) if reason is None else (Gradient, f"does without compiled kernels, slower: {reason}")
-    return Gradient, None
+        reason, kind = c.why_not(weights, grads), c.CGradient
+    else:
+        return Gradient, None
+    if reason is None:
+        return kind, None
+    return Gradient, f"steps some weights without compiled kernels, slower: {reason}"

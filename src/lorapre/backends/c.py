@@ -1,7 +1,7 @@
 """The three primitives of `lorapre.gradient.Gradient` in C, for CPUs: what `kernels.c` is given.
 
-Everything is checked before its address is handed over. All buffers are float32 on the CPU, whatever the default of
-torch.
+Everything is checked before its address is handed over. All buffers are float32 on the CPU, whatever the
+default of torch.
 """
 
 import ctypes
@@ -75,19 +75,21 @@ class CGradient(Gradient):
         a, b, c = (shape[1], p, q) if left else (p, q, shape[2])
         out = torch.empty(N, a, c, dtype=torch.float32, device="cpu")
         if N and self.grads[0].dtype == torch.bfloat16:
-            X = X.to(torch.bfloat16, memory_format=torch.contiguous_format)
+            X = X.to(torch.bfloat16)
+            turned = X.stride(1) == 1 and (left or (X.stride(2) % 2 == 0 and X.stride(0) % 2 == 0))
+            X = X if turned else X.contiguous()
         T, other = held.matrices(self.grads), held.stack(X)
         T.absolute = self.absolute
         first, second = (other, T) if left else (T, other)
         library.loaded().products(
-            N, a, b, c, ctypes.byref(first), ctypes.byref(second), held.finite(self.finite, N), out.data_ptr(),
-            torch.get_num_threads(),
+            N, a, b, c, ctypes.byref(first), ctypes.byref(second), held.finite(self.finite, N),
+            out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out
 
     def _step_(
-        self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float, keys: Tensor | None,
-        sums: bool,
+        self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float,
+        keys: Tensor | None, sums: bool,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         (N, p, q), held = (len(self), *self.held), _Held()
         height = max(HEIGHT, -(-p // (PARTS * HEIGHT)) * HEIGHT)
@@ -106,9 +108,9 @@ class CGradient(Gradient):
             factors = M.products[x] if x < len(M.products) else None
             a, c = (M.a[x], M.c[x] if M.c else 0.0) if factors is not None else (0.0, 0.0)
             if factors is not None:
-                B, A = factors
-                r = B.shape[-1]
-                s.B[x], s.A[x] = held.stack(_rows(_checked(B, (N, p, r)))), held.stack(_rows(_checked(A, (N, r, q))))
+                r = factors.B.shape[-1]
+                s.B[x] = held.stack(_rows(_checked(factors.B, (N, p, r))))
+                s.A[x] = held.stack(_rows(_checked(factors.A, (N, r, q))))
                 s.rank[x], s.in_m[x], s.in_v[x] = r, _counts(a), _counts(c)
             rate: Number = 0.0
             unbias: Number = 0.0

@@ -30,6 +30,7 @@ enum {
     TALL = 64,               /* rows of the left operand that meet a panel at a time */
     WIDTH = 8 * PANEL,       /* columns of the right operand that are packed at a time, at most: they fit the L2 cache */
     HEIGHT = 128,            /* rows of B A that `step` holds */
+    SOME = 8,                /* rows that `inverse_roots` takes at a time */
     BAND = 32,               /* rows of a gradient that `step` holds */
 };
 
@@ -100,26 +101,65 @@ INLINE float number(const int dtype, const void *data, int64_t index) {
     return half_to_float(((const uint16_t *)data)[index]);
 }
 
-INLINE void load_lines(const int dtype, const int64_t w, const Matrices *x, const void *from, int64_t h, float scale,
-                       float *to, int64_t line) {
-    const uint32_t keep = x->absolute ? 0x7FFFFFFF : 0xFFFFFFFF;
+INLINE void load_lines(const int dtype, const int64_t w, const void *from, int64_t row, int64_t h, const float scale,
+                       const uint32_t keep, float *restrict to, int64_t line) {
     for (int64_t i = 0; i < h; i++)
         for (int64_t j = 0; j < w; j++)
-            to[i * line + j] = bits_to_float(float_to_bits(scale * number(dtype, from, i * x->row + j)) & keep);
+            to[i * line + j] = bits_to_float(float_to_bits(scale * number(dtype, from, i * row + j)) & keep);
+}
+
+INLINE void load_any(const int dtype, int64_t w, const void *from, int64_t row, int64_t h, float scale, uint32_t keep,
+                     float *to, int64_t line) {
+    /* Much faster for constants. */
+    if (w == PANEL && line == PANEL && scale == 1 && keep == ~0u) load_lines(dtype, PANEL, from, row, h, 1, ~0u, to, PANEL);
+    else load_lines(dtype, w, from, row, h, scale, keep, to, line);
+}
+
+/* LANES x LANES numbers of one matrix as those of another, transposed; lines are `from_line` and `line` apart. */
+INLINE void transpose(const float *from, int64_t from_line, float *to, int64_t line) {
+#ifdef __clang__ /* it has no __builtin_shuffle */
+    for (int64_t i = 0; i < LANES; i++)
+        for (int64_t k = 0; k < LANES; k++) to[k * line + i] = from[i * from_line + k];
+#else
+    words low, high;
+    vec x[LANES], y[LANES];
+    UNROLL for (int k = 0; k < LANES; k++) {
+        low[k] = k / 2 + k % 2 * LANES;
+        high[k] = low[k] + LANES / 2;
+        x[k] = *(const loose *)(from + k * from_line);
+    }
+    UNROLL for (int size = 1; size < LANES; size *= 2) { /* riffle halves, of lines and of numbers */
+        UNROLL for (int i = 0; i < LANES / 2; i++) {
+            y[2 * i] = __builtin_shuffle(x[i], x[i + LANES / 2], low);
+            y[2 * i + 1] = __builtin_shuffle(x[i], x[i + LANES / 2], high);
+        }
+        UNROLL for (int i = 0; i < LANES; i++) x[i] = y[i];
+    }
+    UNROLL for (int i = 0; i < LANES; i++) *(loose *)(to + i * line) = x[i];
+#endif
+}
+
+/* (h, w) float32 numbers `row` and `column` apart, one of these being one. */
+static void load_turned(const float *from, int64_t row, int64_t column, int64_t h, int64_t w, float *to, int64_t line) {
+    for (int64_t i = 0; i < h; i += LANES)
+        for (int64_t j = 0; j < w; j += LANES)
+            if (row == 1 && i + LANES <= h && j + LANES <= w)
+                transpose(from + i + j * column, column, to + i * line + j, line);
+            else
+                for (int64_t k = i; k < min(i + LANES, h); k++)
+                    for (int64_t l = j; l < min(j + LANES, w); l++) to[k * line + l] = from[k * row + l * column];
 }
 
 /* (h, w) numbers of matrix n from row i and column j on, times `scale`, in lines that zeros fill up. */
 static void load(const Matrices *x, int64_t n, int64_t i, int64_t h, int64_t j, int64_t w, float scale, float *to,
                  int64_t line) {
     const void *const from = element(x, n, i, j);
+    const uint32_t keep = x->absolute ? 0x7FFFFFFF : 0xFFFFFFFF;
     if (x->column != 1) /* float32 alone, see c.py; the transposed matrix has contiguous rows */
-        for (int64_t l = 0; l < w; l++)
-            for (int64_t k = 0; k < h; k++) to[k * line + l] = ((const float *)from)[k * x->row + l * x->column];
-    else if (x->dtype == FLOAT32 && w == PANEL) load_lines(FLOAT32, PANEL, x, from, h, scale, to, line);
-    else if (x->dtype == FLOAT32) load_lines(FLOAT32, w, x, from, h, scale, to, line);
-    else if (x->dtype == BFLOAT16 && w == PANEL) load_lines(BFLOAT16, PANEL, x, from, h, scale, to, line);
-    else if (x->dtype == BFLOAT16) load_lines(BFLOAT16, w, x, from, h, scale, to, line);
-    else load_lines(FLOAT16, w, x, from, h, scale, to, line);
+        load_turned(from, x->row, x->column, h, w, to, line);
+    else if (x->dtype == FLOAT32) load_any(FLOAT32, w, from, x->row, h, scale, keep, to, line);
+    else if (x->dtype == BFLOAT16) load_any(BFLOAT16, w, from, x->row, h, scale, keep, to, line);
+    else load_any(FLOAT16, w, from, x->row, h, scale, keep, to, line);
     for (int64_t k = 0; w < line && k < h; k++) memset(to + k * line + w, 0, (size_t)(line - w) * 4);
 }
 
@@ -150,10 +190,10 @@ INLINE void load_column_pairs(const Matrices *x, int64_t n, int64_t i, int64_t h
 }
 
 /* Where the numbers, or pairs, that a load would make lie already, or NULL. */
-INLINE const float *in_place(const Matrices *x, int64_t n, int64_t i, int64_t j, int64_t w) {
+INLINE const float *in_place(const Matrices *x, int64_t n, int64_t i, int64_t j, int64_t w, int pairs) {
     const void *const from = element(x, n, i, j);
-    const int pairs = x->dtype == BFLOAT16 && w % 2 == 0 && x->row % 2 == 0 && (uintptr_t)from % 4 == 0;
-    return !x->absolute && (x->dtype == FLOAT32 || pairs) ? from : NULL;
+    if (x->absolute || (!pairs && x->dtype != FLOAT32)) return NULL;
+    return !pairs || (x->column == 1 && w % 2 == 0 && x->row % 2 == 0 && (uintptr_t)from % 4 == 0) ? from : NULL;
 }
 
 /* sum + x y of pairs, one of x and LANES of y: two products in each place. */
@@ -230,7 +270,7 @@ void products(int64_t count, int64_t a, int64_t b, int64_t c, const Matrices *X,
               const uint8_t *finite, float *out, int64_t threads) {
     const int pairs = X->dtype == BFLOAT16 && Y->dtype == BFLOAT16;
     /* Parts of the result, some for each thread; in what order a sum is formed does not depend on them. */
-    int64_t height = blocks(a, TALL) * TALL, width = WIDTH;
+    int64_t height = blocks(a + 1, TALL) * TALL, width = WIDTH;
     while (height > TALL && count * blocks(a, height) * blocks(c, width) < 4 * threads)
         height = blocks(height / TALL, 2) * TALL;
     while (width > PANEL && count * blocks(a, height) * blocks(c, width) < 4 * threads) width /= 2;
@@ -250,18 +290,24 @@ void products(int64_t count, int64_t a, int64_t b, int64_t c, const Matrices *X,
             for (int64_t j = 0; j < w; j += PANEL) {
                 const int64_t columns = min(PANEL, w - j), line = packed(columns);
                 float *const panel = panels + j * DEPTH;
-                if (!pairs) load(Y, n, k0, K, j0 + j, columns, 1, panel, line);
+                if (pairs && Y->column != 1) /* a pair is a number of a matrix half as high */
+                    load_turned(element(Y, n, k0, j0 + j), 1, Y->column / 2, terms, columns, panel, line);
+                else if (!pairs) load(Y, n, k0, K, j0 + j, columns, 1, panel, line);
                 else if (columns == PANEL) load_column_pairs(Y, n, k0, K, j0 + j, PANEL, panel, PANEL);
                 else load_column_pairs(Y, n, k0, K, j0 + j, columns, panel, line);
             }
             for (int64_t i = i0; i < last; i += TALL) {
                 const int64_t rows = min(TALL, last - i);
-                const float *from = pairs || X->dtype == FLOAT32 ? in_place(X, n, i, k0, K) : NULL;
-                const int64_t row = from ? X->row / (1 + pairs) : DEPTH, step = from && !pairs ? X->column : 1;
+                const float *from = in_place(X, n, i, k0, K, pairs);
+                int64_t row = from ? X->row / (1 + pairs) : DEPTH, step = from && !pairs ? X->column : 1;
                 if (!from) {
-                    if (pairs) load_pairs(X, n, i, rows, k0, K, tile);
-                    else load(X, n, i, rows, k0, K, 1, tile, DEPTH);
                     from = tile;
+                    if (pairs && X->column != 1) {
+                        const Matrices turned = {X->data, X->column, X->row, X->dtype, X->absolute};
+                        load_column_pairs(&turned, n, k0, K, i, rows, tile, TALL);
+                        row = 1, step = TALL;
+                    } else if (pairs) load_pairs(X, n, i, rows, k0, K, tile);
+                    else load(X, n, i, rows, k0, K, 1, tile, DEPTH);
                 }
                 for (int64_t j = 0; j < w; j += PANEL)
                     (pairs ? product_of_pairs : product)(rows, terms, from, row, step, panels + j * DEPTH,
@@ -271,26 +317,39 @@ void products(int64_t count, int64_t a, int64_t b, int64_t c, const Matrices *X,
     }
 }
 
+/* to -= sum over k < n of a[k * line] b[k * line], of numbers from `first` to `last`. */
+INLINE void subtract(const int n, const float *a, const float *b, int64_t line, float *restrict to, int64_t first,
+                     int64_t last) {
+    for (int64_t j = first; j < last; j++) {
+        float sum = to[j];
+        UNROLL for (int k = 0; k < n; k++) sum -= a[k * line] * b[k * line + j];
+        to[j] = sum;
+    }
+}
+
 /* Of each matrix U (r, r), symmetric and positive definite: R, lower triangular, with R^T R its inverse. R starts as
    zero, and U is overwritten. Where rounding has left nothing of a direction, its row of R stays zero. */
 void inverse_roots(int64_t count, int64_t r, float *U, float *R, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads((int)threads)
     for (int64_t n = 0; n < count; n++) {
         float *const u = U + n * r * r, *const root = R + n * r * r;
-        for (int64_t k = 0; k < r; k++) { /* u becomes the upper triangular factor of Cholesky */
-            float *const row = u + k * r;
-            const float pivot = row[k], inverse = pivot <= 0 ? 0 : 1 / sqrtf(pivot);
-            for (int64_t j = k; j < r; j++) row[j] *= inverse;
-            for (int64_t i = k + 1; i < r; i++)
-                for (int64_t j = i; j < r; j++) u[i * r + j] -= row[i] * row[j];
-            root[k * r + k] = inverse;
+        for (int64_t k0 = 0; k0 < r; k0 += SOME) { /* u becomes the upper triangular factor of Cholesky */
+            const int64_t next = min(k0 + SOME, r);
+            for (int64_t k = k0; k < next; k++) {
+                const float pivot = u[k * r + k], inverse = pivot <= 0 ? 0 : 1 / sqrtf(pivot);
+                root[k * r + k] = inverse;
+                for (int64_t j = k; j < r; j++) u[k * r + j] *= inverse;
+                for (int64_t i = k + 1; i < next; i++) subtract(1, u + k * r + i, u + k * r, r, u + i * r, i, r);
+            }
+            for (int64_t i = next; i < r; i++) subtract(SOME, u + k0 * r + i, u + k0 * r, r, u + i * r, i, r);
         }
         for (int64_t i = 0; i < r; i++) {
             float *const to = root + i * r;
             const float inverse = to[i];
+            int64_t k = 0;
             to[i] = 0;
-            for (int64_t k = 0; k < i; k++)
-                for (int64_t j = 0; j <= k; j++) to[j] -= u[k * r + i] * root[k * r + j];
+            for (; k + SOME <= i; k += SOME) subtract(SOME, u + k * r + i, root + k * r, r, to, 0, k + SOME);
+            for (; k < i; k++) subtract(1, u + k * r + i, root + k * r, r, to, 0, k + 1);
             for (int64_t j = 0; j < i; j++) to[j] *= inverse;
             to[i] = inverse;
         }

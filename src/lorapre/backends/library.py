@@ -1,8 +1,8 @@
-"""The compiled C library: where it comes from, and the products of matrices that `lorapre.linalg` takes from it.
+"""The compiled C library: where it comes from, and the products that `lorapre.linalg` takes from it.
 
-`kernels.c` is compiled once for each machine and user, in some seconds, by the compiler that $CC names, or cc. The
-library is kept under $LORAPRE_CACHE, or lorapre under $XDG_CACHE_HOME or ~/.cache. It is optional: without it torch's
-operations do the same, slower.
+`kernels.c` is compiled once for each machine and user, in some seconds, by the compiler that $CC names, or
+cc. The library is kept under $LORAPRE_CACHE, or lorapre under $XDG_CACHE_HOME or ~/.cache. It is optional:
+without it torch's operations do the same, slower.
 """
 
 import contextlib
@@ -29,7 +29,8 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = (
     "-O3 -march=native -fopenmp -fPIC -shared -lm -fno-math-errno -fno-trapping-math -ffp-contract=fast "
-    "-fno-strict-aliasing -fno-tree-loop-distribute-patterns"  # rows of a tile are too short for calls of memcpy
+    "-fno-strict-aliasing "
+    "-fno-tree-loop-distribute-patterns"  # rows of a tile are too short for calls of memcpy
 )
 LIMIT = 60.0  # seconds for the compiler, and for one of another process
 LEAST = 2**18  # multiplications that are worth a call
@@ -92,7 +93,7 @@ def products(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def inverse_roots(G: Tensor) -> Tensor:
-    """R (N, r, r), lower triangular, with R^T R = G^-1 of positive definite G (N, r, r), which the library `takes`.
+    """R, lower triangular, with R^T R = G^-1 of positive definite G (N, r, r), which the library `takes`.
 
     Where rounding has left nothing of a direction, its row of R is zero.
     """
