@@ -32,7 +32,6 @@ from lorapre_recipes.compare.cells import (
 )
 from lorapre_recipes.compare.progress import Progress
 from lorapre_recipes.compare.record import record
-from lorapre_recipes.compare.results import read_run
 from lorapre_recipes.config import LOW_RANK, UserError
 from lorapre_recipes.files import append_line, write_json
 
@@ -86,8 +85,8 @@ def compare(
         outcome = start_cell(cell, out, threads)
         words = outcome.reason or f"validation loss {outcome.loss:.4f}"
         progress.end(cell.path, words, finished=new and outcome.reason is None)
-        if file is not None and (ended := read_run(out / cell.path, cell.contender.name)) is not None:
-            record([ended], file)
+        if file is not None:
+            record(out / cell.path, file)
         return outcome
 
     def run_more(cells: Iterable[Cell]) -> list[Outcome]:

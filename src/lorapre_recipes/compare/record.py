@@ -10,34 +10,35 @@ import fcntl
 import json
 import math
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lorapre_recipes.compare.results import Run
+from lorapre_recipes.compare.cells import Ending, ending_of
 from lorapre_recipes.config import PretrainConfig, flag
 from lorapre_recipes.files import read_json, write_whole
 from lorapre_recipes.presets import PRETRAIN, get_preset
 from lorapre_recipes.train.summary import read_metrics
 
 
-def record(runs: Iterable[Run], file: Path) -> None:
-    """Merge ended runs into a file; several processes may do so at once."""
+def record(folder: Path, file: Path) -> None:
+    """Merge a run that has ended into a file; several processes may do so at once."""
+    ending = ending_of(folder)
+    if ending is None or not (folder / "config.json").is_file():  # it did not begin
+        return
+    row = row_of(folder, PretrainConfig.load(folder / "config.json"), ending)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_name(file.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        rows = {row["command"]: row for row in (read_json(file) if file.is_file() else [])}
-        for run in runs:
-            rows[command_of(run.config)] = row_of(run)
+        rows = {each["command"]: each for each in (read_json(file) if file.is_file() else [])}
+        rows[row["command"]] = row
         lines = ",\n".join(json.dumps(rows[command]) for command in sorted(rows))
         write_whole(file, f"[\n{lines}\n]\n")
 
 
-def row_of(run: Run) -> dict[str, Any]:
+def row_of(folder: Path, config: PretrainConfig, ending: Ending) -> dict[str, Any]:
     """A run as a row. `loss` and `curve`, of tokens and validation loss, are held-out nats per token."""
-    config, summary = run.config, run.ending.summary
     own = ("optimizer", "variant", "rank", "terms", "seed", "lr", "scale", "momentum", "precision")
-    metrics = read_metrics(run.folder / "metrics.jsonl") if (run.folder / "metrics.jsonl").is_file() else []
+    metrics = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     return {
         **{name: getattr(config, name) for name in own},
         "beta1": config.betas[0],
@@ -45,9 +46,9 @@ def row_of(run: Run) -> dict[str, Any]:
         "data": Path(config.data).name,
         "tokens": config.steps * config.tokens_per_step,
         "batch_tokens": config.tokens_per_step,
-        "loss": run.loss if math.isfinite(run.loss) else None,
-        "curve": [(row["tokens"], row["validation_loss"]) for row in metrics if "validation_loss" in row],
-        **{name: summary.get(name) for name in FIGURES},
+        "loss": ending.loss if math.isfinite(ending.loss) else None,
+        "curve": [(each["tokens"], each["validation_loss"]) for each in metrics if "validation_loss" in each],
+        **{name: ending.summary.get(name) for name in FIGURES},
         "command": command_of(config),
     }
 
