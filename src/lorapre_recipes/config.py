@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 # LoRA-Pre, what it replaces, and the peers it stands beside in `lorapre compare`.
 LowRank = Literal["lorapre-adamw", "lorapre-muon"]
 Projected = Literal["galore", "galore-muon", "fira", "apollo", "alice"]
-Others = Literal["adamw", "muon", "muon-no-momentum", "adam8bit", "adafactor", "sgd"]
-Stateless = Literal["racs", "scale", "column-sgd"]  # or nearly
-OptimizerName = Literal[LowRank, Others, Stateless, Projected, "lora", "relora"]
+Others = Literal["adamw", "muon", "adafactor", "sgd"]
+Quantised = Literal["adam8bit", "adam4bit", "muon-8bit", "muon-bf16"]
+Stateless = Literal["muon-no-momentum", "racs", "scale", "column-sgd"]  # or nearly
+OptimizerName = Literal[LowRank, Others, Quantised, Stateless, Projected, "lora", "relora"]
 # Those whose memory `lorapre plan` computes without running them.
 PlannedOptimizer = Literal[LowRank, "adamw", "muon"]
 # How to fine-tune: an optimizer of all weights, or adapters of peft.

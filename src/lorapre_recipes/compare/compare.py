@@ -36,8 +36,8 @@ from lorapre_recipes.config import LOW_RANK, UserError
 from lorapre_recipes.files import append_line, write_json
 
 # Of the rest some keep objects in their state, which a safe load refuses.
-PEERS = ("racs", "alice", "scale", "column-sgd")
-RESUMABLE = (*LOW_RANK, *PEERS, "adamw", "muon", "muon-no-momentum", "galore-muon", "sgd")
+PEERS = ("racs", "alice", "scale", "column-sgd", "muon-no-momentum", "muon-bf16")
+RESUMABLE = (*LOW_RANK, *PEERS, "adamw", "muon", "galore-muon", "sgd")
 
 
 class Outcome(NamedTuple):

@@ -17,6 +17,7 @@ from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
 from lorapre.groups import Rule
 from lorapre_recipes.compare.peers.alice import Alice
+from lorapre_recipes.compare.peers.muon import StoredMuon
 from lorapre_recipes.compare.peers.racs import Racs
 from lorapre_recipes.compare.peers.scale import Scale
 from lorapre_recipes.config import (
@@ -181,13 +182,14 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
     rank, refresh = config.rank or 0, config.refresh or 0
     if name in ("adamw", "lora", "relora"):
         return AdamW([*rest, *matrices], **adam)
-    if whole and name in ("adam8bit", "adafactor"):
+    if whole and name in ("adam8bit", "adam4bit", "adafactor"):
         matrices, rest = [*rest, *matrices], []
     if whole and name in ("scale", "column-sgd"):
         matrices, rest = with_ends(model, matrices, rest, momentum if name == "scale" else 0.0)
-    if name == "adam8bit":
+    if name in ("adam8bit", "adam4bit"):
         matrices, rest = ([unnamed(group) for group in groups] for groups in (matrices, rest))
-        chosen: Optimizer = package("torchao.optim", "AdamW8bit", "torchao")(matrices, **adam)
+        make = package("torchao.optim", f"AdamW{name[4:]}", "torchao")
+        chosen: Optimizer = make(matrices, **adam)
     elif name in (packages := {"galore": "GaLore", "fira": "Fira", "apollo": "APOLLO"}):
         make = package("pytorch_optimizer", packages[name], "pytorch_optimizer")
         # Their state holds objects of this class, and torch.load refuses what it does not know.
@@ -196,9 +198,12 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
         apollo = {"projection_type": "random", "scale_type": "channel"}
         options |= apollo if name == "apollo" else {"projection_type": "std"}
         chosen = make([group | options for group in matrices], **adam)
-    elif name in ("muon", "muon-no-momentum"):
-        momentum = 0.0 if name == "muon-no-momentum" else momentum
+    elif name == "muon":
         chosen = Muon(matrices, momentum=momentum, adjust_lr_fn=ADJUST_LR, **decay)
+    elif name in ("muon-8bit", "muon-bf16"):
+        chosen = StoredMuon(matrices, momentum=momentum, store=name.partition("-")[2], **decay)
+    elif name == "muon-no-momentum":
+        chosen = StoredMuon(matrices, momentum=0.0, **decay)
     elif name == "galore-muon":
         chosen = GaLoreMuon(matrices, momentum=momentum, rank=rank, refresh=refresh, **decay)
     elif name == "alice":

@@ -25,8 +25,6 @@ from torch import Tensor
 
 from lorapre_recipes.compare.peers import MatrixOptimizer, limited
 
-TINY = 1e-30
-
 
 class Alice(MatrixOptimizer):
     """State: r (m + 2 n + r) + n + 1 numbers of a matrix, where m is the shorter side."""
@@ -48,22 +46,20 @@ class Alice(MatrixOptimizer):
     def update(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """The low-rank update and its compensation."""
         if G.shape[0] > G.shape[1]:
-            return self.wide_update(G.mT, state, group).mT
-        return self.wide_update(G, state, group)
-
-    def wide_update(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """The same, of a gradient (m, n) with m <= n."""
+            return self.update(G.mT, state, group).mT
         m, n = G.shape
         r, (b1, b2, b3) = min(group["rank"], m), group["betas"]
         if not state:
-            _, vectors = torch.linalg.eigh(G @ G.mT)
-            state |= {"step": 0, "U": vectors[:, -r:].flip(1).contiguous(), "S": G.new_zeros(r, r)}
-            state |= {"M": G.new_zeros(r, n), "V": G.new_zeros(r, n), "v": G.new_zeros(n), "limit": {}}
+            state |= {"step": 0, "S": G.new_zeros(r, r), "v": G.new_zeros(n), "limit": {}}
+            state |= {"M": G.new_zeros(r, n), "V": G.new_zeros(r, n)}
         state["step"] += 1
-        if state["step"] == 1 or state["step"] % group["refresh"] == 0:
-            U = state["U"]
-            total = b3 * U @ state["S"] @ U.mT + (1 - b3) * G @ G.mT
-            state["U"] = switched(total, U, round(group["leading"] * r), seed=state["step"])
+        if state["step"] == 1:
+            state["U"] = switched(eigenvectors(G @ G.mT)[:, :r], group["leading"], seed=1)
+        elif state["step"] % group["refresh"] == 0:
+            total = b3 * state["U"] @ state["S"] @ state["U"].mT + (1 - b3) * G @ G.mT
+            basis, _ = torch.linalg.qr(total @ state["U"])  # one subspace iteration
+            ordered = basis @ eigenvectors(basis.mT @ total @ basis)
+            state["U"] = switched(ordered, group["leading"], seed=state["step"])
         U, M, V = state["U"], state["M"], state["V"]
         low = U.mT @ G
         state["S"].lerp_(low @ low.mT, 1 - b3)
@@ -71,18 +67,24 @@ class Alice(MatrixOptimizer):
         V.lerp_(low.square(), 1 - b2)
         missed = (G.square().sum(0) - low.square().sum(0)).clamp_min(0.0)
         v = state["v"].lerp_(missed, 1 - b1)
-        C = (m - r) ** 0.5 * (G - U @ low) / v.sqrt().clamp_min(TINY)
+        C = (m - r) ** 0.5 * (G - U @ low) / v.sqrt().clamp_min(1e-30)
         update: Tensor = U @ (M / V.sqrt().add(1e-8)) + group["compensation"] * limited(C, state["limit"])
         return update
 
 
-def switched(total: Tensor, U: Tensor, leading: int, *, seed: int) -> Tensor:
-    """The leading eigenvectors of `total` (m, m) from one subspace iteration, and others drawn at random."""
-    m, r = U.shape
-    basis, _ = torch.linalg.qr(total @ U)
-    _, vectors = torch.linalg.eigh(basis.mT @ total @ basis)
-    ordered = basis @ vectors.flip(1)
+def eigenvectors(symmetric: Tensor) -> Tensor:
+    """The one of the largest eigenvalue first."""
+    vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors.flip(1)
+    return vectors
+
+
+def switched(ordered: Tensor, leading: float, *, seed: int) -> Tensor:
+    """A share of `leading` of the directions (m, r) stays; the others are drawn from their complement."""
+    m, r = ordered.shape
+    kept = round(leading * r)
     complement = torch.linalg.qr(ordered, mode="complete").Q[:, r:]
-    drawn = torch.randperm(m - r, generator=torch.Generator().manual_seed(seed))[: r - leading]
-    others = torch.cat([complement[:, drawn.to(U.device)], ordered[:, leading:]], dim=1)
-    return torch.cat([ordered[:, :leading], others[:, : r - leading]], dim=1)
+    drawn = torch.randperm(m - r, generator=torch.Generator().manual_seed(seed))[: r - kept]
+    # A complement with fewer directions than are wanted is filled up with the next of the old ones.
+    parts = [ordered[:, :kept], complement[:, drawn.to(ordered.device)], ordered[:, kept:]]
+    directions: Tensor = torch.cat(parts, dim=1)[:, :r].clone()  # else more would stay in memory
+    return directions

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorapre_recipes.compare.peers import MatrixOptimizer, limited
@@ -34,10 +33,10 @@ class Racs(MatrixOptimizer):
         p, q = G.shape
         size = G.square().mean().clamp_min(TINY)  # else squares of squares would leave float32
         squares = G.square() / size
-        row = torch.ones(p, device=G.device)
+        row = G.new_ones(p)
         for _ in range(5):
             col = squares.mT @ row / row.dot(row).clamp_min(TINY)
             row = squares @ col / col.dot(col).clamp_min(TINY)
-        a = state.setdefault("row", torch.zeros(p, device=G.device)).lerp_(row, 1 - group["beta"])
-        b = state.setdefault("col", torch.zeros(q, device=G.device)).lerp_(col * size, 1 - group["beta"])
+        a = state.setdefault("row", G.new_zeros(p)).lerp_(row, 1 - group["beta"])
+        b = state.setdefault("col", G.new_zeros(q)).lerp_(col * size, 1 - group["beta"])
         return limited(G / (a[:, None] * b).clamp_min(TINY).sqrt(), state)
