@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 # LoRA-Pre, what it replaces, and the peers it stands beside in `lorapre compare`.
 LowRank = Literal["lorapre-adamw", "lorapre-muon"]
-Projected = Literal["galore", "galore-muon", "fira", "apollo"]
-Others = Literal["adamw", "muon", "muon-no-momentum", "adam8bit", "adafactor", "sgd"]
-OptimizerName = Literal[LowRank, Others, Projected, "lora", "relora"]
+Projected = Literal["galore", "galore-muon", "fira", "apollo", "alice"]
+Others = Literal["adamw", "muon", "adafactor", "sgd"]
+Quantised = Literal["adam8bit", "adam4bit", "muon-8bit", "muon-bf16"]
+Stateless = Literal["muon-no-momentum", "racs", "scale", "column-sgd"]  # or nearly
+OptimizerName = Literal[LowRank, Others, Quantised, Stateless, Projected, "lora", "relora"]
 # Those whose memory `lorapre plan` computes without running them.
 PlannedOptimizer = Literal[LowRank, "adamw", "muon"]
 # How to fine-tune: an optimizer of all weights, or adapters of peft.
@@ -33,6 +35,7 @@ Method = Literal[LowRank, "adamw", "galore", Adapter]
 Variant = Literal["paper", "calibrated", "subspace", "split"]
 Compress = Literal["both", "first", "second"]
 Precision = Literal["fp32", "bf16"]
+Terms = Literal["matrices", "whole"]
 TaskName = Literal["gsm8k", "math-500"]
 
 LOW_RANK, PROJECTED = get_args(LowRank), get_args(Projected)
@@ -53,6 +56,7 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
 }
 # Whole numbers are at least 1, these aside. A vocabulary has 256 bytes and the end of a document.
 LEAST = {"seed": 0, "sequence_length": 2, "samples": 2, "held_out_every": 2, "vocab_size": 257}
+BETAS = (0.9, 0.95)
 POSITIVE = ("lr", "scale")
 SHARES = ("warmup", "final_lr")  # between 0 and 1
 DECAYS = ("betas", "momentum")  # less than 1
@@ -201,7 +205,7 @@ class RunConfig(OptimizerConfig):
     lr: Annotated[float, "peak learning rate."]
     scale: Annotated[float, "the attention and MLP matrices learn at lr times this."]
     refresh: Annotated[int | None, "steps between two projections, or two merges of relora."] = None
-    betas: Annotated[tuple[float, float], "decay rates of Adam's moments."] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], "decay rates of Adam's moments."] = BETAS
     eps: Annotated[float, "of Adam."] = 1e-8
     momentum: Annotated[float, "decay rate of Muon's momentum."] = 0.95
     weight_decay: Annotated[float, "decoupled, times the learning rate."] = 0.0
@@ -210,6 +214,11 @@ class RunConfig(OptimizerConfig):
     steps: Annotated[int, "optimizer steps."]
     batch_size: Annotated[int, "sequences in a forward pass, of all processes together."]
     accumulation: Annotated[int, "forward passes in an optimizer step."] = 1
+    terms: Annotated[
+        Terms,
+        "matrices: embeddings, head and norms train with the same dense AdamW whatever the optimizer; "
+        "whole: with what its authors take for them.",
+    ] = "whole"
     warmup: Annotated[float, "share of the steps in which the learning rate rises."]
     final_lr: Annotated[float, "share of the learning rate that is left at the end of the cosine."]
 
@@ -219,6 +228,7 @@ class RunConfig(OptimizerConfig):
     held_out_every: Annotated[int, "one document or example in so many is held out."]
     checkpoints: Annotated[int, "how many checkpoints are written; the last two are kept."]
     precision: Annotated[Precision, "of matrix products, whatever the weights have."] = "fp32"
+    compile: Annotated[bool, "put the model through torch.compile."] = False
     report_to: Annotated[
         tuple[str, ...], "an installed logger, such as tensorboard, trackio or wandb; may be repeated."
     ] = ()

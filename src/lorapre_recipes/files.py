@@ -37,3 +37,10 @@ def append_line(file: Path, line: str) -> None:
     """Add a line to a file of text."""
     with file.open("a", encoding="utf-8") as opened:
         opened.write(line + "\n")
+
+
+def cache_folder() -> Path:
+    """What runs share: $LORAPRE_CACHE, or lorapre under $XDG_CACHE_HOME or ~/.cache."""
+    if override := os.environ.get("LORAPRE_CACHE"):
+        return Path(override)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapre"

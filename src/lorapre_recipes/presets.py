@@ -145,7 +145,7 @@ def protocol(optimizer: OptimizerName, rates: Rates, *, rank: int, **fields: Any
     """What all share: no decay, no clipping, warm-up over 10 % of the steps, cosine down to 10 %."""
     lr, scale = rates.get(optimizer) or rates["adamw"]  # of those without a sweep of their own
     shared: dict[str, Any] = dict(optimizer=optimizer, lr=lr, scale=scale, warmup=0.1, final_lr=0.1)
-    shared |= dict(evaluations=10, held_out_every=20)
+    shared |= dict(evaluations=10, held_out_every=20, momentum=0.9 if optimizer == "scale" else 0.95)
     fitting = OptimizerConfig.fitting(
         optimizer, rank, refresh=min(200, fields["steps"] // 10)
     )  # GaLore's 200

@@ -47,6 +47,7 @@ def compare(
     jobs: int | None = None,
     out: Path | None = None,
     resume: Path | None = None,
+    record: Path | None = None,
     changes: dict[str, Any],
 ) -> int:
     """Compare optimizers on the same model, data, order and evaluation, each at its best learning rate.
@@ -63,7 +64,9 @@ def compare(
         extend: go on so many times where the best lr or scale lies at the edge of the sweep.
         jobs: runs at a time, each with its share of the cores. Default: as many as there are cores.
         out: folder of the comparison, new or empty. Default: runs/compare-PRESET-TIME.
-        resume: the folder of a comparison to go on with. It holds all other options but jobs.
+        resume: the folder of a comparison to go on with. It holds all other options but jobs and
+            record.
+        record: a JSON file that takes a row of every run, beside those that it has.
         changes: the other options.
     """
     for name, count in (("seeds", seeds), ("jobs", jobs)):
@@ -71,7 +74,7 @@ def compare(
             raise UserError(f"--{name}: must be at least 1, not {count}")
     if resume is not None:
         if changes or optimizers or sweep or out is not None:
-            raise UserError("--resume: a comparison goes on as it began; leave out all options but --jobs")
+            raise UserError("--resume: a comparison goes on as it began; leave out all but --jobs, --record")
         folder, comparison = resume, Comparison.load(resume)
     else:
         folder = new_folder(out, f"compare-{preset}")
@@ -92,6 +95,7 @@ def compare(
             folder,
             jobs=jobs or os.cpu_count() or 1,
             command=shlex.join(["lorapre", *sys.argv[1:]]),
+            file=record,
         )
     except KeyboardInterrupt:
         again = f"lorapre compare --resume {shlex.quote(str(folder))}"

@@ -30,11 +30,14 @@ from lorapre_recipes.compare.cells import (
     cell_config,
     ending_of,
 )
+from lorapre_recipes.compare.progress import Progress
+from lorapre_recipes.compare.record import record
 from lorapre_recipes.config import LOW_RANK, UserError
 from lorapre_recipes.files import append_line, write_json
 
 # Of the rest some keep objects in their state, which a safe load refuses.
-RESUMABLE = (*LOW_RANK, "adamw", "muon", "muon-no-momentum", "galore-muon", "sgd")
+PEERS = ("racs", "alice", "scale", "column-sgd", "muon-no-momentum", "muon-bf16")
+RESUMABLE = (*LOW_RANK, *PEERS, "adamw", "muon", "galore-muon", "sgd")
 
 
 class Outcome(NamedTuple):
@@ -45,14 +48,17 @@ class Outcome(NamedTuple):
     reason: str | None = None  # why there is no figure
 
 
-def compare(comparison: Comparison, out: Path, *, jobs: int, command: str | None) -> list[Outcome]:
-    """Run what is missing of a comparison, and print a line for each cell.
+def compare(
+    comparison: Comparison, out: Path, *, jobs: int, command: str | None, file: Path | None = None
+) -> list[Outcome]:
+    """Run what is missing of a comparison; print the plan, and a line for each cell.
 
     Args:
         comparison: what to run.
         out: its folder; cells that are finished there are not run again.
         jobs: cells at a time, each in a process with its share of the cores.
         command: what to write to command.txt.
+        file: to record every ended cell in, see `compare/record.py`.
 
     Raises:
         UserError: before the first cell, where one of them could not run.
@@ -63,25 +69,28 @@ def compare(comparison: Comparison, out: Path, *, jobs: int, command: str | None
         grid = comparison.grid | contender.grid
         combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
         first[contender.name] = [Cell(contender=contender, values=x, seed=0) for x in combinations]
-        for cell in first[contender.name]:
-            cell_config(comparison, cell)
+    configs = [cell_config(comparison, cell) for cell in itertools.chain(*first.values())]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "compare.json", comparison)
     if command is not None:
         append_line(out / "command.txt", command)
 
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    planned, ended = sum(map(len, first.values())), itertools.count(1)
+    progress = Progress(out, configs[0], jobs, threads)
+    progress.planned = len(configs)
 
     def run(cell: Cell) -> Outcome:
+        new = not (out / cell.path).exists()
+        progress.begin(cell.path)
         outcome = start_cell(cell, out, threads)
         words = outcome.reason or f"validation loss {outcome.loss:.4f}"
-        print(f"{next(ended)}/{planned}  {cell.path}  {words}")
+        progress.end(cell.path, words, finished=new and outcome.reason is None)
+        if file is not None:
+            record(out / cell.path, file)
         return outcome
 
     def run_more(cells: Iterable[Cell]) -> list[Outcome]:
-        nonlocal planned
-        planned += len(cells := list(cells))
+        progress.planned += len(cells := list(cells))
         return list(pool.map(run, cells))
 
     def run_contender(contender: Contender) -> list[Outcome]:
@@ -94,6 +103,7 @@ def compare(comparison: Comparison, out: Path, *, jobs: int, command: str | None
         seeds = range(1, comparison.seeds)
         return outcomes + run_more(Cell(contender=contender, values=best, seed=seed) for seed in seeds)
 
+    progress.start(comparison)
     # Threads that wait: one for each contender, and one for the process of each cell.
     with ThreadPoolExecutor(len(contenders)) as drivers, ThreadPoolExecutor(jobs) as pool:
         try:
@@ -101,6 +111,8 @@ def compare(comparison: Comparison, out: Path, *, jobs: int, command: str | None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        finally:
+            progress.stop()
 
 
 def best_values(outcomes: Iterable[Outcome]) -> Values | None:
@@ -134,7 +146,7 @@ def start_cell(cell: Cell, out: Path, threads: int) -> Outcome:
         with (run / "log.txt").open("a", encoding="utf-8") as log:
             code = subprocess.run(
                 [sys.executable, "-m", "lorapre_recipes.compare.compare", str(out), arguments],
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                env=os.environ | {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"},
                 stdout=log,
                 stderr=log,
                 check=False,

@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]
@@ -19,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorapre_recipes.config import NOT_LOADED, UserError, user_errors
+from lorapre_recipes.files import cache_folder
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = -100  # in place of a token; it is what losses of torch and transformers ignore
@@ -72,13 +72,6 @@ def for_transformers(tokenizer: Tokenizer, length: int | None = None) -> PreTrai
 
 
 # The cache
-
-
-def cache_folder() -> Path:
-    """Where tokenizers are kept: $LORAPRE_CACHE, or lorapre under $XDG_CACHE_HOME or ~/.cache."""
-    if override := os.environ.get("LORAPRE_CACHE"):
-        return Path(override)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapre"
 
 
 def writable_cache() -> AbstractContextManager[None]:

@@ -1,7 +1,7 @@
 """One optimizer for the whole model, from a config: LoRA-Pre's two, and the peers they stand beside.
 
-All take the same matrices for matrices (`lorapre.param_groups` decides), at `lr * scale`, and dense AdamW at
-`lr` for the rest: a comparison compares what they do with the matrices.
+All take the same matrices for matrices (`lorapre.param_groups` decides), at `lr * scale`. The rest trains at
+`lr`, with the same dense AdamW for all or, by `terms="whole"`, with what the authors of an optimizer take.
 """
 
 from __future__ import annotations
@@ -14,9 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
-from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, param_groups
+from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
 from lorapre.groups import Rule
-from lorapre_recipes.config import LOW_RANK, Precision, RunConfig, UserError, parse_patterns, user_errors
+from lorapre_recipes.compare.peers.alice import Alice
+from lorapre_recipes.compare.peers.muon import StoredMuon
+from lorapre_recipes.compare.peers.racs import Racs
+from lorapre_recipes.compare.peers.scale import Scale
+from lorapre_recipes.config import (
+    BETAS,
+    LOW_RANK,
+    Precision,
+    RunConfig,
+    UserError,
+    parse_patterns,
+    user_errors,
+)
 
 Groups = list[dict[str, Any]]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -118,8 +130,8 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
     matrices, rest = grouped(model, 1, (), option="--rank", strict=low_rank)
     if not low_rank:
         matrices = [{"params": group["params"], "lr": config.lr * config.scale} for group in matrices]
-        rest = [{"params": group["params"], "lr": config.lr} for group in rest]
-        return peer(matrices, rest, config)
+        rest = [{"params": group["params"], "lr": config.lr, "betas": ends_betas(config)} for group in rest]
+        return peer(model, matrices, rest, config)
     assert config.rank is not None
     assert config.variant is not None
     # A larger rank would leave some matrices dense: no run of the rank that it is named after.
@@ -145,14 +157,14 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
             momentum=config.momentum,
             adjust_lr_fn=ADJUST_LR,
             adamw_lr=config.lr,
-            adamw_betas=config.betas,
+            adamw_betas=ends_betas(config),
             adamw_eps=config.eps,
             adamw_weight_decay=config.weight_decay,
             **shared,
         )
     assert config.compress is not None
     return LoRAPreAdamW(
-        [*rest, *matrices],
+        [*({"betas": ends_betas(config)} | group for group in rest), *matrices],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -162,40 +174,67 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
     )
 
 
-def peer(matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
+def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
     """The optimizer that LoRA-Pre stands beside. Raises UserError where its package is not installed."""
     decay: dict[str, Any] = {"weight_decay": config.weight_decay}
     adam = decay | {"betas": config.betas, "eps": config.eps}
-    name, momentum = config.optimizer, config.momentum
-    packages = {"galore": "GaLore", "fira": "Fira", "apollo": "APOLLO"}
+    name, momentum, whole = config.optimizer, config.momentum, config.terms == "whole"
+    rank, refresh = config.rank or 0, config.refresh or 0
     if name in ("adamw", "lora", "relora"):
         return AdamW([*rest, *matrices], **adam)
-    if name == "adam8bit":
-        plain = [group | {"params": [p for _, p in group["params"]]} for group in (*rest, *matrices)]
-        return package("torchao.optim", "AdamW8bit", "torchao")(plain, **adam)  # type: ignore[no-any-return]
-    if name in packages:
+    if whole and name in ("adam8bit", "adam4bit", "adafactor"):
+        matrices, rest = [*rest, *matrices], []
+    if whole and name in ("scale", "column-sgd"):
+        matrices, rest = with_ends(model, matrices, rest, momentum if name == "scale" else 0.0)
+    if name in ("adam8bit", "adam4bit"):
+        matrices, rest = ([unnamed(group) for group in groups] for groups in (matrices, rest))
+        make = package("torchao.optim", f"AdamW{name[4:]}", "torchao")
+        chosen: Optimizer = make(matrices, **adam)
+    elif name in (packages := {"galore": "GaLore", "fira": "Fira", "apollo": "APOLLO"}):
         make = package("pytorch_optimizer", packages[name], "pytorch_optimizer")
         # Their state holds objects of this class, and torch.load refuses what it does not know.
         torch.serialization.add_safe_globals([importlib.import_module(make.__module__).GaLoreProjector])
-        options: dict[str, Any] = {"rank": config.rank, "update_proj_gap": config.refresh, "scale": 1.0}
+        options: dict[str, Any] = {"rank": rank, "update_proj_gap": refresh, "scale": 1.0}
         apollo = {"projection_type": "random", "scale_type": "channel"}
         options |= apollo if name == "apollo" else {"projection_type": "std"}
-        groups = [*rest, *(group | options for group in matrices)]
-        return make(groups, **adam)  # type: ignore[no-any-return]
-    if name in ("muon", "muon-no-momentum"):
-        momentum = 0.0 if name == "muon-no-momentum" else momentum
-        chosen: Optimizer = Muon(matrices, momentum=momentum, adjust_lr_fn=ADJUST_LR, **decay)
+        chosen = make([group | options for group in matrices], **adam)
+    elif name == "muon":
+        chosen = Muon(matrices, momentum=momentum, adjust_lr_fn=ADJUST_LR, **decay)
+    elif name in ("muon-8bit", "muon-bf16"):
+        chosen = StoredMuon(matrices, momentum=momentum, store=name.partition("-")[2], **decay)
+    elif name == "muon-no-momentum":
+        chosen = StoredMuon(matrices, momentum=0.0, **decay)
     elif name == "galore-muon":
-        assert config.rank is not None
-        assert config.refresh is not None
-        rank, refresh = config.rank, config.refresh
         chosen = GaLoreMuon(matrices, momentum=momentum, rank=rank, refresh=refresh, **decay)
-    elif name == "adafactor":
-        chosen = Adafactor(matrices, **decay)
+    elif name == "alice":
+        chosen = Alice(matrices, rank=rank, refresh=refresh, **decay)
+    elif name in (plain := {"racs": Racs, "scale": Scale, "column-sgd": Scale, "adafactor": Adafactor}):
+        chosen = plain[name](matrices, **decay)
     else:
         assert name == "sgd"
         chosen = SGD(matrices, momentum=momentum, **decay)
-    return WithAdamW(chosen, AdamW(rest, **adam))
+    return WithAdamW(chosen, AdamW(rest, **adam)) if rest else chosen
+
+
+def ends_betas(config: RunConfig) -> tuple[float, float]:
+    """Those of embeddings, head and norms: where only the matrices are compared, no sweep changes them."""
+    return BETAS if config.terms == "matrices" else config.betas
+
+
+def with_ends(model: nn.Module, matrices: Groups, rest: Groups, momentum: float) -> tuple[Groups, Groups]:
+    """Groups of SCALE: matrices with embeddings and head, the latter with momentum; and vectors."""
+    table, lr = model.get_input_embeddings().weight, matrices[0]["lr"]  # type: ignore[operator]
+    ends = [(name, p) for group in rest for name, p in group["params"] if p.ndim == 2]
+    vectors = [[(name, p) for name, p in group["params"] if p.ndim < 2] for group in rest]
+    own = [{"dim": 0} if p is table else {"momentum": momentum} for _, p in ends]
+    matrices = [*matrices, *({"params": [end], "lr": lr} | own for end, own in zip(ends, own, strict=True))]
+    rest = [group | {"params": params} for group, params in zip(rest, vectors, strict=True) if params]
+    return matrices, rest
+
+
+def unnamed(group: dict[str, Any]) -> dict[str, Any]:
+    """A group whose parameters have no names, which torchao does not take."""
+    return group | {"params": [p for _, p in group["params"]]}
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -222,11 +261,20 @@ def grouped(
     return matrices, [group for group in groups if group["rank"] is None]
 
 
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of state that an optimizer holds now in this process, in objects of its own too."""
-    if isinstance(optimizer, LoRAPreAdamW | LoRAPreMuon | WithAdamW | AdamW):
-        return coverage(optimizer).state_bytes
-    return storage_bytes(*tensors_in(dict(optimizer.state)))
+def matrices_of(model: nn.Module) -> list[nn.Parameter]:
+    """The attention and MLP matrices that train."""
+    matrices, _ = grouped(model, 1, (), option="--rank", strict=False)
+    return [p for group in matrices for _, p in group["params"]]
+
+
+def state_bytes(optimizer: Optimizer, parameters: Sequence[nn.Parameter] | None = None) -> int:
+    """Bytes of state that an optimizer holds now in this process, of some parameters or of all.
+
+    Counted are the storages of the tensors, those within objects and quantised tensors too.
+    """
+    states = optimizer.state
+    held = states.values() if parameters is None else [states[p] for p in parameters if p in states]
+    return storage_bytes(*tensors_in(list(held)))
 
 
 def storage_bytes(*tensors: torch.Tensor) -> int:

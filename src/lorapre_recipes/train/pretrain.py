@@ -72,10 +72,17 @@ def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalL
             bos_token_id=None,
             eos_token_id=end_of_document,
             pad_token_id=None,
+            attn_implementation=attention(config),  # type: ignore[call-arg]
         )
     )
     model.to(DTYPES[config.dtype])  # type: ignore[arg-type]
     return model
+
+
+def attention(config: PretrainConfig) -> str:
+    """The fastest attention: the backward pass of torch's fused one is slow on CPUs in bfloat16."""
+    slow = config.precision == "bf16" and not torch.accelerator.is_available()
+    return "eager" if slow else "sdpa"
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

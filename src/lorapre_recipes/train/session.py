@@ -27,7 +27,7 @@ from lorapre import coverage, gradient_release
 from lorapre_recipes.config import RunConfig, UserError
 from lorapre_recipes.files import append_line, write_json
 from lorapre_recipes.train import distributed
-from lorapre_recipes.train.optim import state_bytes
+from lorapre_recipes.train.optim import matrices_of, state_bytes
 from lorapre_recipes.train.runs import last_checkpoint, prepare_folder
 from lorapre_recipes.train.summary import Summary, plot_curves, summary_table
 from lorapre_recipes.train.trainer import Bookkeeper, Finished, Progress, RecipeTrainer, metrics_of
@@ -134,6 +134,7 @@ def train(
         validation_perplexity=last["validation_perplexity"],
         processes=distributed.processes(),
         state_bytes=held,
+        matrix_state_bytes=state_bytes(optimizer, matrices_of(model)),
         adamw_state_bytes=adamw_held,
         optimizer_share=None if config.release else books.optimizer_seconds / books.step_seconds,
         tokens_per_second=books.steps * last["tokens"] / config.steps / books.step_seconds,
@@ -171,6 +172,7 @@ def training_arguments(config: RunConfig, out: Path, **changes: Any) -> Training
         warmup_steps=round(config.warmup * config.steps),
         max_grad_norm=0,
         bf16=config.precision == "bf16",
+        torch_compile=config.compile,
         use_cpu=not torch.accelerator.is_available(),  # without it bf16 is refused there
         logging_steps=config.every(config.log_points),
         logging_nan_inf_filter=False,  # a loss that is no number must show

@@ -31,6 +31,7 @@ class Summary:
     validation_perplexity: float
     processes: int
     state_bytes: int  # of the process that holds most
+    matrix_state_bytes: int  # that of attention and MLP matrices, in this process
     adamw_state_bytes: int  # what torch.optim.AdamW would hold there
     optimizer_share: float | None  # of a training step's time, in optimizer.step; None in the backward pass
     tokens_per_second: float  # while training; evaluation and checkpoints left out

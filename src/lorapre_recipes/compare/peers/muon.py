@@ -1,0 +1,59 @@
+"""Muon whose momentum is stored in few bits, or not at all; written here, for want of a package.
+
+    M <- momentum M + (1 - momentum) G          read from the store, written back rounded
+    W <- W - lr 0.2 sqrt(max(p, q)) NewtonSchulz((1 - momentum) G + momentum M)
+
+With a float32 store it is torch.optim.Muon with its Nesterov step, in the size of AdamW's updates. The stores
+are bfloat16, torchao's blockwise dynamic 8 bits (blocks of 256 numbers, as in its AdamW8bit), and none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorapre_recipes.compare.peers import MatrixOptimizer
+
+
+class StoredMuon(MatrixOptimizer):
+    """`store` is "fp32", "bf16" or "8bit"; with momentum 0 nothing is stored."""
+
+    def __init__(self, params: Any, *, momentum: float = 0.95, store: str = "fp32", **options: Any) -> None:
+        super().__init__(params, momentum=momentum, store=store, **options)
+
+    def update(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """The orthogonalised momentum."""
+        momentum, M = group["momentum"], G
+        if momentum:
+            stored = state.setdefault("m", zeros(G, group["store"]))
+            m = stored.dequantize() if group["store"] == "8bit" else stored.float()
+            m = m.lerp(G, 1 - momentum)
+            stored.copy_(m)
+            M = G.lerp(m, momentum)
+        size: float = 0.2 * max(G.shape) ** 0.5
+        return size * newton_schulz(M)
+
+
+def zeros(like: Tensor, store: str) -> Tensor:
+    """A store of zeros."""
+    if store == "8bit":
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        quantised: Tensor = OptimState8bit.zeros(like.shape, device=like.device)
+        return quantised
+    return torch.zeros_like(like, dtype=torch.bfloat16 if store == "bf16" else torch.float32)
+
+
+def newton_schulz(M: Tensor) -> Tensor:
+    """M (p, q) with its singular values near 1, by the five steps of Muon in bfloat16."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = M.bfloat16()
+    X = X.mT if M.shape[0] > M.shape[1] else X
+    X = X / X.norm().clamp_min(1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    orthogonal: Tensor = X.mT if M.shape[0] > M.shape[1] else X
+    return orthogonal.float()
