@@ -124,6 +124,8 @@ class Batch:
         matrices: list[Tensor] = []
         for x in tensors:
             if x.ndim in (2, 3) and (x.ndim == 2 or fused) and (x.stride(-1) == 1 or q == 1):
+                if q == 1:  # whatever a step to the next column would be, kernels see one
+                    x = x.as_strided(x.shape, (*x.stride()[:-1], 1))
                 matrices += [x] if x.ndim == 2 else x.unbind()
                 continue
             copy = x.contiguous()
