@@ -40,8 +40,8 @@ class State(NamedTuple):
 
     def moments(self, a: Number, b: Number, c: Number, d: Number) -> Moments:
         """m = a B A + b g and v = c (B A)**2 + d g**2, each of its own factors."""
-        full = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return Moments([self.m, self.v], [a, 0.0], b, [0.0, c], d, **full)
+        in_full = None, None, self.exp_avg, self.exp_avg_sq
+        return Moments([self.m, self.v], [a, 0.0], b, [0.0, c], d, *in_full)
 
 
 def dense(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:
