@@ -382,7 +382,7 @@ static void update(const Step *s, const Part *part) {
     else update_any(s, part, BFLOAT16, 0);
 }
 
-/* The weights <- decay weights - lr m / (sqrt(v) + eps), and sums of g^2; not where `finite` is 0. */
+/* The weights <- decay weights - lr m / (sqrt(v) + eps), sums of g^2; not where `finite` is 0. */
 void step(const Step *s) {
     static const float zeros[PANEL] ALIGNED;
     const int64_t parts = blocks(s->rows, s->height);
