@@ -195,7 +195,8 @@ def local(x: Tensor, dim: int, places: range | Tensor) -> Tensor:
 
 def _everywhere(condition: Tensor) -> bool:
     """Whether a condition holds everywhere; False where a look would cost a wait or a graph."""
-    return condition.is_cpu and not torch.compiler.is_compiling() and bool(condition.all())
+    plain = type(condition) is Tensor and condition.is_cpu and not torch.compiler.is_compiling()
+    return plain and bool(condition.all())
 
 
 def probe(A: Tensor, T: Operand) -> Tensor:
