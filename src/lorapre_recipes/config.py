@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 # LoRA-Pre, what it replaces, and the peers it stands beside in `lorapre compare`.
 LowRank = Literal["lorapre-adamw", "lorapre-muon"]
-Projected = Literal["galore", "galore-muon", "fira", "apollo", "alice"]
+Projected = Literal["galore", "fira", "apollo", "alice"]
 Others = Literal["adamw", "muon", "adafactor", "sgd"]
 Quantised = Literal["adam8bit", "adam4bit", "muon-8bit", "muon-bf16"]
 Stateless = Literal["muon-no-momentum", "racs", "scale", "column-sgd"]  # or nearly
-OptimizerName = Literal[LowRank, Others, Quantised, Stateless, Projected, "lora", "relora"]
+OptimizerName = Literal[LowRank, Others, Quantised, Stateless, Projected]
 # Those whose memory `lorapre plan` computes without running them.
 PlannedOptimizer = Literal[LowRank, "adamw", "muon"]
 # How to fine-tune: an optimizer of all weights, or adapters of peft.
@@ -39,7 +39,7 @@ Terms = Literal["matrices", "whole"]
 TaskName = Literal["gsm8k", "math-500"]
 
 LOW_RANK, PROJECTED = get_args(LowRank), get_args(Projected)
-ADAPTERS = (*get_args(Adapter), "relora")
+ADAPTERS = get_args(Adapter)
 # As in the library. Every config names its variant, so that a run says what it was.
 DEFAULT_VARIANT: dict[str, Variant] = {"lorapre-adamw": "split", "lorapre-muon": "calibrated"}
 
@@ -49,7 +49,7 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
     "rank": (*LOW_RANK, *PROJECTED, *ADAPTERS),
     "variant": LOW_RANK,
     "compress": ("lorapre-adamw",),
-    "refresh": (*PROJECTED, "relora"),
+    "refresh": PROJECTED,
     "stochastic_rounding": LOW_RANK,
     "release": LOW_RANK,
     "rules": LOW_RANK,
@@ -106,7 +106,6 @@ class Checked:
     """A config that refuses what is no choice and numbers that are out of range."""
 
     def __post_init__(self) -> None:
-        """Check every field. Raises UserError naming the option."""
         config: Any = type(self)
         choices = choices_of(config)
         for name, kinds in kinds_of(config).items():
@@ -156,7 +155,6 @@ class OptimizerConfig(Checked):
     ] = ()
 
     def __post_init__(self) -> None:
-        """Refuse options that the method does not have. Raises UserError naming the option."""
         super().__post_init__()
         for name, methods in ONLY_FOR.items():
             value = getattr(self, name, None)
@@ -204,7 +202,7 @@ class RunConfig(OptimizerConfig):
 
     lr: Annotated[float, "peak learning rate."]
     scale: Annotated[float, "the attention and MLP matrices learn at lr times this."]
-    refresh: Annotated[int | None, "steps between two projections, or two merges of relora."] = None
+    refresh: Annotated[int | None, "steps between two projections."] = None
     betas: Annotated[tuple[float, float], "decay rates of Adam's moments."] = BETAS
     eps: Annotated[float, "of Adam."] = 1e-8
     momentum: Annotated[float, "decay rate of Muon's momentum."] = 0.95
@@ -239,7 +237,6 @@ class RunConfig(OptimizerConfig):
     ] = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot run. Raises UserError naming the option."""
         super().__post_init__()
         if self.stochastic_rounding and self.dtype != "bf16":
             raise UserError("--stochastic-rounding: float32 weights need none; give --dtype bf16 with it")
@@ -307,7 +304,6 @@ class PretrainConfig(RunConfig):
     heads: Annotated[int, "of its attention; they share the hidden size."]
 
     def __post_init__(self) -> None:
-        """Refuse what cannot run. Raises UserError naming the option."""
         super().__post_init__()
         if self.hidden_size % (2 * self.heads):
             raise UserError(
@@ -341,7 +337,6 @@ class FinetuneConfig(RunConfig):
     adapter: Adapter | None = None  # its weights train with AdamW, the model's own stay as they are
 
     def __post_init__(self) -> None:
-        """Refuse what cannot run. Raises UserError naming the option."""
         if self.method not in self.METHODS:
             choices = ", ".join(self.METHODS)
             raise UserError(f"--method: there is no {self.method!r}; choose from {choices}")

@@ -4,8 +4,6 @@ Generation, extraction of the answer from what is generated, and scoring are lm-
 questions, prompt and length are replaced. The prompt is that of `lorapre finetune`, without examples.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Files that a run leaves: written whole, or line by line."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """Named configurations: each preset is one function that returns a complete config for an optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_args
 
@@ -26,7 +24,6 @@ SHORT_RUN: Rates = dict.fromkeys(get_args(OptimizerName), (0.02, 0.025)) | {
     "lorapre-muon": (0.02, 0.05),
     "muon": (0.02, 0.05),
     "muon-no-momentum": (0.02, 0.05),
-    "galore-muon": (0.02, 0.05),
     "sgd": (0.02, 5.0),
 }
 # Of what docs/study.md swept. With 0.1 of 0.02 llama-5m does not train, whatever the optimizer.
@@ -38,7 +35,6 @@ LLAMA_1M: Rates = SHORT_RUN | {
     "muon": (0.02, 0.4),
     "muon-no-momentum": (0.02, 0.8),
     "lorapre-muon": (0.02, 0.8),
-    "galore-muon": (0.02, 0.8),
 }
 LLAMA_5M: Rates = SHORT_RUN | {"adamw": (0.02, 0.05)}
 # The paper gives the learning rates that it searched (1e-2, 5e-3, 1e-3, 5e-4, 1e-4) and its scale, 0.25, but
@@ -48,13 +44,9 @@ PUBLISHED: Rates = {
     "lorapre-adamw": (0.01, 0.25),
     "lorapre-muon": (0.01, 0.25),
     "galore": (0.01, 0.25),
-    "galore-muon": (0.01, 0.25),
     "fira": (0.01, 0.25),
     "adamw": (0.001, 1.0),
 }
-
-
-# Pre-training
 
 
 def llama_tiny(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
@@ -152,9 +144,6 @@ def protocol(optimizer: OptimizerName, rates: Rates, *, rank: int, **fields: Any
     return PretrainConfig(**(shared | fitting | fields))
 
 
-# Fine-tuning
-
-
 def metamath100k(method: Method = "lorapre-adamw") -> FinetuneConfig:
     """The paper's experiment: 100,000 examples of MetaMathQA, once, at rank 8 and a learning rate of 2e-5.
 
@@ -201,7 +190,7 @@ def arithmetic(method: Method = "lorapre-adamw") -> FinetuneConfig:
 def finetuning(method: Method, **fields: Any) -> FinetuneConfig:
     """What both share: rank 8, no decay, no clipping, a cosine down to zero, products in bfloat16."""
     adapter = method if method in get_args(Adapter) else None
-    optimizer = "lora" if adapter else method
+    optimizer = "adamw" if adapter else method
     shared = dict(optimizer=optimizer, adapter=adapter, scale=1.0, final_lr=0.0, precision="bf16")
     fitting = OptimizerConfig.fitting(method, rank=8, refresh=min(200, fields["steps"] // 4))
     return FinetuneConfig(**(shared | fitting | fields))

@@ -1,7 +1,5 @@
 """What the commands that train share: the run folder's name, the processes, and how a run ends."""
 
-from __future__ import annotations
-
 import errno
 import importlib
 import os

@@ -1,7 +1,5 @@
 """Command-line options made of the fields of a config: names, types and help stand there alone."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """`lorapre pretrain` and `lorapre finetune`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

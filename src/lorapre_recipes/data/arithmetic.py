@@ -16,8 +16,6 @@ by an answer, and equations without stories, each going on from the last: a mode
 words and how to calculate, but not what the one has to do with the other.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 import re
@@ -92,9 +90,6 @@ def make_equations(random: random.Random) -> Iterator[str]:
         for _ in range(random.randint(*STEPS)):
             _, lines, count = make_event(count, random)
             yield from lines
-
-
-# Files
 
 
 def problems(random: random.Random, seen: set[str]) -> Iterator[Example]:

@@ -1,7 +1,5 @@
 """From `--data` to documents: files, folders and streams of the Hugging Face Hub, split in two."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -97,9 +95,6 @@ def take_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
         limit -= len(document)
         if limit <= 0:
             return
-
-
-# Files
 
 
 class CorruptLine(ValueError):
@@ -199,9 +194,6 @@ def split(documents: Iterable[str], every: int) -> tuple[Iterable[str], Iterable
         return [text[:cut]], [text[cut:]]
     every = min(every, count)
     return Part(documents, every, last=False), Part(documents, every, last=True)
-
-
-# The Hugging Face Hub
 
 
 def looks_like_hub_name(name: str) -> bool:

@@ -1,7 +1,5 @@
 """From `--data` to examples to fine-tune on: read, hold out, put in a template, tokenize."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -120,9 +118,6 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerFast) -> dict[str, li
         tokens, labels = [*tokens, tokenizer.eos_token_id], [*labels, IGNORED]
     labels[-1] = tokenizer.eos_token_id
     return {"input_ids": tokens, "labels": labels}
-
-
-# Reading
 
 
 def read_examples(data: str, split: str = "train") -> Iterator[Example]:

@@ -1,7 +1,5 @@
 """From documents to sequences of tokens: the tokenizer, packing or padding, and the cache of both on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os
@@ -71,9 +69,6 @@ def for_transformers(tokenizer: Tokenizer, length: int | None = None) -> PreTrai
     )
 
 
-# The cache
-
-
 def writable_cache() -> AbstractContextManager[None]:
     """Raises UserError where the block cannot write the cache."""
     message = f"the cache {cache_folder()} cannot be written; set LORAPRE_CACHE to a folder that can"
@@ -140,9 +135,6 @@ def as_dataset(sequences: Iterable[Sequence], length: int) -> datasets.Dataset:
 def features(length: int) -> datasets.Features:
     """The one column of a data set: `length` tokens, which come out as an int64 tensor."""
     return datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=length)})
-
-
-# Sequences
 
 
 def sequences(

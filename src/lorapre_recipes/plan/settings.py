@@ -25,7 +25,6 @@ class Settings(OptimizerConfig):
     optimizer: Annotated[PlannedOptimizer, "what to train with."] = "lorapre-adamw"
 
     def __post_init__(self) -> None:
-        """Fill in what the optimizer has by default. Raises UserError naming an option that cannot be."""
         if self.variant is None:
             object.__setattr__(self, "variant", DEFAULT_VARIANT.get(self.optimizer))
         if self.compress is None and self.optimizer in ONLY_FOR["compress"]:
@@ -41,13 +40,6 @@ class Settings(OptimizerConfig):
     def item(self) -> int:
         """Bytes of an element of a weight or gradient."""
         return {"fp32": 4, "bf16": 2}[self.dtype]
-
-    @property
-    def moments(self) -> tuple[str, ...]:
-        """The moments that have factors; the second of Muon and of split has none."""
-        if self.optimizer == "lorapre-muon" or self.variant == "split":
-            return ("m",)
-        return {"first": ("m",), "second": ("v",)}.get(self.compress or "", ("m", "v"))
 
     def __str__(self) -> str:
         options: list[str] = [self.optimizer]

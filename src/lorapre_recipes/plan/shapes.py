@@ -1,7 +1,5 @@
 """Models without weights, on the meta device: built in, or from a Hugging Face config."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

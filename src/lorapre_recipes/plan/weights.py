@@ -3,14 +3,12 @@
 "A GPU" is the one that holds the most: the first, where a mesh does not divide a weight evenly.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,7 +19,7 @@ from lorapre_recipes.config import UserError, parse_rules
 from lorapre_recipes.plan.settings import Mesh, Settings
 from lorapre_recipes.train.optim import freeze
 
-FLOAT32, FLOAT64, BF16 = 4, 8, 2  # bytes
+FLOAT32 = 4  # bytes
 
 # Which dimension of a weight (..., out, in) the styles of a transformers tp_plan divide. Others replicate it.
 TP_DIM = {
@@ -38,30 +36,12 @@ TP_DIM = {
 }
 
 
-class Matrices(NamedTuple):
-    """What a GPU holds of a weight: parts (p, q) of E matrices.
-
-    `splits` are (processes, what is split between them: "experts", "rows" or "columns"), in the order in
-    which `lorapre.sharding` goes through the mesh.
-    """
-
-    E: int
-    p: int
-    q: int
-    splits: tuple[tuple[int, str], ...]
-
-    def over(self, role: str) -> list[int]:
-        """Sizes of the mesh dimensions that divide "rows" or "columns"."""
-        return [size for size, split in self.splits if split == role]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Weight:
     """A parameter: its shape, the state that an optimizer makes for it, and where it is cut."""
 
     name: str
     shape: tuple[int, ...]  # of the whole
-    group: int  # index of the optimizer's group that it is in
     rank: int | None  # of its factors
     flatten: bool  # whether three dimensions are one matrix, a convolution
     matrix: bool  # whether it takes the route of the matrices, low rank or torch.optim.Muon's
@@ -70,30 +50,18 @@ class Weight:
     tp_dim: int | None  # the dimension that tensor parallelism divides; else it is replicated
     frozen: bool  # whether it has neither gradient nor state
 
-    def cuts(self, mesh: Mesh) -> tuple[tuple[int, int], ...]:
-        """(processes, dimension that they divide): FSDP2 cuts rows, after tensor parallelism if both do."""
-        fsdp = [(mesh.shards, 0)] if self.shape else []
-        tp = [] if self.tp_dim is None else [(mesh.tp, self.tp_dim)]
-        cuts = tp + fsdp if self.tp_dim == 0 else fsdp + tp
-        return tuple((size, dim) for size, dim in cuts if size > 1)
-
     def part(self, mesh: Mesh) -> tuple[int, ...]:
-        """Shape of the largest shard."""
+        """Shape of the largest shard: FSDP2 cuts rows, after tensor parallelism if both do."""
         shape = list(self.shape)
-        for size, dim in self.cuts(mesh):
-            shape[dim] = math.ceil(shape[dim] / size)
+        if self.tp_dim is not None:
+            shape[self.tp_dim] = math.ceil(shape[self.tp_dim] / mesh.tp)
+        if shape:
+            shape[0] = math.ceil(shape[0] / mesh.shards)
         return tuple(shape)
 
     def held(self, mesh: Mesh) -> int:
         """Elements of the largest shard."""
         return math.prod(self.part(mesh))
-
-    def matrices(self, mesh: Mesh) -> Matrices:
-        """What a GPU holds of it, as a matrix or as E fused experts."""
-        fused = len(self.shape) == 3 and not self.flatten
-        roles = ("experts", "rows", "columns") if fused else ("rows", "columns")
-        splits = tuple((size, roles[dim]) for size, dim in self.cuts(mesh))
-        return Matrices(*matrix_shape(self.part(mesh), self.flatten), splits)
 
     def state_bytes(self, mesh: Mesh) -> int:
         """Bytes of state on a GPU: B is divided as rows are, A as columns are, else they are whole."""
@@ -128,7 +96,7 @@ def routed(model: PreTrainedModel, settings: Settings) -> list[Weight]:
         raise UserError(f"{option}: {error}") from error
     dims = tp_dims(model)
     weights: dict[str, Weight] = {}
-    for index, group in enumerate(groups):
+    for group in groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             shape = tuple(parameter.shape)
             matrix = is_low_rank(shape, group["rank"], group["flatten"])
@@ -141,7 +109,6 @@ def routed(model: PreTrainedModel, settings: Settings) -> list[Weight]:
             weights[name] = Weight(
                 name=name,
                 shape=shape,
-                group=index,
                 rank=group["rank"] if matrix and settings.low_rank else None,
                 flatten=group["flatten"],
                 matrix=matrix,

@@ -1,7 +1,5 @@
 """The processes that torchrun or accelerate launch started: joining them, and what only one of them does."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ All weights with one of the optimizers, or adapters of peft with AdamW. The loss
 tokens.
 """
 
-from __future__ import annotations
-
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -85,9 +83,6 @@ def finetune(config: FinetuneConfig, out: Path, **session: Any) -> Summary:
     return summary
 
 
-# Model
-
-
 def load_tokenizer(name: str, folder: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a model, with a token to pad with. Raises UserError."""
     with user_errors(f"--model {name}: has no tokenizer here", *NOT_LOADED):
@@ -134,9 +129,6 @@ def with_optimizer(
         return adapted, create_loraplus_optimizer(adapted, AdamW, **adam)
     trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
     return adapted, AdamW(trained, weight_decay=decay, **adam)
-
-
-# Batches
 
 
 def collator(

@@ -4,14 +4,12 @@ All take the same matrices for matrices (`lorapre.param_groups` decides), at `lr
 `lr`, with the same dense AdamW for all or, by `terms="whole"`, with what the authors of an optimizer take.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
@@ -68,48 +66,6 @@ class WithAdamW(Optimizer):
         self._rest.step()
         self._matrices.step()
         return loss
-
-
-class GaLoreMuon(Optimizer):
-    """Muon whose momentum is that of the gradient projected to its leading singular vectors, as in GaLore.
-
-    The paper has it as a baseline; no package does. m <- mu m + P^T g of (r, q) or, of a tall matrix, g P of
-    (p, r); the update is P NewtonSchulz(m) or NewtonSchulz(m) P^T. P holds the r leading singular vectors of
-    the gradient on the shorter side, taken anew every `refresh` steps; m stays as it is then.
-    """
-
-    def __init__(self, params: Groups, *, momentum: float, rank: int, refresh: int, weight_decay: float):
-        super().__init__(
-            params, dict(momentum=momentum, rank=rank, refresh=refresh, weight_decay=weight_decay)
-        )
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                tall = p.shape[0] > p.shape[1]
-                g = (p.grad.mT if tall else p.grad).float()
-                if state.get("step", 0) % group["refresh"] == 0:
-                    U, _, _ = torch.linalg.svd(g, full_matrices=False)
-                    state["projection"] = U[:, : group["rank"]]
-                state["step"] = state.get("step", 0) + 1
-                P = state["projection"]
-                m = state.setdefault("momentum_buffer", torch.zeros_like(P.mT @ g))
-                m.mul_(group["momentum"]).add_(P.mT @ g)
-                update = P @ orthogonal(m)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.mT if tall else update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
-
-
-def orthogonal(m: Tensor) -> Tensor:
-    """m (r, n) as U V^T of its singular value decomposition."""
-    U, _, Vt = torch.linalg.svd(m, full_matrices=False)
-    product: Tensor = U @ Vt
-    return product
 
 
 def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] = ()) -> Optimizer:
@@ -180,7 +136,7 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
     adam = decay | {"betas": config.betas, "eps": config.eps}
     name, momentum, whole = config.optimizer, config.momentum, config.terms == "whole"
     rank, refresh = config.rank or 0, config.refresh or 0
-    if name in ("adamw", "lora", "relora"):
+    if name == "adamw":
         return AdamW([*rest, *matrices], **adam)
     if whole and name in ("adam8bit", "adam4bit", "adafactor"):
         matrices, rest = [*rest, *matrices], []
@@ -204,8 +160,6 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
         chosen = StoredMuon(matrices, momentum=momentum, store=name.partition("-")[2], **decay)
     elif name == "muon-no-momentum":
         chosen = StoredMuon(matrices, momentum=0.0, **decay)
-    elif name == "galore-muon":
-        chosen = GaLoreMuon(matrices, momentum=momentum, rank=rank, refresh=refresh, **decay)
     elif name == "alice":
         chosen = Alice(matrices, rank=rank, refresh=refresh, **decay)
     elif name in (plain := {"racs": Racs, "scale": Scale, "column-sgd": Scale, "adafactor": Adafactor}):

@@ -1,23 +1,17 @@
 """The run folder: what a run leaves, and how it goes on.
 
-    config.json      the complete config
-    command.txt      the command, one line per session
-    data.json        sha256 of the text, sizes of the two splits, records skipped
-    tokenizer.json, tokenizer_config.json
-    metrics.jsonl    one line per logged training loss and per evaluation
-    coverage.txt     which parameter took which route, and its bytes
-    summary.json     the figures of the table at the end
-    curves.png
-    checkpoint-N/    model.safetensors, its config, tokenizer, optimizer, scheduler, random state;
-                     with --fsdp, weights and optimizer in shards of torch.distributed.checkpoint;
-                     of adapters, those alone; manifest.json, the sha256 of each file. The last two are kept
-    damaged/         checkpoints whose files were not those of the manifest any more
-    model/           only of adapters, at the end: the model with them merged in, and its tokenizer
-
-On several processes rank 0 prints and writes, but for the shards of a checkpoint.
+config.json, command.txt    the complete config; the command, one line per session
+data.json                   sha256 of the text, sizes of the two splits, records skipped
+tokenizer.json, tokenizer_config.json
+metrics.jsonl               one line per logged training loss and per evaluation
+coverage.txt                which parameter took which route, and its bytes
+summary.json, curves.png    the figures of the table at the end, and the picture
+checkpoint-N/               weights (of adapters, those alone), their config, tokenizer,
+                            optimizer, scheduler, random state; with --fsdp in shards of
+                            torch.distributed.checkpoint; manifest.json, the sha256 of each file
+damaged/                    checkpoints whose files are no longer those of the manifest
+model/                      only of adapters, at the end: the model with them merged in
 """
-
-from __future__ import annotations
 
 import hashlib
 import shutil
@@ -51,23 +45,19 @@ def prepare_folder(
         write_json(out / "config.json", config)
         tokenizer.save_pretrained(out)
     elif (out / PARTIAL).is_dir():
-        print(
-            f"lorapre: the run was cut off while it wrote or removed a checkpoint; what is left of "
-            f"that is removed, and it goes on from {last_checkpoint(out)}",
-            file=sys.stderr,
-        )
         shutil.rmtree(out / PARTIAL)
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, the newest last. What has this name was written to its end."""
-    found = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdecimal()]
-    return sorted(found, key=checkpoint_step)
+        note = "the run was cut off in a checkpoint; what is left of that is removed, and it"
+        print(f"lorapre: {note} goes on from {last_checkpoint(out)}", file=sys.stderr)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
-    return int(checkpoint.name.rpartition("-")[2])
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, the newest last. What has this name was written to its end."""
+    return sorted(run.glob("checkpoint-*[0-9]"), key=checkpoint_step)
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -101,8 +91,8 @@ def damage(checkpoint: Path) -> str | None:
 
 def sha256(file: Path) -> str:
     """The sha256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
     with file.open("rb") as opened:
+        digest = hashlib.sha256()
         while part := opened.read(2**20):
             digest.update(part)
     return digest.hexdigest()
@@ -116,11 +106,8 @@ def sound_checkpoint(run: Path) -> Path | None:
         aside.parent.mkdir(exist_ok=True)
         checkpoint.rename(aside)
         before = last_checkpoint(run)
-        print(
-            f"lorapre: {checkpoint} is damaged ({fault}) and was moved to {aside}; "
-            + (f"the run goes on from {before}" if before else "there is no other checkpoint"),
-            file=sys.stderr,
-        )
+        then = f"the run goes on from {before}" if before else "there is no other checkpoint"
+        print(f"lorapre: {checkpoint} is damaged ({fault}) and was moved to {aside}; {then}", file=sys.stderr)
     return checkpoint
 
 

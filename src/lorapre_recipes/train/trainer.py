@@ -3,8 +3,6 @@
 The loop, checkpoints, resuming, mixed precision, accumulation and loggers are transformers.Trainer's.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -50,31 +48,28 @@ class Finished(Exception):
 class Bookkeeper(TrainerCallback):
     """Times the steps, keeps metrics.jsonl, and takes up both where a checkpoint left them.
 
-    `step_seconds` are those in training steps, without evaluation and checkpoints, `optimizer_seconds` those
-    of them in optimizer.step.
+    `step_seconds` leave out evaluation and checkpoints; `optimizer_seconds` of them are in optimizer.step.
     """
 
     def __init__(self, optimizer: Optimizer, file: Path) -> None:
         self.file, self.steps, self.step_seconds, self.optimizer_seconds = file, 0, 0.0, 0.0
-        optimizer.register_step_pre_hook(lambda *_: self.start("optimizer_seconds"))
-        optimizer.register_step_post_hook(lambda *_: self.stop("optimizer_seconds"))
-        self._starts: dict[str, float] = {}
+        optimizer.register_step_pre_hook(self._optimizer_begins)
+        optimizer.register_step_post_hook(self._optimizer_ended)
+        self._began = self._step_began = 0.0
 
-    def start(self, figure: str) -> None:
-        """What counts towards a figure begins."""
-        self._starts[figure] = now()
+    def _optimizer_begins(self, *_: Any) -> None:
+        self._began = now()
 
-    def stop(self, figure: str) -> None:
-        """It has ended."""
-        setattr(self, figure, getattr(self, figure) + now() - self._starts[figure])
+    def _optimizer_ended(self, *_: Any) -> None:
+        self.optimizer_seconds += now() - self._began
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """A training step begins."""
-        self.start("step_seconds")
+        self._step_began = now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """A training step has ended."""
-        self.stop("step_seconds")
+        self.step_seconds += now() - self._step_began
         self.steps += 1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -126,10 +121,7 @@ class RecipeTrainer(Trainer):
         return str(Path(run) / PARTIAL) if self._saving else run
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint, and rename it to its name when every process has written its part.
-
-        What is called checkpoint-N is complete, whenever a process or the machine's owner kills the run.
-        """
+        """Write a checkpoint, and rename it to its name when every process has written its part."""
         run, name = self.books.file.parent, f"checkpoint-{self.state.global_step}"
         self._saving = True
         try:
@@ -224,16 +216,9 @@ class Progress(ProgressCallback):
             self.training_bar.write(f"step {step}  validation perplexity {logs['eval_perplexity']:.2f}")
 
 
-# Names in the trainer's history, and those in metrics.jsonl.
-METRICS = {
-    "loss": "loss",
-    "learning_rate": "lr",
-    "grad_norm": "grad_norm",
-    "step_seconds": "step_seconds",
-    "optimizer_seconds": "optimizer_seconds",
-    "eval_loss": "validation_loss",
-    "eval_perplexity": "validation_perplexity",
-}
+# Names in metrics.jsonl of what the trainer's history names otherwise.
+RENAMED = {"learning_rate": "lr", "eval_loss": "validation_loss", "eval_perplexity": "validation_perplexity"}
+METRICS = ("loss", "grad_norm", "step_seconds", "optimizer_seconds", *RENAMED)
 
 
 def metrics_of(history: Iterable[dict[str, Any]]) -> list[Metric]:
@@ -241,10 +226,10 @@ def metrics_of(history: Iterable[dict[str, Any]]) -> list[Metric]:
     return [
         {"step": entry["step"], "tokens": entry["tokens"]}
         | {
-            new: entry[old]
-            for old, new in METRICS.items()
+            RENAMED.get(name, name): entry[name]
+            for name in METRICS
             # No norm is finite where gradients are released.
-            if old in entry and (old != "grad_norm" or math.isfinite(entry[old]))
+            if name in entry and (name != "grad_norm" or math.isfinite(entry[name]))
         }
         for entry in history
         if "loss" in entry or "eval_loss" in entry
