@@ -116,16 +116,16 @@ class Checked:
             for number in value if isinstance(value, tuple) else (value,):
                 if number is None or not (int in kinds or float in kinds):
                     continue
-                if int in kinds and number < (least := LEAST.get(name, 1)):
-                    raise UserError(f"{flag(name)}: must be at least {least}, not {number}")
-                if name in POSITIVE and not (math.isfinite(number) and number > 0):
-                    raise UserError(f"{flag(name)}: must be a positive number, not {number}")
-                if name in SHARES and not 0 <= number <= 1:
-                    raise UserError(f"{flag(name)}: must be between 0 and 1, not {number}")
-                if name in DECAYS and not 0 <= number < 1:
-                    raise UserError(f"{flag(name)}: must be at least 0 and less than 1, not {number}")
-                if not (math.isfinite(number) and number >= 0):
-                    raise UserError(f"{flag(name)}: must be a number that is not negative, not {number}")
+                least = LEAST.get(name, 1)
+                for wrong, right in (
+                    (int in kinds and number < least, f"at least {least}"),
+                    (name in POSITIVE and not 0 < number < math.inf, "a positive number"),
+                    (name in SHARES and not 0 <= number <= 1, "between 0 and 1"),
+                    (name in DECAYS and not 0 <= number < 1, "at least 0 and less than 1"),
+                    (not 0 <= number < math.inf, "a number that is not negative"),
+                ):
+                    if wrong:
+                        raise UserError(f"{flag(name)}: must be {right}, not {number}")
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
@@ -162,10 +162,8 @@ class OptimizerConfig(Checked):
                 raise UserError(f"{flag(name)}: {self.method} needs a value")
             if value not in (None, False, ()) and self.method not in methods:
                 known = ", ".join(method for method in self.METHODS if method in methods)
-                raise UserError(
-                    f"{flag(name)}: {self.method} has no such option; leave it out "
-                    f"(those that have it: {known})"
-                )
+                lacking = f"{self.method} has no such option; leave it out"
+                raise UserError(f"{flag(name)}: {lacking} (those that have it: {known})")
         if self.variant == "split" and self.compress not in (None, "both"):
             raise UserError("--compress: variant split has no moment alone; take another --variant")
         if self.freeze and self.method in ADAPTERS:
@@ -182,7 +180,7 @@ class OptimizerConfig(Checked):
     def fitting(method: str, rank: int, refresh: int) -> dict[str, Any]:
         """The options that a method has, with their defaults; None for those that it has not."""
         values: dict[str, Any] = {"rank": rank, "compress": "both", "refresh": refresh}
-        values["variant"] = DEFAULT_VARIANT.get(method)
+        values |= {"variant": DEFAULT_VARIANT.get(method)}
         return {name: value if method in ONLY_FOR[name] else None for name, value in values.items()}
 
 
@@ -306,9 +304,8 @@ class PretrainConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.hidden_size % (2 * self.heads):
-            raise UserError(
-                f"--heads {self.heads}: a head must have an even share of --hidden-size {self.hidden_size}"
-            )
+            even = f"a head must have an even share of --hidden-size {self.hidden_size}"
+            raise UserError(f"--heads {self.heads}: {even}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

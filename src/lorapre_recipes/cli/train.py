@@ -36,7 +36,7 @@ def pretrain(
         return config.replace(fsdp=config.fsdp or launched_with_fsdp())
 
     given = {"preset": preset, "out": out} | changes
-    return launch("pretrain", PretrainConfig, make, out, resume, given)
+    return launch("pretrain", PretrainConfig, make, resume, given)
 
 
 @options(FinetuneConfig, without=("preset", "optimizer", "fsdp"), preset=True)
@@ -68,4 +68,4 @@ def finetune(
         return chosen(method or "lorapre-adamw").replace(**changes)
 
     given = {"preset": preset, "method": method, "out": out} | changes
-    return launch("finetune", FinetuneConfig, make, out, resume, given)
+    return launch("finetune", FinetuneConfig, make, resume, given)

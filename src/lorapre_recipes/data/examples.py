@@ -11,13 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from lorapre_recipes.config import FinetuneConfig, UserError
-from lorapre_recipes.data.corpus import (
-    JSONL_SUFFIX,
-    from_hub,
-    hash_documents,
-    looks_like_hub_name,
-    readable,
-)
+from lorapre_recipes.data.corpus import JSONL_SUFFIX, from_hub, hash_documents, looks_like_hub_name, readable
 
 IGNORED = -100  # a label that the loss leaves out
 # MetaMathQA's, GSM8K's and MATH's
@@ -63,12 +57,9 @@ def load_examples(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast) ->
     examples = spaced(examples, config.samples or len(examples))
     rows = [encode(example, tokenizer) for example in examples]
     rows = [row for row in rows if len(row["input_ids"]) <= config.sequence_length]
-    if len(rows) < len(examples):
-        print(
-            f"lorapre: {len(examples) - len(rows):,} of {len(examples):,} examples have more than "
-            f"{config.sequence_length} tokens (--sequence-length) and are left out",
-            file=sys.stderr,
-        )
+    if left_out := len(examples) - len(rows):
+        longer = f"have more than {config.sequence_length} tokens (--sequence-length) and are left out"
+        print(f"lorapre: {left_out:,} of {len(examples):,} examples {longer}", file=sys.stderr)
     every, step = config.held_out_every, config.sequences_per_step
     train = [row for number, row in enumerate(rows, start=1) if number % every]
     validation = [row for number, row in enumerate(rows, start=1) if number % every == 0]

@@ -55,8 +55,7 @@ class TokenData:
 class TokenStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
     """Tokenizes a stream of documents as it is read, epoch after epoch, each shuffled anew, without end.
 
-    The trainer cannot know where an epoch of a stream ends, and a run that goes on in a later one would see
-    other data: to the trainer, all this is one epoch.
+    To the trainer all this is one epoch: where that of a stream ends it cannot know.
     """
 
     def __init__(self, corpus: Corpus, encode: Encode, length: int) -> None:

@@ -2,8 +2,6 @@
 
 import hashlib
 import itertools
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorapre_recipes.config import NOT_LOADED, UserError, user_errors
-from lorapre_recipes.files import cache_folder
+from lorapre_recipes.files import cache_folder, write_whole
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = -100  # in place of a token; it is what losses of torch and transformers ignore
@@ -86,10 +84,7 @@ def cached_tokenizer(documents: Iterable[str], fingerprint: str, vocab_size: int
     tokenizer = train_tokenizer(documents, vocab_size)
     with writable_cache():
         file.parent.mkdir(parents=True, exist_ok=True)
-        # A rename is atomic: a second run, or one that is cut off here, never sees half a file.
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as partial:
-            partial.write(tokenizer.to_str())
-        os.replace(partial.name, file)
+        write_whole(file, tokenizer.to_str())
     return tokenizer
 
 
@@ -98,11 +93,8 @@ def cached_sequences(
 ) -> datasets.Dataset:
     """Rows `input_ids` of `make()`, memory-mapped from a file that the first call with this key writes.
 
-    Args:
-        key: of all that decides the sequences.
-        length: of all sequences.
-        make: called where the file is not there; if it fails or is cut off, nothing is left of it.
-        empty: the error to raise where `make()` makes none.
+    The key is of all that decides the sequences. If `make()` is cut off, nothing is left of the file; where
+    it makes no sequence, `empty` is raised.
     """
 
     def rows() -> Iterator[dict[str, Sequence]]:
@@ -147,13 +139,8 @@ def sequences(
 ) -> Iterator[Sequence]:
     """Documents as sequences of `length` tokens, each document closed by the tokenizer's end token.
 
-    Args:
-        documents: text.
-        tokenizer: a token of its that is not below `vocab_size` raises UserError.
-        length: of all sequences.
-        packed: cut the concatenated documents into sequences without padding, and drop what is left at the
-            end; otherwise each document is a sequence of its own, truncated, then padded with PADDING.
-        vocab_size: of the model.
+    If `packed`, the documents are cut one after the other, and what is left at the end is dropped; else each
+    is truncated, and padded with PADDING. Raises UserError for a token that is not below `vocab_size`.
     """
     rest = np.empty(0, np.int32)
     end = [tokenizer.eos_token_id]

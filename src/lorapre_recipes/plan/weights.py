@@ -22,18 +22,11 @@ from lorapre_recipes.train.optim import freeze
 FLOAT32 = 4  # bytes
 
 # Which dimension of a weight (..., out, in) the styles of a transformers tp_plan divide. Others replicate it.
-TP_DIM = {
-    "colwise": -2,
-    "colwise_rep": -2,
-    "colwise_gather_output": -2,
-    "packed_colwise": -2,
-    "embedding_rowwise": -2,
-    "rowwise": -1,
-    "rowwise_rep": -1,
-    "rowwise_split_input": -1,
-    "packed_rowwise": -1,
-    "embedding_colwise": -1,
-}
+TP_DIM = dict.fromkeys(
+    ("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise", "embedding_rowwise"), -2
+) | dict.fromkeys(
+    ("rowwise", "rowwise_rep", "rowwise_split_input", "packed_rowwise", "embedding_colwise"), -1
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +93,10 @@ def routed(model: PreTrainedModel, settings: Settings) -> list[Weight]:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             shape = tuple(parameter.shape)
             matrix = is_low_rank(shape, group["rank"], group["flatten"])
+            state = {"momentum_buffer": shape}
             if settings.low_rank:
                 state = state_shapes(group, shape)
-            elif matrix:
-                state = {"momentum_buffer": shape}
-            else:
+            elif not matrix:
                 state = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
             weights[name] = Weight(
                 name=name,

@@ -40,11 +40,7 @@ class WithAdamW(Optimizer):
     """One optimizer for matrices and torch.optim.AdamW for the rest, as one.
 
     torch.optim.Muon takes nothing but matrices; a trainer takes one optimizer, scheduler and checkpoint. This
-    class owns all groups and all state and lends them to the two for each step.
-
-    Args:
-        matrices: the optimizer of the matrices.
-        rest: that of the rest; its groups come first, and loggers report the first group's learning rate.
+    class owns all groups, those of the rest first, and all state, and lends them to the two for each step.
     """
 
     def __init__(self, matrices: Optimizer, rest: AdamW) -> None:
@@ -73,10 +69,7 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
 
     Groups at the full learning rate come first: loggers report the first group's.
 
-    Args:
-        model: with its weights; those that are frozen take no part.
-        config: names the optimizer and its options.
-        rules: for `lorapre.param_groups`, over the rank of the config (lorapre-* only).
+    `rules` are those of `lorapre.param_groups`, over the rank of the config (lorapre-* only).
 
     Raises:
         UserError: no matrix can be factorised, the rank is so large that factors would not be smaller than
@@ -94,18 +87,11 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
     weights = (weight for group in matrices for _, weight in group["params"])
     largest = min((weight.numel() - 1) // sum(weight.shape) for weight in weights)
     if config.rank > largest:
-        raise UserError(
-            f"--rank {config.rank}: factors would not be smaller than this model's smallest matrix; "
-            f"give at most {largest}"
-        )
+        larger = "factors would not be smaller than this model's smallest matrix"
+        raise UserError(f"--rank {config.rank}: {larger}; give at most {largest}")
     matrices, rest = grouped(model, config.rank, rules, option="--rules", strict=True)
-    shared: dict[str, Any] = {
-        "rank": config.rank,
-        "variant": config.variant,
-        "weight_decay": config.weight_decay,
-        "seed": config.seed,
-        "stochastic_rounding": config.stochastic_rounding,
-    }
+    names = ("rank", "variant", "weight_decay", "seed", "stochastic_rounding")
+    shared: dict[str, Any] = {name: getattr(config, name) for name in names}
     if config.optimizer == "lorapre-muon":
         return LoRAPreMuon(
             [*rest, *matrices],
@@ -154,19 +140,21 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
         apollo = {"projection_type": "random", "scale_type": "channel"}
         options |= apollo if name == "apollo" else {"projection_type": "std"}
         chosen = make([group | options for group in matrices], **adam)
-    elif name == "muon":
-        chosen = Muon(matrices, momentum=momentum, adjust_lr_fn=ADJUST_LR, **decay)
-    elif name in ("muon-8bit", "muon-bf16"):
-        chosen = StoredMuon(matrices, momentum=momentum, store=name.partition("-")[2], **decay)
-    elif name == "muon-no-momentum":
-        chosen = StoredMuon(matrices, momentum=0.0, **decay)
-    elif name == "alice":
-        chosen = Alice(matrices, rank=rank, refresh=refresh, **decay)
-    elif name in (plain := {"racs": Racs, "scale": Scale, "column-sgd": Scale, "adafactor": Adafactor}):
-        chosen = plain[name](matrices, **decay)
     else:
-        assert name == "sgd"
-        chosen = SGD(matrices, momentum=momentum, **decay)
+        own: dict[str, tuple[Any, dict[str, Any]]] = {
+            "muon": (Muon, {"momentum": momentum, "adjust_lr_fn": ADJUST_LR}),
+            "muon-8bit": (StoredMuon, {"momentum": momentum, "store": "8bit"}),
+            "muon-bf16": (StoredMuon, {"momentum": momentum, "store": "bf16"}),
+            "muon-no-momentum": (StoredMuon, {"momentum": 0.0}),
+            "alice": (Alice, {"rank": rank, "refresh": refresh}),
+            "racs": (Racs, {}),
+            "scale": (Scale, {}),
+            "column-sgd": (Scale, {}),
+            "adafactor": (Adafactor, {}),
+            "sgd": (SGD, {"momentum": momentum}),
+        }
+        make, options = own[name]
+        chosen = make(matrices, **options, **decay)
     return WithAdamW(chosen, AdamW(rest, **adam)) if rest else chosen
 
 
@@ -222,10 +210,7 @@ def matrices_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def state_bytes(optimizer: Optimizer, parameters: Sequence[nn.Parameter] | None = None) -> int:
-    """Bytes of state that an optimizer holds now in this process, of some parameters or of all.
-
-    Counted are the storages of the tensors, those within objects and quantised tensors too.
-    """
+    """Bytes of state that an optimizer holds now in this process, of some parameters or of all."""
     states = optimizer.state
     held = states.values() if parameters is None else [states[p] for p in parameters if p in states]
     return storage_bytes(*tensors_in(list(held)))
@@ -237,8 +222,7 @@ def storage_bytes(*tensors: torch.Tensor) -> int:
     for tensor in tensors:
         if hasattr(tensor, "__tensor_flatten__"):
             names, _ = tensor.__tensor_flatten__()
-            parts = [getattr(tensor, name) for name in names]
-            storages[id(tensor)] = storage_bytes(*parts)
+            storages[id(tensor)] = storage_bytes(*(getattr(tensor, name) for name in names))
         else:
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage.nbytes()

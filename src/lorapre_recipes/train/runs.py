@@ -7,8 +7,8 @@ metrics.jsonl               one line per logged training loss and per evaluation
 coverage.txt                which parameter took which route, and its bytes
 summary.json, curves.png    the figures of the table at the end, and the picture
 checkpoint-N/               weights (of adapters, those alone), their config, tokenizer,
-                            optimizer, scheduler, random state; with --fsdp in shards of
-                            torch.distributed.checkpoint; manifest.json, the sha256 of each file
+                        optimizer, scheduler, random state; with --fsdp in shards of
+                        torch.distributed.checkpoint; manifest.json, the sha256 of each file
 damaged/                    checkpoints whose files are no longer those of the manifest
 model/                      only of adapters, at the end: the model with them merged in
 """

@@ -116,14 +116,13 @@ class RecipeTrainer(Trainer):
             self.is_fsdp_enabled = True
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where checkpoints are written: aside, until they are complete."""
         run = super()._get_output_dir(trial)
         return str(Path(run) / PARTIAL) if self._saving else run
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint, and rename it to its name when every process has written its part."""
         run, name = self.books.file.parent, f"checkpoint-{self.state.global_step}"
-        self._saving = True
+        self._saving = True  # aside, until it is complete
         try:
             super()._save_checkpoint(model, trial)
             distributed.barrier()
@@ -135,9 +134,8 @@ class RecipeTrainer(Trainer):
             free = shutil.disk_usage(run).free / 2**20
             if distributed.processes() == 1:
                 shutil.rmtree(run / PARTIAL, ignore_errors=True)
-            raise NotWritten(
-                f"{name} could not be written ({one_line(error)}); the disk has {free:,.0f} MiB left"
-            ) from error
+            room = f"the disk has {free:,.0f} MiB left"
+            raise NotWritten(f"{name} could not be written ({one_line(error)}); {room}") from error
         finally:
             self._saving = False
         if distributed.is_main():
@@ -154,7 +152,6 @@ class RecipeTrainer(Trainer):
         (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Raises UserError where the state in the checkpoint does not fit the optimizer."""
         with user_errors(f"--resume: {checkpoint} does not fit this run", ValueError):
             super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -167,10 +164,8 @@ class RecipeTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log to the trainer's history, loggers and metrics.jsonl. Raises Diverged at a loss of nan, inf."""
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
-        # Counted where sequences differ in length.
-        logs["tokens"] = (
-            self.state.num_input_tokens_seen or self.state.global_step * self.recipe.tokens_per_step
-        )
+        counted = self.state.num_input_tokens_seen  # where sequences differ in length
+        logs["tokens"] = counted or self.state.global_step * self.recipe.tokens_per_step
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(loss) if loss < 700 else math.inf  # where floats end
         if "loss" in logs:
@@ -181,9 +176,8 @@ class RecipeTrainer(Trainer):
             for row in metrics_of(self.state.log_history[-1:]):
                 append_line(self.books.file, json.dumps(row))
         if not math.isfinite(loss):
-            raise Diverged(
-                f"the loss is {loss} at step {self.state.global_step}; try a lower --lr or --scale"
-            )
+            where = f"the loss is {loss} at step {self.state.global_step}"
+            raise Diverged(f"{where}; try a lower --lr or --scale")
 
 
 class Progress(ProgressCallback):
