@@ -64,10 +64,8 @@ def load_examples(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast) ->
     train = [row for number, row in enumerate(rows, start=1) if number % every]
     validation = [row for number, row in enumerate(rows, start=1) if number % every == 0]
     if len(train) < step or not validation:
-        raise UserError(
-            f"--data {config.data}: too few examples, {len(train)} to train on where one step takes "
-            f"{step}, and {len(validation)} held out"
-        )
+        have = f"{len(train)} to train on where one step takes {step}, and {len(validation)} held out"
+        raise UserError(f"--data {config.data}: too few examples, {have}")
     train = train[: len(train) // step * step]  # whole steps
     validation = spaced(validation, config.evaluated(len(validation)))
     facts = {
@@ -123,10 +121,8 @@ def read_examples(data: str, split: str = "train") -> Iterator[Example]:
         for number, row in enumerate(rows, start=1):
             yield example_of(row, f"--data {data}: row {number}")
     else:
-        raise UserError(
-            f"--data {data}: no such file; give one of JSON lines, or the name of a Hugging Face dataset "
-            "(owner/name or owner/name:config, as openai/gsm8k:main)"
-        )
+        hub = "a Hugging Face dataset (owner/name or owner/name:config, as openai/gsm8k:main)"
+        raise UserError(f"--data {data}: no such file; give one of JSON lines, or the name of {hub}")
 
 
 def read_lines(path: Path) -> Iterator[Example]:

@@ -69,9 +69,8 @@ class TokenStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
             for sequence in self.encode(self.corpus.train):
                 yield {"input_ids": sequence}
             if sequence is None:
-                raise UserError(
-                    f"--data: the stream holds too little text for one sequence of {self.length} tokens"
-                )
+                one = f"one sequence of {self.length} tokens"
+                raise UserError(f"--data: the stream holds too little text for {one}")
 
 
 def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
@@ -116,10 +115,10 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
             )
         )
         if len(train) < config.sequences_per_step:
-            raise UserError(
-                f"--data {config.data}: too little text, {len(train)} sequences of {length} tokens "
-                f"where one step takes {config.sequences_per_step}"
+            few = (
+                f"{len(train)} sequences of {length} tokens where one step takes {config.sequences_per_step}"
             )
+            raise UserError(f"--data {config.data}: too little text, {few}")
         # An epoch has whole steps, all of one size.
         train = train.select(range(len(train) - len(train) % config.sequences_per_step))
     if len(validation) == 0:

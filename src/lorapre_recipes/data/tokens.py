@@ -157,8 +157,8 @@ def sequences(
             for row, ids in zip(rows, encoded, strict=True):
                 ids = ids[: length - 1] + end
                 row[: len(ids)] = ids
-        if rows.size and rows.max() >= vocab_size:
+        if rows.size and (largest := rows.max()) >= vocab_size:
             raise UserError(
-                f"--tokenizer: it makes token {rows.max()}, and the model's vocabulary is {vocab_size}"
+                f"--tokenizer: it makes token {largest}, and the model's vocabulary is {vocab_size}"
             )
         yield from rows

@@ -9,7 +9,7 @@ from lorapre_recipes.console import binary, short
 from lorapre_recipes.plan.memory import memory
 from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
 from lorapre_recipes.plan.shapes import meta_model
-from lorapre_recipes.plan.weights import Weight, check_mesh, routed
+from lorapre_recipes.plan.weights import check_mesh, routed
 from lorapre_recipes.train.optim import DTYPES
 
 MOST_MESHES = 3  # that fit into 80 columns
@@ -28,12 +28,6 @@ def render(name: str, settings: Settings, meshes: Sequence[Mesh] = ()) -> str:
     for mesh in meshes:
         check_mesh(model, weights, mesh)
     numel = short(sum(math.prod(weight.shape) for weight in weights))
-    head = f"{name}, {numel} parameters in {settings.dtype}\n{settings}"
-    return f"{head}\n\n{memory_table(weights, settings, meshes)}"
-
-
-def memory_table(weights: Sequence[Weight], settings: Settings, meshes: Sequence[Mesh]) -> str:
-    """Bytes of weights, gradients, state and what a step adds, whole and per GPU."""
     columns = [memory(weights, settings, mesh) for mesh in (ONE_GPU, *meshes)]
 
     def row(label: str, field: str) -> Row:
@@ -56,7 +50,8 @@ def memory_table(weights: Sequence[Weight], settings: Settings, meshes: Sequence
         row("torch.optim.AdamW's state", "adamw"),
         ("state / AdamW's", *(f"{column.state / column.adamw:.2f}" for column in columns)),
     ]
-    return table("Memory of a GPU", ["one GPU", *map(str, meshes)], body)
+    head = f"{name}, {numel} parameters in {settings.dtype}\n{settings}"
+    return f"{head}\n\n{table('Memory of a GPU', ['one GPU', *map(str, meshes)], body)}"
 
 
 def table(title: str, header: Sequence[str], body: Sequence[Row]) -> str:

@@ -93,27 +93,14 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
     names = ("rank", "variant", "weight_decay", "seed", "stochastic_rounding")
     shared: dict[str, Any] = {name: getattr(config, name) for name in names}
     if config.optimizer == "lorapre-muon":
-        return LoRAPreMuon(
-            [*rest, *matrices],
-            lr=config.lr * config.scale,
-            momentum=config.momentum,
-            adjust_lr_fn=ADJUST_LR,
-            adamw_lr=config.lr,
-            adamw_betas=ends_betas(config),
-            adamw_eps=config.eps,
-            adamw_weight_decay=config.weight_decay,
-            **shared,
-        )
-    assert config.compress is not None
-    return LoRAPreAdamW(
-        [*({"betas": ends_betas(config)} | group for group in rest), *matrices],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        scale=config.scale,
-        compress=config.compress,
-        **shared,
-    )
+        shared |= {"lr": config.lr * config.scale, "momentum": config.momentum, "adjust_lr_fn": ADJUST_LR}
+        adamw = {"lr": config.lr, "betas": ends_betas(config), "eps": config.eps}
+        adamw |= {"weight_decay": config.weight_decay}
+        shared |= {f"adamw_{name}": value for name, value in adamw.items()}
+        return LoRAPreMuon([*rest, *matrices], **shared)
+    shared |= {name: getattr(config, name) for name in ("lr", "betas", "eps", "scale", "compress")}
+    rest = [{"betas": ends_betas(config)} | group for group in rest]
+    return LoRAPreAdamW([*rest, *matrices], **shared)
 
 
 def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
@@ -129,7 +116,8 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
     if whole and name in ("scale", "column-sgd"):
         matrices, rest = with_ends(model, matrices, rest, momentum if name == "scale" else 0.0)
     if name in ("adam8bit", "adam4bit"):
-        matrices, rest = ([unnamed(group) for group in groups] for groups in (matrices, rest))
+        for group in (*matrices, *rest):  # torchao takes no names
+            group["params"] = [p for _, p in group["params"]]
         make = package("torchao.optim", f"AdamW{name[4:]}", "torchao")
         chosen: Optimizer = make(matrices, **adam)
     elif name in (packages := {"galore": "GaLore", "fira": "Fira", "apollo": "APOLLO"}):
@@ -172,11 +160,6 @@ def with_ends(model: nn.Module, matrices: Groups, rest: Groups, momentum: float)
     matrices = [*matrices, *({"params": [end], "lr": lr} | own for end, own in zip(ends, own, strict=True))]
     rest = [group | {"params": params} for group, params in zip(rest, vectors, strict=True) if params]
     return matrices, rest
-
-
-def unnamed(group: dict[str, Any]) -> dict[str, Any]:
-    """A group whose parameters have no names, which torchao does not take."""
-    return group | {"params": [p for _, p in group["params"]]}
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:

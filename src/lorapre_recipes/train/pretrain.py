@@ -51,6 +51,8 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, **sessi
 
 def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalLM:
     """A Llama with fresh weights, the same whatever the dtype but for rounding."""
+    # The backward pass of torch's fused attention is slow on CPUs in bfloat16.
+    slow = config.precision == "bf16" and not torch.accelerator.is_available()
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
@@ -64,17 +66,11 @@ def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalL
             bos_token_id=None,
             eos_token_id=end_of_document,
             pad_token_id=None,
-            attn_implementation=attention(config),  # type: ignore[call-arg]
+            attn_implementation="eager" if slow else "sdpa",  # type: ignore[call-arg]
         )
     )
     model.to(DTYPES[config.dtype])  # type: ignore[arg-type]
     return model
-
-
-def attention(config: PretrainConfig) -> str:
-    """The fastest attention: the backward pass of torch's fused one is slow on CPUs in bfloat16."""
-    slow = config.precision == "bf16" and not torch.accelerator.is_available()
-    return "eager" if slow else "sdpa"
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

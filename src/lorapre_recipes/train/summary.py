@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lorapre_recipes.config import RunConfig
+from lorapre_recipes.config import OptimizerConfig, RunConfig
 from lorapre_recipes.console import duration, mebibytes, short
 
 Metric = dict[str, Any]  # one line of metrics.jsonl
@@ -40,7 +40,7 @@ class Summary:
     versions: dict[str, str]
 
 
-def describe_optimizer(config: RunConfig) -> str:
+def describe_optimizer(config: OptimizerConfig) -> str:
     """The optimizer and the options that it has, in words."""
     parts: list[str] = [config.method]
     if config.rank is not None:
@@ -52,7 +52,9 @@ def describe_optimizer(config: RunConfig) -> str:
     if config.release:
         parts.append("gradients released")
     if config.dtype != "fp32":
-        parts.append(f"{config.dtype} weights" + ", stochastic rounding" * config.stochastic_rounding)
+        parts.append(f"{config.dtype} weights")
+    if getattr(config, "stochastic_rounding", False):
+        parts.append("stochastic rounding")
     return ", ".join(parts)
 
 
