@@ -78,8 +78,7 @@ class Evaluation:
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Score a model's answers, take the loss of the right ones, print a table and write it as JSON.
 
-    Raises:
-        UserError: no such model or data, answers that the task cannot score, or questions too long.
+    Raises UserError: no such model or data, answers that cannot be scored, or questions too long.
     """
     start = time.perf_counter()
     model, task = config.model, config.task

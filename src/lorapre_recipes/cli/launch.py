@@ -44,14 +44,10 @@ def launched_with_fsdp() -> bool:
 def launch(
     recipe: str, kind: type[C], make: Callable[[], C], resume: Path | None, given: dict[str, Any]
 ) -> int:
-    """Begin a run, or go on with one, and return the exit code. Raises UserError where it cannot start.
+    """Begin a run, or go on with the one in `resume`, and return the exit code.
 
-    Args:
-        recipe: "pretrain" or "finetune": a module of `lorapre_recipes.train` and its function.
-        kind: of its configs.
-        make: returns the config of a new run.
-        resume: folder of a run to go on with.
-        given: the other options that were given, which a run that goes on does not take.
+    `recipe` is a module of `lorapre_recipes.train` and its function, `kind` the class of its configs, `make`
+    returns that of a new run. A run that goes on takes none of the options `given`. Raises UserError.
     """
     refused = [flag(name) for name, value in given.items() if value is not None]
     if resume is not None and refused:

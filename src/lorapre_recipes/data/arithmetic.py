@@ -110,10 +110,7 @@ def texts(random: random.Random, seen: set[str]) -> Iterator[str]:
 def write_task(out: Path, sizes: ArithmeticConfig) -> None:
     """Write train.jsonl, test.jsonl and text.jsonl, no question twice in or between them, and a tokenizer.
 
-    The problems of the test are the same whatever the other sizes are.
-
-    Raises:
-        UserError: a folder that holds something or cannot be made.
+    The problems of the test are the same whatever the other sizes are. Raises UserError.
     """
     with user_errors(f"OUT {out}: this folder cannot be made", OSError):
         out.mkdir(parents=True, exist_ok=True)

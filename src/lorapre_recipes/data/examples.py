@@ -46,12 +46,9 @@ class Examples(NamedTuple):
 
 
 def load_examples(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast) -> Examples:
-    """Read, take `samples` of them, hold out, and tokenize.
+    """Read, take `samples` of them, hold out, and tokenize. Raises UserError.
 
     Examples with more than `sequence_length` tokens are left out, and their number is printed.
-
-    Raises:
-        UserError: no such data, a line without the fields, or too few examples for a step.
     """
     examples = list(read_examples(config.data))
     examples = spaced(examples, config.samples or len(examples))

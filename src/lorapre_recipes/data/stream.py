@@ -74,12 +74,9 @@ class TokenStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
 
 
 def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
-    """Read, split and tokenize; what another run has tokenized is found in the cache.
+    """Read, split and tokenize; what another run has tokenized is found in the cache. Raises UserError.
 
     A stream is tokenized as it is read, and not kept. A run that goes on has its tokenizer in its folder.
-
-    Raises:
-        UserError: no such data or tokenizer, or too little text for one sequence on either side of the split.
     """
     corpus, length = read_corpus(config), config.sequence_length
     if config.tokenizer is not None and run is None:

@@ -74,11 +74,7 @@ class Weight:
 
 
 def routed(model: PreTrainedModel, settings: Settings) -> list[Weight]:
-    """The parameters of a model with the state that the optimizer makes for them.
-
-    Raises:
-        UserError: no matrix would be factorised, or a pattern is found nowhere.
-    """
+    """The parameters of a model with the state that the optimizer makes for them. Raises UserError."""
     freeze(model, settings.freeze)
     try:
         with warnings.catch_warnings():

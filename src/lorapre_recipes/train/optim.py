@@ -67,13 +67,9 @@ class WithAdamW(Optimizer):
 def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] = ()) -> Optimizer:
     """The optimizer that `config` describes, on all of the model's parameters that train.
 
-    Groups at the full learning rate come first: loggers report the first group's.
-
-    `rules` are those of `lorapre.param_groups`, over the rank of the config (lorapre-* only).
-
-    Raises:
-        UserError: no matrix can be factorised, the rank is so large that factors would not be smaller than
-            some matrix, a rule does not fit, or a package is not installed.
+    Groups at the full learning rate come first: loggers report the first group's. `rules` are those of
+    `lorapre.param_groups`, for lorapre-*. Raises UserError where no matrix can be factorised, the rank or a
+    rule does not fit, or a package is not installed.
     """
     low_rank = config.optimizer in LOW_RANK
     matrices, rest = grouped(model, 1, (), option="--rank", strict=low_rank)

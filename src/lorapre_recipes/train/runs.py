@@ -76,8 +76,7 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None if they are those of its manifest."""
     name = MANIFEST
     try:
-        manifest = read_json(checkpoint / MANIFEST)
-        for name, expected in manifest["files"].items():
+        for name, expected in read_json(checkpoint / MANIFEST)["files"].items():
             if sha256(checkpoint / name) != expected:
                 return f"{name} is not what was written"
     except FileNotFoundError:
@@ -112,11 +111,7 @@ def sound_checkpoint(run: Path) -> Path | None:
 
 
 def model_folder(name: str) -> str:
-    """Where transformers finds a model: of a run folder the newest, all else as it is.
-
-    Raises:
-        UserError: there is no such folder, the run has no checkpoint yet, or its newest is damaged.
-    """
+    """Where transformers finds a model: of a run folder the newest, all else as it is. Raises UserError."""
     run = Path(name).expanduser()
     if not run.exists() and name.startswith((".", "/", "~")):
         raise UserError(f"--model {name}: there is no such folder")
@@ -147,14 +142,9 @@ def load_run(run: Path, kind: type[C]) -> C:
 
 
 def record_data(facts: dict[str, Any], file: Path) -> None:
-    """Write which data a run sees, or raise UserError where it does not see the same again.
-
-    `skipped`, the number of records passed over, may differ: a stream's grows as it is read.
-    """
-    if file.is_file():
-        old = read_json(file)
-        if old | {"skipped": None} != facts | {"skipped": None}:
-            raise UserError(
-                f"--resume {file.parent}: the data have changed since this run began; start a new run"
-            )
+    """Write which data a run sees, or raise UserError where it does not see the same again."""
+    grows = {"skipped": None}  # as a stream is read
+    if file.is_file() and read_json(file) | grows != facts | grows:
+        changed = "the data have changed since this run began; start a new run"
+        raise UserError(f"--resume {file.parent}: {changed}")
     write_json(file, facts)

@@ -71,10 +71,8 @@ def train(
         eval_items: labels in a batch of the evaluation, on average; needed where batches differ in it.
         **arguments: for TrainingArguments, over those that follow from the config.
 
-    Raises:
-        UserError: the run cannot start.
-        Diverged: the loss became infinite or not a number.
-        NotWritten: a checkpoint could not be written.
+    Raises UserError where the run cannot start, Diverged at a loss that is no number, and NotWritten where
+    a checkpoint could not be written.
     """
     start = time.perf_counter()
     books = Bookkeeper(optimizer, out / "metrics.jsonl")
