@@ -17,8 +17,7 @@ from lorapre_recipes.compare import compare
 from lorapre_recipes.compare.cells import Cell, Comparison, Contender, cell_config, read_sweep
 from lorapre_recipes.compare.compare import Outcome, beyond_the_edge
 from lorapre_recipes.config import ONLY_FOR, OptimizerName, PretrainConfig, UserError
-from lorapre_recipes.train.adapters import insert_adapters, merge_
-from lorapre_recipes.train.optim import GaLoreMuon, build_optimizer, state_bytes
+from lorapre_recipes.train.optim import build_optimizer, state_bytes
 from lorapre_recipes.train.pretrain import build_model, pretrain
 from lorapre_recipes.train.summary import read_metrics
 from tiny_runs import TEXTS, Interrupt, tiny_config, write_corpus
@@ -238,8 +237,6 @@ def test_every_optimizer_trains(optimizer: OptimizerName, tiny: Any) -> None:
     config = tiny(optimizer)
     torch.manual_seed(0)
     model = build_model(config, 0)
-    if optimizer in ("lora", "relora"):
-        insert_adapters(model, config)
     try:
         built = build_optimizer(model, config)
     except UserError as error:
@@ -260,48 +257,3 @@ def test_every_optimizer_trains(optimizer: OptimizerName, tiny: Any) -> None:
         rate = group["lr"] * (group.get("scale", 1.0) if ours else 1.0)
         if any("_proj" in name for name in group.get("param_names", ())):
             assert float(rate) == pytest.approx(config.lr * config.scale)
-
-
-def test_galore_muon_at_full_rank_is_muon_with_exact_orthogonalisation() -> None:
-    torch.manual_seed(0)
-    for shape in ((6, 10), (10, 6)):
-        weight = torch.nn.Parameter(torch.randn(shape))
-        start, buffer = weight.detach().clone(), torch.zeros(shape)
-        optimizer = GaLoreMuon(
-            [{"params": [weight], "lr": 0.1}], momentum=0.9, rank=6, refresh=100, weight_decay=0.0
-        )
-        for _ in range(3):
-            weight.grad = torch.randn(shape)
-            buffer = 0.9 * buffer + weight.grad
-            U, _, Vt = torch.linalg.svd(buffer, full_matrices=False)
-            start -= 0.1 * 0.2 * 10**0.5 * U @ Vt
-            optimizer.step()
-        torch.testing.assert_close(weight.detach(), start, rtol=1e-4, atol=1e-5)
-
-
-def test_relora_merges_without_changing_the_model(tiny: Any) -> None:
-    config = tiny("relora")
-    torch.manual_seed(0)
-    model = build_model(config, 0)
-    insert_adapters(model, config)
-    optimizer = build_optimizer(model, config)
-    tokens = torch.randint(0, 300, (4, 16))
-    for _ in range(2):
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    before = model(input_ids=tokens).logits
-    held = state_bytes(optimizer)
-    merge_(model, optimizer)
-    torch.testing.assert_close(model(input_ids=tokens).logits, before, rtol=1e-4, atol=1e-5)
-    factors = {name: p for name, p in model.named_parameters() if "lora_B" in name}
-    assert factors
-    assert all(not p.any() for p in factors.values())
-    assert state_bytes(optimizer) < held
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {name for name, _ in model.named_parameters() if ".base_layer." in name}
-
-
-def test_relora_in_a_run(tiny: Any, tmp_path: Path) -> None:
-    summary = pretrain(tiny("relora"), tmp_path / "run")
-    assert math.isfinite(summary.validation_loss)

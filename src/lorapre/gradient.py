@@ -204,6 +204,7 @@ class Gradient:
             w = read(weights, n, i).to(self.dtype)
             self._move_(w, update, at(lr, n), at(decay, n))
             self._store_(weights, n, i, w, keys)
+            del update, w  # not beside the next matrix
 
     # What another backend does its own way.
 
