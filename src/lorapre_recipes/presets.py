@@ -26,7 +26,6 @@ SHORT_RUN: Rates = dict.fromkeys(get_args(OptimizerName), (0.02, 0.025)) | {
     "lorapre-muon": (0.02, 0.05),
     "muon": (0.02, 0.05),
     "muon-no-momentum": (0.02, 0.05),
-    "galore-muon": (0.02, 0.05),
     "sgd": (0.02, 5.0),
 }
 # Of what docs/study.md swept. With 0.1 of 0.02 llama-5m does not train, whatever the optimizer.
@@ -38,7 +37,6 @@ LLAMA_1M: Rates = SHORT_RUN | {
     "muon": (0.02, 0.4),
     "muon-no-momentum": (0.02, 0.8),
     "lorapre-muon": (0.02, 0.8),
-    "galore-muon": (0.02, 0.8),
 }
 LLAMA_5M: Rates = SHORT_RUN | {"adamw": (0.02, 0.05)}
 # The paper gives the learning rates that it searched (1e-2, 5e-3, 1e-3, 5e-4, 1e-4) and its scale, 0.25, but
@@ -48,7 +46,6 @@ PUBLISHED: Rates = {
     "lorapre-adamw": (0.01, 0.25),
     "lorapre-muon": (0.01, 0.25),
     "galore": (0.01, 0.25),
-    "galore-muon": (0.01, 0.25),
     "fira": (0.01, 0.25),
     "adamw": (0.001, 1.0),
 }

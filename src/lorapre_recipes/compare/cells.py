@@ -2,7 +2,8 @@
 
 compare.json              contenders, grid, seeds, the changes to the preset: what is needed to go on
 CONTENDER/VALUES-seedN/   the cells: summary.json, or ended.json with the reason why there is none
-report.md, report.html    see `compare/report.py`
+runs.json                 a row for each of them, see `compare/record.py`
+tables.md, *.png          see `compare/tables.py`
 """
 
 from __future__ import annotations

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
 from lorapre.groups import Rule
 from lorapre_recipes.compare.peers.alice import Alice
+from lorapre_recipes.compare.peers.mlorc import MLorc
+from lorapre_recipes.compare.peers.mofasgd import MoFaSGD
 from lorapre_recipes.compare.peers.muon import StoredMuon
 from lorapre_recipes.compare.peers.racs import Racs
 from lorapre_recipes.compare.peers.scale import Scale
@@ -68,48 +71,6 @@ class WithAdamW(Optimizer):
         self._rest.step()
         self._matrices.step()
         return loss
-
-
-class GaLoreMuon(Optimizer):
-    """Muon whose momentum is that of the gradient projected to its leading singular vectors, as in GaLore.
-
-    The paper has it as a baseline; no package does. m <- mu m + P^T g of (r, q) or, of a tall matrix, g P of
-    (p, r); the update is P NewtonSchulz(m) or NewtonSchulz(m) P^T. P holds the r leading singular vectors of
-    the gradient on the shorter side, taken anew every `refresh` steps; m stays as it is then.
-    """
-
-    def __init__(self, params: Groups, *, momentum: float, rank: int, refresh: int, weight_decay: float):
-        super().__init__(
-            params, dict(momentum=momentum, rank=rank, refresh=refresh, weight_decay=weight_decay)
-        )
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                tall = p.shape[0] > p.shape[1]
-                g = (p.grad.mT if tall else p.grad).float()
-                if state.get("step", 0) % group["refresh"] == 0:
-                    U, _, _ = torch.linalg.svd(g, full_matrices=False)
-                    state["projection"] = U[:, : group["rank"]]
-                state["step"] = state.get("step", 0) + 1
-                P = state["projection"]
-                m = state.setdefault("momentum_buffer", torch.zeros_like(P.mT @ g))
-                m.mul_(group["momentum"]).add_(P.mT @ g)
-                update = P @ orthogonal(m)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.mT if tall else update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
-
-
-def orthogonal(m: Tensor) -> Tensor:
-    """m (r, n) as U V^T of its singular value decomposition."""
-    U, _, Vt = torch.linalg.svd(m, full_matrices=False)
-    product: Tensor = U @ Vt
-    return product
 
 
 def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] = ()) -> Optimizer:
@@ -174,6 +135,19 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
     )
 
 
+# Classes of pytorch_optimizer that project gradients, with what their authors take.
+PROJECTING: dict[str, tuple[str, dict[str, Any]]] = {
+    "galore": ("GaLore", {"projection_type": "std"}),
+    "fira": ("Fira", {"projection_type": "std"}),
+    "conda": ("Conda", {"projection_type": "std"}),
+    "apollo": ("APOLLO", {"projection_type": "random", "scale_type": "channel"}),
+    "apollo-mini": (
+        "APOLLO",
+        {"projection_type": "random", "scale_type": "tensor", "rank": 1, "scale": 128.0},
+    ),
+}
+
+
 def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
     """The optimizer that LoRA-Pre stands beside. Raises UserError where its package is not installed."""
     decay: dict[str, Any] = {"weight_decay": config.weight_decay}
@@ -182,7 +156,7 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
     rank, refresh = config.rank or 0, config.refresh or 0
     if name in ("adamw", "lora", "relora"):
         return AdamW([*rest, *matrices], **adam)
-    if whole and name in ("adam8bit", "adam4bit", "adafactor"):
+    if whole and name in ("adam8bit", "adam4bit", "adafactor", "adam-mini", "smmf"):
         matrices, rest = [*rest, *matrices], []
     if whole and name in ("scale", "column-sgd"):
         matrices, rest = with_ends(model, matrices, rest, momentum if name == "scale" else 0.0)
@@ -190,22 +164,28 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
         matrices, rest = ([unnamed(group) for group in groups] for groups in (matrices, rest))
         make = package("torchao.optim", f"AdamW{name[4:]}", "torchao")
         chosen: Optimizer = make(matrices, **adam)
-    elif name in (packages := {"galore": "GaLore", "fira": "Fira", "apollo": "APOLLO"}):
-        make = package("pytorch_optimizer", packages[name], "pytorch_optimizer")
+    elif name in PROJECTING:
+        kind, options = PROJECTING[name]
+        make = package("pytorch_optimizer", kind, "pytorch_optimizer")
         # Their state holds objects of this class, and torch.load refuses what it does not know.
         torch.serialization.add_safe_globals([importlib.import_module(make.__module__).GaLoreProjector])
-        options: dict[str, Any] = {"rank": rank, "update_proj_gap": refresh, "scale": 1.0}
-        apollo = {"projection_type": "random", "scale_type": "channel"}
-        options |= apollo if name == "apollo" else {"projection_type": "std"}
+        options = {"rank": rank, "scale": 1.0} | options | {"update_proj_gap": refresh}
         chosen = make([group | options for group in matrices], **adam)
+    elif name == "adam-mini":
+        chosen = adam_mini(model, matrices, adam)
+    elif name == "smmf":
+        make = package("adv_optm", "AdamW_adv", "adv-optm")
+        chosen = make(matrices, state_precision="factored", stochastic_rounding=False, **adam)
     elif name == "muon":
         chosen = Muon(matrices, momentum=momentum, adjust_lr_fn=ADJUST_LR, **decay)
     elif name in ("muon-8bit", "muon-bf16"):
         chosen = StoredMuon(matrices, momentum=momentum, store=name.partition("-")[2], **decay)
     elif name == "muon-no-momentum":
         chosen = StoredMuon(matrices, momentum=0.0, **decay)
-    elif name == "galore-muon":
-        chosen = GaLoreMuon(matrices, momentum=momentum, rank=rank, refresh=refresh, **decay)
+    elif name == "mlorc":
+        chosen = MLorc(matrices, rank=rank, **adam)
+    elif name == "mofasgd":
+        chosen = MoFaSGD(matrices, rank=rank, momentum=momentum, **decay)
     elif name == "alice":
         chosen = Alice(matrices, rank=rank, refresh=refresh, **decay)
     elif name in (plain := {"racs": Racs, "scale": Scale, "column-sgd": Scale, "adafactor": Adafactor}):
@@ -214,6 +194,19 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
         assert name == "sgd"
         chosen = SGD(matrices, momentum=momentum, **decay)
     return WithAdamW(chosen, AdamW(rest, **adam)) if rest else chosen
+
+
+def adam_mini(model: nn.Module, groups: Groups, adam: dict[str, Any]) -> Optimizer:
+    """Adam-mini, which makes its own groups: the names say how second moments are shared."""
+    named = [pair for group in groups for pair in group["params"]]
+    rates = {name: group["lr"] for group in groups for name, _ in group["params"]}
+    heads, width = model.config.num_attention_heads, model.config.hidden_size  # type: ignore[union-attr]
+    source = SimpleNamespace(named_parameters=lambda: named)
+    make = package("pytorch_optimizer", "AdamMini", "pytorch_optimizer")
+    made: Optimizer = make(source, num_embeds=width, num_heads=heads, **adam)
+    for group in made.param_groups:
+        group["lr"] = rates[group["name"]]
+    return made
 
 
 def ends_betas(config: RunConfig) -> tuple[float, float]:
