@@ -17,7 +17,7 @@ from lorapre_recipes.compare import compare
 from lorapre_recipes.compare.cells import Cell, Comparison, Contender, cell_config, read_sweep
 from lorapre_recipes.compare.compare import Outcome, beyond_the_edge
 from lorapre_recipes.compare.tables import Row, draw_state, draw_tokens, series_of
-from lorapre_recipes.config import ONLY_FOR, OptimizerName, PretrainConfig, UserError
+from lorapre_recipes.config import ONLY_FOR, OptimizerName, PretrainConfig, UserError, parse_rules
 from lorapre_recipes.train.adapters import insert_adapters, merge_
 from lorapre_recipes.train.optim import build_optimizer, state_bytes
 from lorapre_recipes.train.pretrain import build_model, pretrain
@@ -186,6 +186,37 @@ def test_contenders_and_their_configs(tiny: Any) -> None:
     assert (config.variant, config.rank, config.betas, config.scale) == ("paper", 2, (0.9, 0.999), 0.2)
     assert (config.steps, config.seed) == (3, 7)
     assert read_sweep(["lr=0.02,0.01"]) == {"lr": (0.01, 0.02)}
+
+
+@pytest.mark.parametrize("optimizer", ["lorapre-adamw", "lorapre-muon"])
+def test_ends_of_low_rank(optimizer: OptimizerName, tiny: Any) -> None:
+    contender = Contender.parse(f"{optimizer}:rules=embed_tokens=2/lm_head=2,rank=2")
+    assert contender.choices == {"rules": ("embed_tokens=2", "lm_head=2")}
+    comparison = Comparison(
+        preset="tiny", contenders=(contender.name,), grid={}, seeds=1, extend=0, changes={"terms": "whole"}
+    )
+    config = cell_config(comparison, Cell(contender=contender, values={"rank": 2.0}, seed=0))
+    model = build_model(config, 0)
+    built = build_optimizer(model, config, parse_rules(config.rules))
+    ends = [group for group in built.param_groups if "lm_head.weight" in group["param_names"]]
+    assert [sorted(group["param_names"]) for group in ends] == [
+        ["lm_head.weight", "model.embed_tokens.weight"]
+    ]
+    rates = {
+        name: group["lr"] * group.get("scale", 1.0)
+        for group in built.param_groups
+        for name in group["param_names"]
+    }
+    assert rates["lm_head.weight"] == pytest.approx(config.lr)
+    assert rates["model.layers.0.mlp.up_proj.weight"] == pytest.approx(config.lr * config.scale)
+    dense = build_optimizer(model, config)
+    tokens = torch.randint(0, 300, (4, 16))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    built.step(), dense.step()
+    assert state_bytes(built) < state_bytes(dense)
+    config = config.replace(terms="matrices")
+    with pytest.raises(UserError, match="give --terms whole"):
+        build_optimizer(model, config, parse_rules(config.rules))
 
 
 @pytest.mark.parametrize(

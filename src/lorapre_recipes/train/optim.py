@@ -103,7 +103,19 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
             f"--rank {config.rank}: factors would not be smaller than this model's smallest matrix; "
             f"give at most {largest}"
         )
+    known = {weight for group in matrices for _, weight in group["params"]}
     matrices, rest = grouped(model, config.rank, rules, option="--rules", strict=True)
+    # Rules may give embeddings and head a rank: their rate is that of the rest.
+    full_rate = {"scale": 1.0} if config.optimizer == "lorapre-adamw" else {"lr": config.lr}
+    ends = [
+        group | full_rate | {"params": [(name, p) for name, p in group["params"] if p not in known]}
+        for group in matrices
+    ]
+    if any(group["params"] for group in ends):
+        if config.terms == "matrices":
+            raise UserError("--rules: embeddings and head are dense for all; give --terms whole")
+        inner = [group | {"params": [x for x in group["params"] if x[1] in known]} for group in matrices]
+        matrices = [group for group in (*ends, *inner) if group["params"]]
     shared: dict[str, Any] = {
         "rank": config.rank,
         "variant": config.variant,
