@@ -3,9 +3,12 @@
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,11 +16,14 @@ import pytest
 import torch
 
 from lorapre_recipes import presets
-from lorapre_recipes.compare import compare
+from lorapre_recipes.compare import compare, progress
 from lorapre_recipes.compare.cells import Cell, Comparison, Contender, cell_config, read_sweep
 from lorapre_recipes.compare.compare import Outcome, beyond_the_edge
+from lorapre_recipes.compare.progress import Progress
+from lorapre_recipes.compare.record import record
 from lorapre_recipes.compare.tables import Row, draw_state, draw_tokens, series_of
-from lorapre_recipes.config import ONLY_FOR, OptimizerName, PretrainConfig, UserError, parse_rules
+from lorapre_recipes.config import ONLY_FOR, OptimizerName, PretrainConfig, Terms, UserError, parse_rules
+from lorapre_recipes.files import write_json
 from lorapre_recipes.train.adapters import insert_adapters, merge_
 from lorapre_recipes.train.optim import build_optimizer, state_bytes
 from lorapre_recipes.train.pretrain import build_model, pretrain
@@ -243,6 +249,148 @@ def test_mistakes(
     assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
     assert message in stderr
     assert not list(tmp_path.iterdir())
+
+
+# Records and progress
+
+
+def test_the_command_of_a_record_repeats_the_run(
+    tiny: Any, lorapre: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("lorapre-adamw").replace(
+        seed=3, betas=(0.8, 0.9), rules=("lm_head=2",), packed=False, scale=0.1, refresh=None
+    )
+    summary = pretrain(config, tmp_path / "run")
+    file = tmp_path / "kept" / "rows.json"
+    record(tmp_path / "run", file)
+    (row,) = json.loads(file.read_text())
+    assert row["loss"] == summary.validation_loss
+    assert row["curve"][-1] == [row["tokens"], row["loss"]]
+    assert row["tokens"] == 6 * row["batch_tokens"] == 6 * 4 * 16
+    assert (row["beta1"], row["rules"], row["terms"]) == (0.8, ["lm_head=2"], "whole")
+    assert row["state_bytes"] > row["matrix_state_bytes"] > 0
+
+    monkeypatch.chdir(tmp_path)  # of the data it knows the name alone
+    assert str(tmp_path) not in row["command"]
+    assert lorapre(*shlex.split(row["command"])[1:], "--out", "again")[0] == 0
+    record(tmp_path / "again", file)
+    (again,) = json.loads(file.read_text())  # in the place of the first
+    assert again["loss"] == pytest.approx(row["loss"], abs=1e-6)
+
+
+def test_records_of_several_processes_and_of_failures(tiny: Any, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    runs = []
+    for seed in range(8):
+        run = tmp_path / f"run{seed}"
+        run.mkdir()
+        write_json(run / "config.json", tiny("adamw").replace(seed=seed))
+        write_json(run / "ended.json", {"reason": "the loss is nan"})
+        runs.append(run)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda run: record(run, file), runs))
+    rows = json.loads(file.read_text())
+    assert sorted(row["seed"] for row in rows) == list(range(8))
+    assert {row["loss"] for row in rows} == {None}
+    assert len(file.read_text().splitlines()) == 8 + 2  # a line a run: small differences in git
+    (runs[0] / "ended.json").unlink()
+    record(runs[0], tmp_path / "other.json")  # has not ended
+    (runs[1] / "config.json").unlink()
+    record(runs[1], tmp_path / "other.json")  # did not begin
+    assert not (tmp_path / "other.json").exists()
+
+
+def test_progress(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setenv("LORAPRE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(progress, "MINUTE", 0.01)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    comparison = Comparison(preset="tiny", contenders=("a",), grid={}, seeds=2, extend=0, changes={})
+
+    def begun(planned: int) -> Progress:
+        watch = Progress(tmp_path, tiny(), jobs=2, threads=1)
+        watch.planned = planned
+        watch.start(comparison)
+        return watch
+
+    watch = begun(4)
+    plan = capsys.readouterr().out
+    assert "4 runs of 384 tokens, 2 at a time; more for edges and seeds" in plan
+    assert "time: known when the first run has ended" in plan
+    cells = [Path("a", f"seed{seed}") for seed in range(2)]
+    for cell in cells:
+        watch.begin(cell)
+    (tmp_path / cells[1]).mkdir(parents=True)
+    (tmp_path / cells[1] / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n')
+    now += 60
+    watch.end(cells[0], "validation loss 3.0000", finished=True)
+    assert capsys.readouterr().out == "1/4  a/seed0  validation loss 3.0000\n"
+    # Three are left, one of them for no more than a moment; two run at a time.
+    assert watch.left() == "about 1 min 00 s"
+    log = tmp_path / "progress.log"
+    for _ in range(500):
+        lines = log.read_text().splitlines() if log.is_file() else [""]
+        if "1/4" in lines[-1]:
+            break
+        time.sleep(0.01)
+    watch.stop()
+    assert re.fullmatch(r"[\d-]+ \d\d:\d\d  1/4 runs, about 1 min 00 s left;  a/seed1 4/6", lines[-1])
+
+    # The next comparison of this kind knows how long a run takes; one that went on does not count.
+    watch = begun(2)
+    assert "time: about 1 min 00 s" in capsys.readouterr().out
+    watch.begin(cells[0])
+    now += 1
+    watch.end(cells[0], "exit code 1", finished=False)
+    watch.stop()
+    assert watch.left() == "about 30 s"
+
+
+# Terms
+
+
+def ends_after(optimizer: OptimizerName, tiny: Any, terms: Terms) -> tuple[dict[str, torch.Tensor], Any]:
+    """Embeddings, head and norms after two steps, and the optimizer; beta1 and momentum as in a sweep."""
+    config = tiny(optimizer).replace(terms=terms, betas=(0.6, 0.9), momentum=0.6)
+    torch.manual_seed(0)
+    model = build_model(config, 0)
+    try:
+        built = build_optimizer(model, config)
+    except UserError as error:
+        pytest.skip(str(error))
+    for step in range(2):
+        for i, weight in enumerate(model.parameters()):
+            draw = torch.Generator().manual_seed(100 * step + i)
+            weight.grad = torch.randn(weight.shape, generator=draw)
+        built.step()
+    ends = {name: p.detach() for name, p in model.named_parameters() if "_proj" not in name}
+    return ends, (built, model)
+
+
+@pytest.mark.parametrize("optimizer", sorted({*get_args(OptimizerName)} - {"lora", "relora", "adamw"}))
+def test_terms_of_matrices_are_the_same_ends_for_all(optimizer: OptimizerName, tiny: Any) -> None:
+    ends, _ = ends_after(optimizer, tiny, "matrices")
+    for name, expected in ends_after("adamw", tiny, "matrices")[0].items():
+        torch.testing.assert_close(ends[name], expected)
+
+
+def test_terms_of_the_whole_model_are_each_ones_own(tiny: Any) -> None:
+    adamw, _ = ends_after("adamw", tiny, "whole")
+    fixed, _ = ends_after("adamw", tiny, "matrices")
+    head, table, norm = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
+    assert not torch.allclose(adamw[head], fixed[head])  # swept
+    racs, _ = ends_after("racs", tiny, "whole")
+    torch.testing.assert_close(racs[head], adamw[head])
+    scale, (built, model) = ends_after("scale", tiny, "whole")
+    torch.testing.assert_close(scale[norm], adamw[norm])
+    states = {name: set(built.state[p]) for name, p in model.named_parameters()}
+    assert (states[head], states[table]) == ({"m"}, set())
+    assert {"exp_avg", "exp_avg_sq"} < states[norm]
+    for optimizer in ("adafactor", "column-sgd"):
+        ends, _ = ends_after(optimizer, tiny, "whole")
+        assert not torch.allclose(ends[head], adamw[head])
 
 
 # Tables

@@ -217,7 +217,7 @@ def adam_mini(model: nn.Module, groups: Groups, adam: dict[str, Any]) -> Optimiz
     make = package("pytorch_optimizer", "AdamMini", "pytorch_optimizer")
     made: Optimizer = make(source, num_embeds=width, num_heads=heads, **adam)
     for group in made.param_groups:
-        group["lr"] = rates[group["name"]]
+        group |= {"lr": rates[group["name"]], "param_names": [group["name"]]}
     return made
 
 
