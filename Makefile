@@ -12,7 +12,7 @@ OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test stress test-gpu test-oldest bench docs audit lint format clean
+.PHONY: help quickstart test stress test-gpu test-oldest sanitize bench docs audit lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -49,6 +49,15 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[recipes,dev]'
 	touch $@
+
+# What Python and torch never free is no leak of ours. The sanitizers have to be loaded before Python, and compile in
+# minutes at -O3.
+SANITIZED := env -u LD_PRELOAD sh -c 'exec cc "$$@" -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all' cc
+
+sanitize: export CC = $(SANITIZED)
+sanitize: $(INSTALLED)  ## run the tests of the C file under the sanitizers of addresses and undefined behaviour
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_backends_c.py $(ARGS)
 
 # Gigabytes: there may be no build of an old torch without CUDA (see constraints-oldest.txt).
 test-oldest: $(OLDEST)/.installed  ## run the tests with the oldest dependencies that pyproject.toml allows

@@ -323,6 +323,32 @@ def test_a_step_of_rows_in_wider_matrices_leaves_the_rest_of_them_alone(dtype: t
     assert all(torch.equal(x, y) for x, y in zip(around, before, strict=True))
 
 
+@pytest.mark.parametrize("scale", [1.0, -1.0, 3.0])
+@pytest.mark.parametrize("each", [False, True], ids=["one", "each"])
+@pytest.mark.parametrize("lr", [0.125, 0.0])
+def test_a_dense_step_without_means(scale: float, each: bool, lr: float) -> None:
+    """Torch's fused AdamW takes it where it can, and rounds twice as often."""
+    moments = MOMENTS["two emas"]
+    problem = Problem((97, 61), 3, lr=lr, each=each, options={"scale": scale}, **moments)
+    new, allowed, _, _ = problem.exact()
+    assert problem.step(means=False) is None
+    found = stacked(problem.weights, problem.shape)
+    assert ((found - new).abs() <= 2 * allowed).all()
+    for E, exact in zip(problem.E, (problem.new_m, problem.new_v), strict=True):
+        torch.testing.assert_close(stacked(E, problem.shape), exact, rtol=16 * EPS, atol=8 * EPS)
+
+
+def test_of_a_masked_gradient_a_dense_step_changes_nothing() -> None:
+    problem = Problem((97, 61), 3, **MOMENTS["two emas"])
+    problem.grads[1][3, 4] = math.nan
+    problem.T.finite = torch.tensor([True, False, True])
+    before = [x[1].clone() for x in (problem.weights, *problem.E)]
+    assert problem.step(means=False) is None
+    after = [x[1] for x in (problem.weights, *problem.E)]
+    assert all(torch.equal(x, y) for x, y in zip(after, before, strict=True))
+    assert all(x.isfinite().all() for x in problem.weights)
+
+
 @every_dtype
 def test_a_step_against_the_gradient(dtype: torch.dtype) -> None:
     Problem((13, 17), 3, dtype, options={"scale": -1.0}).check()

@@ -6,11 +6,13 @@ they are operations of torch on a few rows at a time, so that nothing of the siz
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lorapre import rounding
 
@@ -227,6 +229,8 @@ class Gradient:
         sums: bool,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """`step_`, with the sums of T**2 over what is held here."""
+        if not sums and keys is None and self._fused_step_(weights, M, lr, decay, eps):
+            return None
         rows = torch.zeros(len(self), self.held[0], 1, dtype=torch.float32, device=self.device)
         columns = torch.zeros(len(self), 1, self.held[1], dtype=torch.float32, device=self.device)
         for n, i in self._tiles():
@@ -242,6 +246,33 @@ class Gradient:
             self._move_(w, m.div_(v.sqrt_().add_(eps)), at(lr, n), at(decay, n))
             self._store_(weights, n, i, w, keys)
         return (rows, columns) if sums else None
+
+    def _fused_step_(
+        self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float
+    ) -> bool:
+        """AdamW in the one pass of torch's kernel for CPUs; False, and nothing, where it cannot take it."""
+        if M.exp_avg is None or M.exp_avg_sq is None or self.absolute or abs(self.scale) != 1:
+            return False
+        tensors = [*weights, *self.grads, *M.exp_avg.E, *M.exp_avg_sq.E]
+        if torch.compiler.is_compiling() or not all(map(_plain, tensors)):
+            return False
+        members = zip(weights, self.grads, M.exp_avg.E, M.exp_avg_sq.E, strict=True)
+        for k, (w, g, m, v) in enumerate(members):
+            if self.finite is not None and not self.finite[k]:
+                continue
+            numbers = (lr, decay, *M.exp_avg[1:], *M.exp_avg_sq[1:])
+            own_lr, keep, rate1, scale1, rate2, scale2 = (float(at(x, slice(k, k + 1))) for x in numbers)
+            # The scales become part of lr and eps; after infinite time torch has no correction of its own.
+            root, forever = scale2**0.5, torch.full((), math.inf, dtype=torch.float32, device="cpu")
+            size = own_lr * scale1 / root
+            if size == 0:
+                w.mul_(keep)
+            torch._fused_adamw_(
+                [w], [g], [m], [v], [], [forever], lr=size, beta1=1 - rate1, beta2=1 - rate2,
+                weight_decay=(1 - keep) / size if size else 0.0, eps=eps / root, amsgrad=False,
+                maximize=self.scale < 0,
+            )  # fmt: skip
+        return True
 
     @property
     def _as_it_is(self) -> bool:
@@ -344,8 +375,14 @@ def at(x: Number, n: slice) -> Number:
 
 
 def at_hand(x: Tensor) -> bool:
-    """Whether the host may look at numbers: it waits for a GPU's, a fake tensor has none, a graph would break."""
+    """Whether the host may look at numbers: it waits for a GPU's, fake ones have none, a graph would break."""
     return type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether x is what torch's fused AdamW takes on a CPU."""
+    plain = type(x) in (Tensor, Parameter) and x.is_cpu and x.is_contiguous()
+    return plain and x.dtype == torch.float32
 
 
 def _product(X: Tensor, Y: Tensor) -> Tensor:

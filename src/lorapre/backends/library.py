@@ -33,6 +33,7 @@ FLAGS = (
     "-fno-tree-loop-distribute-patterns"  # rows of a tile are too short for calls of memcpy
 )
 LIMIT = 60.0  # seconds for the compiler, and for one of another process
+WITHOUT = "does without compiled kernels, slower"
 LEAST = 2**18  # multiplications that are worth a call
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # their numbers in kernels.c
 
@@ -48,13 +49,10 @@ class Matrices(ctypes.Structure):
 
 
 def prepare() -> str | None:
-    """Load the library, compiled first where it is missing; why there is none, for a warning, or None."""
+    """Load the library, compiled first where it is missing; what is amiss, for a warning, or None."""
     global _loaded
-    found = _library()
-    if isinstance(found, str):
-        return f"does without compiled kernels, slower: {found}"
-    _loaded = found
-    return None
+    _loaded, complaint = _library()
+    return complaint
 
 
 def loaded() -> Any:
@@ -120,32 +118,34 @@ def warn(message: str) -> None:
 
 
 @functools.cache
-def _library() -> Any:
-    """The compiled kernels, or why there are none."""
+def _library() -> tuple[Any, str | None]:
+    """The compiled kernels, or None; and what is amiss."""
     try:
         compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     except ValueError as error:
-        return f"$CC is no command: {error}"
+        return None, f"{WITHOUT}: $CC is no command: {error}"
     made_of = repr((compiler, FLAGS, _processor(), SOURCE.read_bytes()))
     name = f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
     try:
         folder = _folder()
-        if folder is None:  # the file may go once it is loaded
+        if isinstance(folder, str):  # the file may go once it is loaded
             with tempfile.TemporaryDirectory(prefix="lorapre-") as temporary:
-                return _load(_compiled(compiler, Path(temporary), name))
+                library = _load(_compiled(compiler, Path(temporary), name))
+            return library, f"compiles its kernels anew in every process, in some seconds: {folder}"
         path = _kept(folder, name)
         if path is None:
             with _alone(folder):
                 path = _kept(folder, name) or _compiled(compiler, folder, name)
-        return _load(path)
+        return _load(path), None
     except FileNotFoundError:
-        return f"there is no C compiler {compiler[0]!r}: install one, or name one in $CC"
+        reason = f"there is no C compiler {compiler[0]!r}: install one, or name one in $CC"
     except subprocess.TimeoutExpired:
-        return f"the C compiler {compiler[0]!r} has not ended after {LIMIT:g} s"
+        reason = f"the C compiler {compiler[0]!r} has not ended after {LIMIT:g} s"
     except subprocess.CalledProcessError as error:
-        return f"the C compiler {compiler[0]!r} failed: {_complaint(error.stderr)}"
+        reason = f"the C compiler {compiler[0]!r} failed: {_complaint(error.stderr)}"
     except OSError as error:
-        return f"the kernels that {compiler[0]!r} compiled cannot be kept or loaded: {error}"
+        reason = f"the kernels that {compiler[0]!r} compiled cannot be kept or loaded: {error}"
+    return None, f"{WITHOUT}: {reason}"
 
 
 def _load(path: Path) -> Any:
@@ -222,19 +222,23 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _folder() -> Path | None:
-    """Where the library is kept; None where that is not this user's alone.
+def _folder() -> Path | str:
+    """Where the library is kept, or why it is kept nowhere: the folder is not this user's alone.
 
     What lies there is loaded: who can write it can run code here.
     """
-    with contextlib.suppress(OSError, RuntimeError, AttributeError):  # no home, or no users
+    try:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(os.environ.get("LORAPRE_CACHE") or Path(cache) / "lorapre")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owned, others = folder.stat(), stat.S_IWGRP | stat.S_IWOTH
-        if os.access(folder, os.W_OK) and owned.st_uid == os.getuid() and not owned.st_mode & others:
-            return folder
-    return None
+        found = folder.stat()
+        if not os.access(folder, os.W_OK):
+            return f"the folder {folder} cannot be written"
+        if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return f"the folder {folder} can be written by others"
+        return folder
+    except (OSError, RuntimeError, AttributeError) as error:  # no home, or no users
+        return f"there is no folder to keep them in: {error}"
 
 
 def _complaint(message: bytes) -> str:
