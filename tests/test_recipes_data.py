@@ -265,7 +265,7 @@ def test_the_shards_of_a_stream_are_shuffled_too(hub: Hub, monkeypatch: pytest.M
 def test_stream_without_text_ends(tmp_path: Path) -> None:
     nothing = Corpus([], [], TEXTS, "", set_epoch=lambda _: None)
     with pytest.raises(UserError, match="too little text"):
-        next(iter(TokenStream(nothing, iter, 16)))
+        next(iter(TokenStream(nothing, iter)))
 
 
 @pytest.mark.parametrize(
