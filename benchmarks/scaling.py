@@ -6,7 +6,6 @@ Time is fitted by a power of p q at one rank, and by a power of r at one size, l
 from where the fixed costs of a step are small. Shares are of the time of operations, by torch's profiler.
 """
 
-import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +33,8 @@ from cyclopts import App, Parameter
 from matplotlib.ticker import LogLocator, NullLocator
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lorapre import cpu_kernels
+from lorapre.backends import library
+from lorapre.backends.c import CGradient
 from lorapre_recipes.config import Variant
 
 COLUMNS = [
@@ -188,25 +188,30 @@ def kind_of_product(left: list[int], right: list[int], r: int) -> str | None:
 @contextmanager
 def labelled(r: int) -> Iterator[None]:
     """Within it, calls of kernels for CPUs are ranges of the profiler."""
-    names = ("adam", "row_products", "column_products", "products", "inverse_roots", "whitening")
-    kernels = {name: getattr(cpu_kernels, name) for name in names}
+    places: list[tuple[Any, str]] = [
+        (CGradient, "_product"), (CGradient, "_step_"), (library, "products"), (library, "inverse_roots"),
+    ]  # fmt: skip
+    kernels = {place: getattr(*place) for place in places}
 
     def label(name: str, args: Sequence[Any]) -> str:
         if name == "products":
             return OURS + (kind_of_product(*(list(x.shape[-2:]) for x in args[:2]), r) or "")
-        return OURS + ("factor" if name in ("inverse_roots", "whitening") else "")
+        return OURS + ("factor" if name == "inverse_roots" else "")
 
-    def call(name: str, *args: Any, **options: Any) -> Any:
-        with record_function(label(name, args)):
-            return kernels[name](*args, **options)
+    def labelled_call(owner: Any, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            with record_function(label(name, args)):
+                return kernels[owner, name](*args, **options)
+
+        return call
 
     try:
-        for name in names:
-            setattr(cpu_kernels, name, functools.partial(call, name))
+        for owner, name in places:
+            setattr(owner, name, labelled_call(owner, name))
         yield
     finally:
-        for name, kernel in kernels.items():
-            setattr(cpu_kernels, name, kernel)
+        for (owner, name), kernel in kernels.items():
+            setattr(owner, name, kernel)
 
 
 def draw(figure: Any, result: Result) -> None:

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorapre.factors import Subspace, track
+from lorapre.gradient import Factors, Gradient
+from lorapre.variants import follow_ema
 
 BETA1, EPS, LENGTH, TINY = 0.9, 1e-8, 256, 1e-30
 FACTORS = ("subspace", "power", "residual", "geo", "mix", "floor")
@@ -60,7 +61,7 @@ def rank_one(row: Tensor, column: Tensor) -> Tensor:
 
 
 class Low:
-    """B A (N, p, q) of the subspace tracker, which follows the debiased EMA of its targets."""
+    """B A (N, p, q) of factors as in variant="subspace", which follow the debiased EMA of its targets."""
 
     def __init__(self, shape: torch.Size, rank: int, beta: float) -> None:
         generator, (N, p, q) = torch.Generator().manual_seed(1), shape
@@ -71,7 +72,8 @@ class Low:
         return self.B @ self.A
 
     def follow(self, target: Tensor, t: int) -> None:
-        self.B, self.A = track(Subspace, self.B, self.A, target, rate(self.beta, t))
+        T = Gradient(list(target), (target.shape[1], target.shape[2]), target.device)
+        self.B, self.A = follow_ema(Factors(self.B, self.A), T, rate(self.beta, t))
 
 
 class Divergence(Low):

@@ -1,5 +1,10 @@
-"""Put below each `$ lorapre ...` line of a page what it prints: python docs/console.py docs/scaling.md."""
+"""Fill a page anew with what its blocks name: python docs/console.py docs/scaling.md.
 
+Below each `$ lorapre ...` line goes what the command prints; a block with the title of a source file gets the
+functions that it quotes, as they are there now.
+"""
+
+import ast
 import contextlib
 import io
 import re
@@ -11,6 +16,8 @@ from unittest import mock
 from lorapre_recipes import cli
 
 BLOCK = re.compile(r"^```console\n\$ (lorapre (?:[^\n]*\\\n)*[^\n]*\n).*?^```$", re.MULTILINE | re.DOTALL)
+QUOTE = re.compile(r"^```python title=\"(src/[^\"]+)\"\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parents[1]
 
 
 def rerun(page: str) -> str:
@@ -29,6 +36,24 @@ def output(command: str) -> str:
     return printed.getvalue()
 
 
+def quoted(page: str) -> str:
+    """The page with every quotation of the sources made anew."""
+
+    def again(block: re.Match[str]) -> str:
+        names = re.findall(r"^def (\w+)", block[2], re.MULTILINE)
+        text = "\n\n\n".join(functions(block[1])[name] for name in names)
+        return f'```python title="{block[1]}"\n{text}\n```'
+
+    return QUOTE.sub(again, page)
+
+
+def functions(source: str) -> dict[str, str]:
+    """The text of every function of a source file, by name."""
+    text = (ROOT / source).read_text(encoding="utf-8")
+    found = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    return {node.name: ast.get_source_segment(text, node) or "" for node in found}
+
+
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
-        path.write_text(rerun(path.read_text()))
+        path.write_text(quoted(rerun(path.read_text())))

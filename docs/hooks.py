@@ -1,6 +1,6 @@
 """What mkdocs cannot do by itself: files of the repository on the site, and a look at the finished pages.
 
-Pages link to files outside docs/ as they do in the repository: `../LOG.md`, `../src/lorapre/factors.py`.
+Pages link to files outside docs/ as they do in the repository: `../LOG.md`, `../src/lorapre/variants.py`.
 What is linked to comes onto the site too, Markdown as a page, sources and notebooks as pages that show them.
 """
 
@@ -18,7 +18,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
-CODE_LINK = re.compile(r"\[`([\w.]+)`\]\((?:\.\./)?src/lorapre/(\w+)\.py\)")
+CODE_LINK = re.compile(r"\[`([\w.]+)`\]\((?:\.\./)?src/lorapre/([\w/]+)\.py\)")
 FENCED = re.compile(r"^(`{3,})[^`\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
 SHOWN = {".py": "python", ".yml": "yaml", ".yaml": "yaml", ".toml": "toml", ".txt": "text", "": "make"}
 
@@ -48,7 +48,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return posixpath.relpath(_site_path(target), posixpath.dirname(page.file.src_uri) or ".")
 
     def documented(link: re.Match[str]) -> str:
-        name = link[1] if link[1].startswith(f"{link[2]}.") else f"{link[2]}.{link[1]}"
+        module = link[2].replace("/", ".")
+        name = link[1] if link[1].startswith(f"{module}.") else f"{module}.{link[1]}"
         return f"[`{link[1]}`][lorapre.{name}]"
 
     kept = [block[0] for block in FENCED.finditer(markdown)]

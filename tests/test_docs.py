@@ -4,6 +4,7 @@
 |-----------------------|----------------------------------------------------------------------------------|
 | python                | runs it, after the blocks above it on the page                                   |
 | python title="NAME"   | writes it to NAME, for a command below                                           |
+| python title="src/…"  | looks for the functions in that file, as they stand there                        |
 | text                  | looks for it in what the page has printed so far                                 |
 | bash                  | parses every command; runs what starts a file of the page                        |
 | console, `$ lorapre`  | runs the command and compares; without `$` it is the record of a long run        |
@@ -13,6 +14,7 @@ Another language, or a command that nobody has said how to check, is an error.
 
 import ast
 import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -54,6 +56,11 @@ class Block(NamedTuple):
     title: str
     text: str
 
+    @property
+    def file(self) -> bool:
+        """Whether it is a file of the page; else a title is that of a source that the block quotes."""
+        return bool(self.title) and not self.title.startswith("src/")
+
 
 def blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page. Another fence than the table above has is an error."""
@@ -78,10 +85,11 @@ def test_code_blocks_run_and_print_what_is_shown(
     names: dict[str, object] = {}
     printed = io.StringIO()
     missing = set()
-    for language, title, text in blocks(page):
-        if title:
+    for block in blocks(page):
+        language, title, text = block
+        if block.file:
             (tmp_path / title).write_text(text, encoding="utf-8")
-        elif language == "python":
+        elif language == "python" and not title:
             try:
                 with contextlib.redirect_stdout(printed):
                     exec(compile(text, str(page), "exec"), names)
@@ -100,7 +108,7 @@ def test_commands_are_what_the_programs_take(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    files = [block for block in blocks(page) if block.title]
+    files = [block for block in blocks(page) if block.file]
     for block in files:
         (tmp_path / block.title).write_text(block.text, encoding="utf-8")
     for language, _, text in blocks(page):
@@ -214,11 +222,26 @@ def test_the_mathematics_names_functions_and_tests_that_exist() -> None:
     assert len(rows) > 10
     for functions, tests in rows:
         assert re.findall(r"\[`test_\w+\.py`\]", tests)  # the test of links looks whether they exist
-        for module, name, file in re.findall(r"\[`(\w+)\.([\w.]+)`\]\((.*?)\)", functions):
-            assert file == f"../src/lorapre/{module}.py"
-            found: object = importlib.import_module(f"lorapre.{module}")
-            for part in name.split("."):
-                found = getattr(found, part)
+        for name, file in re.findall(r"\[`([\w.]+)`\]\((.*?)\)", functions):
+            path = file.removeprefix("../src/").removesuffix(".py").split("/")
+            module = importlib.import_module(".".join(path))
+            assert name.startswith(".".join(path[1:]) + "."), name
+            functools.reduce(getattr, name.split(".")[len(path) - 1 :], module)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_quoted_functions_are_those_of_the_source(page: Path) -> None:
+    """Where it fails: python docs/console.py PAGE."""
+    text = page.read_text(encoding="utf-8")
+    assert runpy.run_path(str(DOCS / "console.py"))["quoted"](text) == text
+    assert all(block.text.startswith("def ") for block in blocks(page) if block.title and not block.file)
+
+
+def test_the_mathematics_quotes_every_function_of_the_variants() -> None:
+    source = ast.parse((ROOT / "src" / "lorapre" / "variants.py").read_text(encoding="utf-8"))
+    functions = {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
+    shown = "".join(block.text for block in blocks(DOCS / "maths.md") if block.title and not block.file)
+    assert set(re.findall(r"^def (\w+)", shown, re.MULTILINE)) == functions
 
 
 # Commands

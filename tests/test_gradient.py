@@ -360,6 +360,18 @@ def test_a_zero_second_moment_divides_by_no_zero() -> None:
         assert torch.equal(x, 0.875 * y)
 
 
+def test_a_product_may_leave_the_range_of_float32_where_it_does_not_count() -> None:
+    """As the product of v does in m, and its square where v is infinite: nothing moves then."""
+    problem = Problem((13, 17), 2, products=-2, a=(0.0, 0.0), b=1.0)
+    assert problem.factors[1] is not None
+    problem.factors[1].B.mul_(1e30)
+    problem.factors[1].A.mul_(1e30)
+    before = [x.clone() for x in problem.weights]
+    problem.step()
+    for x, y in zip(problem.weights, before, strict=True):
+        assert torch.equal(x, 0.875 * y)
+
+
 @pytest.mark.parametrize("shape", [(13, 17), (0, 17), (13, 0)], ids=str)
 @pytest.mark.parametrize("emas", ["", "mv"])
 def test_a_step_without_member_or_element_does_nothing(shape: tuple[int, int], emas: str) -> None:
@@ -405,8 +417,10 @@ def test_keys_round_what_the_step_makes_of_float32(orthogonal: bool) -> None:
 def test_the_orthogonalised_step_hands_out_whole_momenta(
     dtype: torch.dtype, products: int, each: bool
 ) -> None:
-    problem = Problem((13, 17), 3, dtype, products=products, each=each, padding=2)
-    g, given = stacked(problem.grads, (13, 17)), []
+    scale = -1.0 if each else 1.0
+    options = {"scale": scale}
+    problem = Problem((13, 17), 3, dtype, products=products, each=each, padding=2, options=options)
+    g, given = scale * stacked(problem.grads, (13, 17)), []
     m = torch.as_tensor(problem.number(problem.b)).double() * g
     size = m.abs()
     if products > 0:

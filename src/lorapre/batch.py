@@ -123,7 +123,7 @@ class Batch:
         (p, q), fused = self._matrix
         matrices: list[Tensor] = []
         for x in tensors:
-            if x.ndim in (2, 3) and (x.ndim == 2 or fused) and (x.stride(-1) == 1 or q == 1):
+            if x.ndim in (2, 3) and (x.ndim == 2 or fused) and x.stride(-1) == 1:
                 matrices += [x] if x.ndim == 2 else x.unbind()
                 continue
             copy = x.contiguous()

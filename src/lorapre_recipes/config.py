@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 # LoRA-Pre, what it replaces, and the peers it stands beside in `lorapre compare`.
 LowRank = Literal["lorapre-adamw", "lorapre-muon"]
-Projected = Literal["galore", "fira", "apollo", "alice"]
-Others = Literal["adamw", "muon", "adafactor", "sgd"]
+Projected = Literal["galore", "fira", "apollo", "apollo-mini", "conda", "alice"]
+Compressed = Literal["mlorc", "mofasgd"]
+Others = Literal["adamw", "muon", "adafactor", "sgd", "adam-mini", "smmf"]
 Quantised = Literal["adam8bit", "adam4bit", "muon-8bit", "muon-bf16"]
 Stateless = Literal["muon-no-momentum", "racs", "scale", "column-sgd"]  # or nearly
-OptimizerName = Literal[LowRank, Others, Quantised, Stateless, Projected]
+OptimizerName = Literal[LowRank, Others, Quantised, Stateless, Projected, Compressed]
 # Those whose memory `lorapre plan` computes without running them.
 PlannedOptimizer = Literal[LowRank, "adamw", "muon"]
 # How to fine-tune: an optimizer of all weights, or adapters of peft.
@@ -38,7 +39,7 @@ Precision = Literal["fp32", "bf16"]
 Terms = Literal["matrices", "whole"]
 TaskName = Literal["gsm8k", "math-500"]
 
-LOW_RANK, PROJECTED = get_args(LowRank), get_args(Projected)
+LOW_RANK, PROJECTED, COMPRESSED = get_args(LowRank), get_args(Projected), get_args(Compressed)
 ADAPTERS = get_args(Adapter)
 # As in the library. Every config names its variant, so that a run says what it was.
 DEFAULT_VARIANT: dict[str, Variant] = {"lorapre-adamw": "split", "lorapre-muon": "calibrated"}
@@ -46,7 +47,7 @@ DEFAULT_VARIANT: dict[str, Variant] = {"lorapre-adamw": "split", "lorapre-muon":
 # The options that only some methods have. Elsewhere they are None or off: an option without effect is
 # refused.
 ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "rank": (*LOW_RANK, *PROJECTED, *ADAPTERS),
+    "rank": (*LOW_RANK, *COMPRESSED, "galore", "fira", "apollo", "alice", *ADAPTERS),
     "variant": LOW_RANK,
     "compress": ("lorapre-adamw",),
     "refresh": PROJECTED,

@@ -6,6 +6,7 @@ All take the same matrices for matrices (`lorapre.param_groups` decides), at `lr
 
 import importlib
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
 from lorapre.groups import Rule
 from lorapre_recipes.compare.peers.alice import Alice
+from lorapre_recipes.compare.peers.mlorc import MLorc
+from lorapre_recipes.compare.peers.mofasgd import MoFaSGD
 from lorapre_recipes.compare.peers.muon import StoredMuon
 from lorapre_recipes.compare.peers.racs import Racs
 from lorapre_recipes.compare.peers.scale import Scale
@@ -80,7 +83,19 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
     if config.rank > largest:
         larger = "factors would not be smaller than this model's smallest matrix"
         raise UserError(f"--rank {config.rank}: {larger}; give at most {largest}")
+    known = {weight for group in matrices for _, weight in group["params"]}
     matrices, rest = grouped(model, config.rank, rules, option="--rules", strict=True)
+    # Rules may give embeddings and head a rank: their rate is that of the rest.
+    full_rate = {"scale": 1.0} if config.optimizer == "lorapre-adamw" else {"lr": config.lr}
+    ends = [
+        group | full_rate | {"params": [(name, p) for name, p in group["params"] if p not in known]}
+        for group in matrices
+    ]
+    if any(group["params"] for group in ends):
+        if config.terms == "matrices":
+            raise UserError("--rules: embeddings and head are dense for all; give --terms whole")
+        inner = [group | {"params": [x for x in group["params"] if x[1] in known]} for group in matrices]
+        matrices = [group for group in (*ends, *inner) if group["params"]]
     names = ("rank", "variant", "weight_decay", "seed", "stochastic_rounding")
     shared: dict[str, Any] = {name: getattr(config, name) for name in names}
     if config.optimizer == "lorapre-muon":
@@ -94,6 +109,19 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
     return LoRAPreAdamW([*rest, *matrices], **shared)
 
 
+# Classes of pytorch_optimizer that project gradients, with what their authors take.
+PROJECTING: dict[str, tuple[str, dict[str, Any]]] = {
+    "galore": ("GaLore", {"projection_type": "std"}),
+    "fira": ("Fira", {"projection_type": "std"}),
+    "conda": ("Conda", {"projection_type": "std"}),
+    "apollo": ("APOLLO", {"projection_type": "random", "scale_type": "channel"}),
+    "apollo-mini": (
+        "APOLLO",
+        {"projection_type": "random", "scale_type": "tensor", "rank": 1, "scale": 128.0},
+    ),
+}
+
+
 def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
     """The optimizer that LoRA-Pre stands beside. Raises UserError where its package is not installed."""
     decay: dict[str, Any] = {"weight_decay": config.weight_decay}
@@ -102,7 +130,7 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
     rank, refresh = config.rank or 0, config.refresh or 0
     if name == "adamw":
         return AdamW([*rest, *matrices], **adam)
-    if whole and name in ("adam8bit", "adam4bit", "adafactor"):
+    if whole and name in ("adam8bit", "adam4bit", "adafactor", "adam-mini", "smmf"):
         matrices, rest = [*rest, *matrices], []
     if whole and name in ("scale", "column-sgd"):
         matrices, rest = with_ends(model, matrices, rest, momentum if name == "scale" else 0.0)
@@ -111,14 +139,22 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
             group["params"] = [p for _, p in group["params"]]
         make = package("torchao.optim", f"AdamW{name[4:]}", "torchao")
         chosen: Optimizer = make(matrices, **adam)
-    elif name in (packages := {"galore": "GaLore", "fira": "Fira", "apollo": "APOLLO"}):
-        make = package("pytorch_optimizer", packages[name], "pytorch_optimizer")
+    elif name in PROJECTING:
+        kind, options = PROJECTING[name]
+        make = package("pytorch_optimizer", kind, "pytorch_optimizer")
         # Their state holds objects of this class, and torch.load refuses what it does not know.
         torch.serialization.add_safe_globals([importlib.import_module(make.__module__).GaLoreProjector])
-        options: dict[str, Any] = {"rank": rank, "update_proj_gap": refresh, "scale": 1.0}
-        apollo = {"projection_type": "random", "scale_type": "channel"}
-        options |= apollo if name == "apollo" else {"projection_type": "std"}
+        options = {"rank": rank, "scale": 1.0} | options | {"update_proj_gap": refresh}
         chosen = make([group | options for group in matrices], **adam)
+    elif name == "adam-mini":
+        chosen = adam_mini(model, matrices, adam)
+    elif name == "smmf":
+        make = package("adv_optm", "AdamW_adv", "adv-optm")
+        chosen = make(matrices, state_precision="factored", stochastic_rounding=False, **adam)
+    elif name == "mlorc":
+        chosen = MLorc(matrices, rank=rank, **adam)
+    elif name == "mofasgd":
+        chosen = MoFaSGD(matrices, rank=rank, momentum=momentum, **decay)
     else:
         own: dict[str, tuple[Any, dict[str, Any]]] = {
             "muon": (Muon, {"momentum": momentum, "adjust_lr_fn": ADJUST_LR}),
@@ -135,6 +171,19 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
         make, options = own[name]
         chosen = make(matrices, **options, **decay)
     return WithAdamW(chosen, AdamW(rest, **adam)) if rest else chosen
+
+
+def adam_mini(model: nn.Module, groups: Groups, adam: dict[str, Any]) -> Optimizer:
+    """Adam-mini, which makes its own groups: the names say how second moments are shared."""
+    named = [pair for group in groups for pair in group["params"]]
+    rates = {name: group["lr"] for group in groups for name, _ in group["params"]}
+    heads, width = model.config.num_attention_heads, model.config.hidden_size  # type: ignore[union-attr]
+    source = SimpleNamespace(named_parameters=lambda: named)
+    make = package("pytorch_optimizer", "AdamMini", "pytorch_optimizer")
+    made: Optimizer = make(source, num_embeds=width, num_heads=heads, **adam)
+    for group in made.param_groups:
+        group |= {"lr": rates[group["name"]], "param_names": [group["name"]]}
+    return made
 
 
 def ends_betas(config: RunConfig) -> tuple[float, float]:
