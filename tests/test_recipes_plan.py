@@ -191,7 +191,8 @@ def test_routes_are_those_of_coverage() -> None:
 
 
 @contextlib.contextmanager
-def fake_world(size: int) -> Iterator[None]:
+def fake_world(mesh: Mesh) -> Iterator[None]:
+    size = mesh.replicas * mesh.shards * mesh.tp
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
     try:
         yield
@@ -233,7 +234,7 @@ def test_state_on_any_mesh(options: dict[str, Any], text: str) -> None:
     mesh = Mesh.parse(text)
     model = llama(hidden=96)
     weights = routed(model, settings)
-    with fake_world(mesh.gpus):
+    with fake_world(mesh):
         spread(model, mesh)
         optimizer = build(model, settings)
         fill_gradients(model)
@@ -275,7 +276,7 @@ def test_uneven_shards_are_counted_where_they_are_largest() -> None:
     mesh = Mesh.parse("fsdp=7")
     model = llama()
     weights = routed(model, settings)
-    with fake_world(mesh.gpus):
+    with fake_world(mesh):
         spread(model, mesh)
         optimizer = build(model, settings)
         fill_gradients(model)

@@ -1,6 +1,5 @@
 """From `--data` to documents: files, folders and streams of the Hugging Face Hub, split in two."""
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets  # type: ignore[import-untyped]
-import numpy as np
 
 from lorapre_recipes.config import PretrainConfig, UserError, user_errors
 from lorapre_recipes.console import one_line
@@ -21,7 +19,7 @@ SUFFIXES = (".txt", ".md", JSONL_SUFFIX)
 
 CORRUPT_SHARE = 0.01  # of a file of JSON lines; with more it is another kind of file, and refused
 
-STREAM_BUFFER = 10_000  # documents that a stream is shuffled within
+STREAM_BUFFER = 10_000  # documents that a stream is shuffled within, shards aside
 FINGERPRINT_CHARACTERS = 1_000_000  # of a stream, which cannot be read to its end
 
 
@@ -206,21 +204,20 @@ def read_hub(config: PretrainConfig) -> Corpus:
     """
     every, name = config.held_out_every, config.data
     rows = open_split(name, "train")
+    mixed = rows.shuffle(seed=config.seed, buffer_size=STREAM_BUFFER)
+    sample, train = Stream(name, rows), Stream(name, mixed)
     if config.validation_split is None:
-        train = Stream(name, rows, lambda text: zlib.crc32(text.encode()) % every > 0)
+        sample.keep = train.keep = lambda text: zlib.crc32(text.encode()) % every > 0
         validation = Stream(name, rows, lambda text: zlib.crc32(text.encode()) % every == 0)
     else:
-        train = Stream(name, rows)
         validation = Stream(name, open_split(name, config.validation_split))
-    sample = dataclasses.replace(train)  # with a count of its own, and in plain order
-    train.seed = config.seed
     return Corpus(
         train=train,
         validation=validation,
-        sample=sample,
+        sample=sample,  # in plain order
         fingerprint=hash_documents(take_characters(sample, FINGERPRINT_CHARACTERS)),
         skipped=lambda: train.skipped + validation.skipped,
-        set_epoch=train.set_epoch,
+        set_epoch=mixed.set_epoch,
     )
 
 
@@ -240,49 +237,23 @@ def open_split(data: str, split: str) -> datasets.IterableDataset:
 class Stream:
     """The documents of a streamed split, without records that hold no text.
 
-    Shard after shard, or, with a seed, shards in a new order in each epoch and documents shuffled within a
-    buffer. Raises StreamLost where the connection breaks, after the retries of `datasets` itself.
+    Raises StreamLost where the connection breaks, after the retries of `datasets` itself.
     """
 
     name: str
     rows: datasets.IterableDataset
     keep: Callable[[str], bool] = lambda _: True
-    seed: int | None = None
-    epoch: int = 0
     skipped: int = 0  # records that hold no text, each time they came up
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
-        self.epoch = epoch
-
     def __iter__(self) -> Iterator[str]:
-        shards = range(self.rows.num_shards)
-        if self.seed is None:
-            yield from itertools.chain.from_iterable(map(self.read, shards))
-            return
-        random = np.random.default_rng((self.seed, self.epoch))
-        order = random.permutation(len(shards)).tolist()
-        buffer: list[str] = []
-        for document in itertools.chain.from_iterable(map(self.read, order)):
-            if len(buffer) < STREAM_BUFFER:
-                buffer.append(document)
-            else:
-                place = int(random.integers(STREAM_BUFFER))
-                yield buffer[place]
-                buffer[place] = document
-        random.shuffle(buffer)
-        yield from buffer
-
-    def read(self, shard: int) -> Iterator[str]:
-        """The documents of a shard."""
         read = 0
         try:
-            for row in self.rows.shard(self.rows.num_shards, shard):
+            for row in self.rows:
                 read += 1
                 if not isinstance(row["text"], str):
                     self.skipped += 1
                 elif row["text"].strip() and self.keep(row["text"]):
                     yield row["text"]
         except (OSError, EOFError) as error:
-            place = f"after {read:,} records of shard {shard} ({one_line(error)})"
+            place = f"after {read:,} records ({one_line(error)})"
             raise StreamLost(f"--data {self.name}: the stream broke off {place}") from error

@@ -12,7 +12,6 @@ from typing import Any
 import datasets  # type: ignore[import-untyped]
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lorapre_recipes.config import PretrainConfig, UserError
@@ -58,8 +57,8 @@ class TokenStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
     To the trainer all this is one epoch: where that of a stream ends it cannot know.
     """
 
-    def __init__(self, corpus: Corpus, encode: Encode, length: int) -> None:
-        self.corpus, self.encode, self.length = corpus, encode, length
+    def __init__(self, corpus: Corpus, encode: Encode) -> None:
+        self.corpus, self.encode = corpus, encode
 
     def __iter__(self) -> Iterator[dict[str, Sequence]]:
         assert self.corpus.set_epoch is not None
@@ -69,8 +68,7 @@ class TokenStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
             for sequence in self.encode(self.corpus.train):
                 yield {"input_ids": sequence}
             if sequence is None:
-                one = f"one sequence of {self.length} tokens"
-                raise UserError(f"--data: the stream holds too little text for {one}")
+                raise UserError("--data: the stream holds too little text for one sequence")
 
 
 def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
@@ -79,12 +77,10 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
     A stream is tokenized as it is read, and not kept. A run that goes on has its tokenizer in its folder.
     """
     corpus, length = read_corpus(config), config.sequence_length
-    if config.tokenizer is not None and run is None:
-        tokenizer = load_tokenizer(config.tokenizer, length)
-    elif config.tokenizer is not None:  # not AutoTokenizer: it would take the run's config.json for a model's
+    if run is not None:  # not AutoTokenizer: it would take the run's config.json for a model's
         tokenizer = load_tokenizer(str(run), length, PreTrainedTokenizerFast)
-    elif run is not None:
-        tokenizer = for_transformers(Tokenizer.from_file(str(run / "tokenizer.json")), length)
+    elif config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer, length)
     else:
         sample = take_characters(corpus.sample, TOKENIZER_CHARACTERS)
         tokenizer = for_transformers(cached_tokenizer(sample, corpus.fingerprint, config.vocab_size), length)
@@ -98,24 +94,20 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
     )
     train: datasets.Dataset | TokenStream
     if corpus.set_epoch is not None:
-        train = TokenStream(corpus, encode, length)
+        train = TokenStream(corpus, encode)
         # Reading on until a stream's every held-out document is found would take for ever.
         validation = as_dataset(itertools.islice(encode(corpus.validation), config.eval_sequences), length)
     else:
         words = hash_documents([tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id)])
         form = f"{length} {config.packed} {config.vocab_size} {words}"
+        sums = corpus.fingerprint, hash_documents(corpus.validation)
         train, validation = (
             cached_sequences(f"{fingerprint} {form}", length, partial(encode, part), too_little)
-            for part, fingerprint in (
-                (corpus.train, corpus.fingerprint),
-                (corpus.validation, hash_documents(corpus.validation)),
-            )
+            for part, fingerprint in zip((corpus.train, corpus.validation), sums, strict=True)
         )
         if len(train) < config.sequences_per_step:
-            few = (
-                f"{len(train)} sequences of {length} tokens where one step takes {config.sequences_per_step}"
-            )
-            raise UserError(f"--data {config.data}: too little text, {few}")
+            few, step = f"{len(train)} sequences of {length} tokens", config.sequences_per_step
+            raise UserError(f"--data {config.data}: too little text, {few} where one step takes {step}")
         # An epoch has whole steps, all of one size.
         train = train.select(range(len(train) - len(train) % config.sequences_per_step))
     if len(validation) == 0:

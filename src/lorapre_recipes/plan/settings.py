@@ -75,11 +75,6 @@ class Mesh:
         replicas, tp = int(match["replicas"] or 1), int(match["tp"] or 1)
         return cls(replicas=replicas, shards=int(match["fsdp"] or match["hsdp"] or 1), tp=tp)
 
-    @property
-    def gpus(self) -> int:
-        """How many there are."""
-        return self.replicas * self.shards * self.tp
-
     def __str__(self) -> str:
         data = f"fsdp={self.shards}" if self.replicas == 1 else f"hsdp={self.replicas}x{self.shards}"
         if self.tp == 1:

@@ -113,12 +113,11 @@ def groups_of(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     if not settings.low_rank:
         rank = 1 if settings.optimizer == "muon" else None
         return LoRAPreAdamW(param_groups(model, rank=rank)).param_groups
-    assert settings.variant is not None
+    options: dict[str, Any] = {"variant": settings.variant}
     groups = param_groups(model, rank=settings.rank, rules=parse_rules(settings.rules))
     if settings.optimizer == "lorapre-muon":
-        return LoRAPreMuon(groups, variant=settings.variant).param_groups
-    compress = settings.compress or "both"
-    return LoRAPreAdamW(groups, variant=settings.variant, compress=compress).param_groups
+        return LoRAPreMuon(groups, **options).param_groups
+    return LoRAPreAdamW(groups, compress=settings.compress or "both", **options).param_groups
 
 
 def tp_dims(model: PreTrainedModel) -> dict[str, int]:

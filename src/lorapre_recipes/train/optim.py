@@ -5,7 +5,7 @@ All take the same matrices for matrices (`lorapre.param_groups` decides), at `lr
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,12 +51,8 @@ class WithAdamW(Optimizer):
         super().__init__([*rest.param_groups, *matrices.param_groups], {})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of each, with its own rule on its own groups."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of each, with its own rule on its own groups. No closure: it would run under no_grad."""
         # Lent anew at every step: load_state_dict replaces the groups and the state.
         dense = len(self._rest.param_groups)
         self._rest.param_groups = self.param_groups[:dense]
@@ -64,7 +60,6 @@ class WithAdamW(Optimizer):
         self._rest.state = self._matrices.state = self.state
         self._rest.step()
         self._matrices.step()
-        return loss
 
 
 def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] = ()) -> Optimizer:
