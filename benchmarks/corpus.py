@@ -3,7 +3,7 @@
     python benchmarks/corpus.py FOLDER
 
 Needs apt-get and dpkg-deb; downloads 86 MB and installs nothing. It writes FOLDER/DOMAIN/text.jsonl, a line
-for each entry of a dictionary or page of a manual, without translations. `--data FOLDER/DOMAIN` is one domain.
+for each entry of a dictionary or page of a manual, without translations. `--data FOLDER/DOMAIN` reads one.
 The text is not part of this repository; its licences:
 
     dictionary  dict-gcide     GNU Collaborative International Dictionary of English, GPL 2 or later
