@@ -25,12 +25,12 @@ from typing import NamedTuple
 from lorapre_recipes.compare.cells import Cell, Comparison, Contender, Values, cell_config, ending_of
 from lorapre_recipes.compare.progress import Progress
 from lorapre_recipes.compare.record import record
-from lorapre_recipes.config import LOW_RANK, UserError
+from lorapre_recipes.config import COMPRESSED, LOW_RANK, UserError
 from lorapre_recipes.files import write_json
 
 # Of the rest some keep objects in their state, which a safe load refuses.
-PEERS = ("racs", "alice", "scale", "column-sgd", "muon-no-momentum", "muon-bf16", "mlorc", "mofasgd")
-RESUMABLE = (*LOW_RANK, *PEERS, "adamw", "muon", "sgd")
+OURS = ("racs", "alice", "scale", "column-sgd", "muon-no-momentum", "muon-bf16", "apollo", "apollo-mini")
+RESUMABLE = (*LOW_RANK, *COMPRESSED, *OURS, "adamw", "muon", "sgd")
 
 
 class Outcome(NamedTuple):
