@@ -156,7 +156,7 @@ def test_a_process_of_its_own(tmp_path: Path) -> None:
     comparison = Comparison(
         preset="llama-1m", contenders=("adamw",), grid={}, seeds=1, extend=0, changes=changes
     )
-    (outcome,) = compare.compare(comparison, tmp_path / "out", jobs=2, command=None)
+    (outcome,) = compare.compare(comparison, tmp_path / "out", jobs=2)
     assert math.isfinite(outcome.loss), (tmp_path / "out/adamw/seed0/log.txt").read_text()
     assert json.loads((tmp_path / "out/adamw/seed0/config.json").read_text())["steps"] == 2
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorapre_recipes.compare.peers import MatrixOptimizer
 from lorapre_recipes.compare.peers.alice import Alice, switched
+from lorapre_recipes.compare.peers.apollo import Apollo, projection
 from lorapre_recipes.compare.peers.mlorc import MLorc, directions
 from lorapre_recipes.compare.peers.mofasgd import MoFaSGD
 from lorapre_recipes.compare.peers.muon import StoredMuon
@@ -138,6 +139,30 @@ def test_alice_keeps_the_leading_eigenvectors_and_draws_the_others() -> None:
     # The complement has one direction, and three are wanted.
     U = switched(torch.eye(6)[:, :r], leading / r, seed=0)
     torch.testing.assert_close(U.abs(), torch.eye(6)[:, [0, 1, 5, 2, 3]])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mini", [False, True])
+def test_apollo(shape: tuple[int, int], mini: bool) -> None:
+    b1, b2, eps, refresh, r = 0.9, 0.99, 1e-8, 3, 1 if mini else 2
+
+    def naive(gradients: list[Tensor]) -> list[Tensor]:
+        M, V = torch.zeros(2, r, max(shape), dtype=torch.float64)
+        last, updates = 0.0, []
+        for t, given in enumerate(gradients, start=1):
+            G = given.T if shape[0] > shape[1] else given
+            R = projection(G, r, (t - 1) // refresh) @ G
+            M, V = b1 * M + (1 - b1) * R, b2 * V + (1 - b2) * R**2
+            A = (M / (1 - b1**t)) / ((V / (1 - b2**t)) ** 0.5 + eps)
+            scaled = G @ torch.stack([a.norm() / x.norm() for a, x in zip(A.T, R.T, strict=True)]).diag()
+            if mini:
+                scaled = 128**0.5 * G * A.norm() / R.norm()
+            update, last = limit(scaled, last)
+            updates.append(update if G is given else update.T)
+        return updates
+
+    options: Any = dict(betas=(b1, b2), eps=eps)
+    check(Apollo([weight(shape)], rank=2, refresh=refresh, mini=mini, **options), naive, shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -98,13 +98,8 @@ def compare(
     from lorapre_recipes.compare.compare import compare as recipe
 
     try:
-        recipe(
-            comparison,
-            folder,
-            jobs=jobs or os.cpu_count() or 1,
-            command=shlex.join(["lorapre", *sys.argv[1:]]),
-            files=(folder / "runs.json", *([record] if record else [])),
-        )
+        files = [folder / "runs.json", *([record] if record else [])]
+        recipe(comparison, folder, jobs=jobs or os.cpu_count() or 1, files=files)
     except KeyboardInterrupt:
         again = f"lorapre compare --resume {shlex.quote(str(folder))}"
         print(f"\nlorapre compare: interrupted; go on with: {again}", file=sys.stderr)

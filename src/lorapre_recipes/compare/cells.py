@@ -97,7 +97,8 @@ class Cell:
     def path(self) -> Path:
         """Its folder within that of the comparison."""
         values = "".join(f"{name}={value:g}-" for name, value in self.values.items())
-        return Path(folder_name(self.contender.name), f"{values}seed{self.seed}")
+        folder = re.sub("[:,]", "-", self.contender.name).replace("/", "_")
+        return Path(folder, f"{values}seed{self.seed}")
 
 
 class Ending(NamedTuple):
@@ -116,11 +117,6 @@ def ending_of(run: Path) -> Ending | None:
     if (run / "ended.json").is_file():
         return Ending(math.inf, read_json(run / "ended.json")["reason"], {})
     return None
-
-
-def folder_name(contender: str) -> str:
-    """The name of a contender as that of a folder."""
-    return re.sub("[:,]", "-", contender).replace("/", "_")
 
 
 def read_sweep(texts: Sequence[str]) -> Grid:

@@ -22,22 +22,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from lorapre_recipes.compare.cells import (
-    Cell,
-    Comparison,
-    Contender,
-    Values,
-    cell_config,
-    ending_of,
-)
+from lorapre_recipes.compare.cells import Cell, Comparison, Contender, Values, cell_config, ending_of
 from lorapre_recipes.compare.progress import Progress
 from lorapre_recipes.compare.record import record
-from lorapre_recipes.config import LOW_RANK, UserError
-from lorapre_recipes.files import append_line, write_json
+from lorapre_recipes.config import COMPRESSED, LOW_RANK, UserError
+from lorapre_recipes.files import write_json
 
 # Of the rest some keep objects in their state, which a safe load refuses.
-PEERS = ("racs", "alice", "scale", "column-sgd", "muon-no-momentum", "muon-bf16", "mlorc", "mofasgd")
-RESUMABLE = (*LOW_RANK, *PEERS, "adamw", "muon", "sgd")
+OURS = ("racs", "alice", "scale", "column-sgd", "muon-no-momentum", "muon-bf16", "apollo", "apollo-mini")
+RESUMABLE = (*LOW_RANK, *COMPRESSED, *OURS, "adamw", "muon", "sgd")
 
 
 class Outcome(NamedTuple):
@@ -48,16 +41,13 @@ class Outcome(NamedTuple):
     reason: str | None = None  # why there is no figure
 
 
-def compare(
-    comparison: Comparison, out: Path, *, jobs: int, command: str | None, files: Sequence[Path] = ()
-) -> list[Outcome]:
+def compare(comparison: Comparison, out: Path, *, jobs: int, files: Sequence[Path] = ()) -> list[Outcome]:
     """Run what is missing of a comparison; print the plan, and a line for each cell.
 
     Args:
         comparison: what to run.
         out: its folder; cells that are finished there are not run again.
         jobs: cells at a time, each in a process with its share of the cores.
-        command: what to write to command.txt.
         files: to record every ended cell in, see `compare/record.py`.
 
     Raises:
@@ -72,8 +62,6 @@ def compare(
     configs = [cell_config(comparison, cell) for cell in itertools.chain(*first.values())]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "compare.json", comparison)
-    if command is not None:
-        append_line(out / "command.txt", command)
 
     threads = max(1, (os.cpu_count() or 1) // jobs)
     progress = Progress(out, configs[0], jobs, threads)

@@ -18,11 +18,7 @@ MINUTE = 60.0
 class Progress:
     """Counts cells and knows how long they take; used by several threads.
 
-    Args:
-        out: the folder of the comparison.
-        config: of one of the cells; they differ little in time.
-        jobs: cells at a time.
-        threads: of each.
+    `config` is that of one cell, all take about as long; `jobs` run at a time, each on `threads`.
     """
 
     def __init__(self, out: Path, config: PretrainConfig, jobs: int, threads: int) -> None:

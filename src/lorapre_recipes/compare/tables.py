@@ -7,6 +7,7 @@ tokens.png    the places of the contenders against tokens per parameter
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
@@ -114,14 +115,10 @@ def standing(rows: Sequence[Row], everywhere: Sequence[Row]) -> Standing:
 
 def contender(row: Row) -> str:
     """An optimizer with the options that make it another one, in words."""
-    compress, rank = row.get("compress"), row["rank"]
-    words = [
-        row["optimizer"],
-        row["variant"],
-        compress if compress != "both" else None,
-        *row.get("rules", ()),
-    ]
-    return " ".join([word for word in words if word] + ([] if rank is None else [f"r{rank}"]))
+    compress = (row.get("compress") or "both").replace("both", "")
+    rank = "" if row["rank"] is None else f"r{row['rank']}"
+    words = (row["optimizer"], row["variant"], compress, *row.get("rules", ()), rank)
+    return " ".join(word for word in words if word)
 
 
 def settings(row: Row) -> str:
@@ -240,22 +237,13 @@ def draw_state(axes: Any, table: Table) -> bool:
 
 
 def draw_tokens(axes: Any, series: Series) -> bool:
-    """The places of the contenders that ended at every horizon."""
+    """The places of the contenders that ended at each of the three horizons with most of them."""
     tables = {n: [each for each in table if each.losses] for n, table in series.items()}
-    losses = {n: {contender(each.first): each.loss for each in table} for n, table in tables.items()}
-
-    def ended(horizons: Sequence[int]) -> set[str]:
-        return set.intersection(*(set(losses[n]) for n in horizons))
-
-    # As many horizons with as many contenders as there are.
-    largest = sorted(losses, key=lambda n: -len(losses[n]))
-    some = max(
-        (largest[:k] for k in range(1, 1 + len(losses))), key=lambda x: (len(x) > 1) * len(x) * len(ended(x))
-    )
-    everywhere = ended(some)
-    if len(some) < 2 or len(everywhere) < 2:
+    fullest = sorted(tables, key=lambda n: len(tables[n]))[-3:]
+    losses = {n: {contender(each.first): each.loss for each in tables[n]} for n in sorted(fullest)}
+    everywhere = set.intersection(*(set(each) for each in losses.values()))
+    if len(losses) < 2 or len(everywhere) < 2:
         return False
-    losses = {n: losses[n] for n in sorted(some)}
     places = {n: [name for name in losses[n] if name in everywhere] for n in losses}
     x = [per_parameter(n, tables[n]) for n in places]
     last = losses[max(losses)]
@@ -291,9 +279,7 @@ def write_names(axes: Any, names: Sequence[tuple[float, float, str]]) -> None:
     taken = [(x - 4 * point, x + 4 * point, y) for x, y in middles]
     for (x, y, name), (at, height) in sorted(zip(names, middles, strict=True), key=lambda each: each[0][1]):
         width = (4.8 * len(name) + 8) * point
-        for shift, side in (
-            (shift, side) for step in range(40) for shift in (5 * step, -5 * step) for side in (1, -1)
-        ):
+        for shift, side in itertools.product(sorted(range(-200, 200, 5), key=abs), (1, -1)):
             begin, end = sorted((at + 6 * side * point, at + width * side))
             level = height + shift * point
             inside = window.x0 < begin and end < window.x1 and window.y0 + 6 * point < level

@@ -16,6 +16,7 @@ from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
 from lorapre.groups import Rule
 from lorapre_recipes.compare.peers.alice import Alice
+from lorapre_recipes.compare.peers.apollo import Apollo
 from lorapre_recipes.compare.peers.mlorc import MLorc
 from lorapre_recipes.compare.peers.mofasgd import MoFaSGD
 from lorapre_recipes.compare.peers.muon import StoredMuon
@@ -109,19 +110,6 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
     return LoRAPreAdamW([*rest, *matrices], **shared)
 
 
-# Classes of pytorch_optimizer that project gradients, with what their authors take.
-PROJECTING: dict[str, tuple[str, dict[str, Any]]] = {
-    "galore": ("GaLore", {"projection_type": "std"}),
-    "fira": ("Fira", {"projection_type": "std"}),
-    "conda": ("Conda", {"projection_type": "std"}),
-    "apollo": ("APOLLO", {"projection_type": "random", "scale_type": "channel"}),
-    "apollo-mini": (
-        "APOLLO",
-        {"projection_type": "random", "scale_type": "tensor", "rank": 1, "scale": 128.0},
-    ),
-}
-
-
 def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
     """The optimizer that LoRA-Pre stands beside. Raises UserError where its package is not installed."""
     decay: dict[str, Any] = {"weight_decay": config.weight_decay}
@@ -139,18 +127,19 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
             group["params"] = [p for _, p in group["params"]]
         make = package("torchao.optim", f"AdamW{name[4:]}", "torchao")
         chosen: Optimizer = make(matrices, **adam)
-    elif name in PROJECTING:
-        kind, options = PROJECTING[name]
-        make = package("pytorch_optimizer", kind, "pytorch_optimizer")
+    elif name in (packages := {"galore": "GaLore", "fira": "Fira", "conda": "Conda"}):
+        make = package("pytorch_optimizer", packages[name], "pytorch_optimizer")
         # Their state holds objects of this class, and torch.load refuses what it does not know.
         torch.serialization.add_safe_globals([importlib.import_module(make.__module__).GaLoreProjector])
-        options = {"rank": rank, "scale": 1.0} | options | {"update_proj_gap": refresh}
+        options = {"rank": rank, "update_proj_gap": refresh, "scale": 1.0, "projection_type": "std"}
         chosen = make([group | options for group in matrices], **adam)
     elif name == "adam-mini":
         chosen = adam_mini(model, matrices, adam)
     elif name == "smmf":
         make = package("adv_optm", "AdamW_adv", "adv-optm")
         chosen = make(matrices, state_precision="factored", stochastic_rounding=False, **adam)
+    elif name in ("apollo", "apollo-mini"):
+        chosen = Apollo(matrices, rank=rank, refresh=refresh, mini=name == "apollo-mini", **adam)
     elif name == "mlorc":
         chosen = MLorc(matrices, rank=rank, **adam)
     elif name == "mofasgd":
