@@ -29,10 +29,10 @@ FLOORS: list[set[str]] = [
     {"integrations", "release"},
 ]
 # Files that are one unit with another: they are loaded when a DTensor or a kernel is wanted.
-UNITS = {"mesh": "sharding", "backends.c": "backends", "backends.triton": "backends"}
+UNITS = {"backends.c": "backends", "backends.triton": "backends"}
 
 # Package -> the only module of lorapre that may import it.
-ONLY_IN = {"torch.distributed": "mesh", "triton": "backends.triton"}
+ONLY_IN = {"torch.distributed": "sharding", "triton": "backends.triton"}
 
 
 def imports(path: Path) -> set[str]:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lorapre_recipes.compare.peers import MatrixOptimizer
 from lorapre_recipes.compare.peers.alice import Alice, switched
+from lorapre_recipes.compare.peers.mlorc import MLorc, directions
+from lorapre_recipes.compare.peers.mofasgd import MoFaSGD
 from lorapre_recipes.compare.peers.muon import StoredMuon
 from lorapre_recipes.compare.peers.racs import Racs
 from lorapre_recipes.compare.peers.scale import Scale
@@ -136,6 +138,72 @@ def test_alice_keeps_the_leading_eigenvectors_and_draws_the_others() -> None:
     # The complement has one direction, and three are wanted.
     U = switched(torch.eye(6)[:, :r], leading / r, seed=0)
     torch.testing.assert_close(U.abs(), torch.eye(6)[:, [0, 1, 5, 2, 3]])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [2, 6])
+def test_mlorc(shape: tuple[int, int], rank: int) -> None:
+    b1, b2, eps = 0.9, 0.99, 1e-8
+
+    def compressed(X: Tensor, t: int) -> Tensor:
+        Q = torch.linalg.qr(X @ directions(X, rank, t)).Q
+        U, S, Vt = torch.linalg.svd(Q.T @ X, full_matrices=False)
+        return Q @ U @ S.diag() @ Vt
+
+    def naive(gradients: list[Tensor]) -> list[Tensor]:
+        M, V = torch.zeros(2, *shape, dtype=torch.float64)
+        updates, repaired = [], 0
+        for t, G in enumerate(gradients, start=1):
+            if (V < 0).any():
+                V[V < 0] = -V[V < 0].mean()
+                repaired += 1
+            M, V = b1 * M + (1 - b1) * G, b2 * V + (1 - b2) * G**2
+            updates.append((M / (1 - b1**t)) / ((V / (1 - b2**t)) ** 0.5 + eps))
+            M, V = compressed(M, t), compressed(V, t)
+        assert (repaired > 0) == (rank == 2 or shape == (8, 8))
+        return updates
+
+    check(MLorc([weight(shape)], rank=rank, betas=(b1, b2), eps=eps), naive, shape)
+
+
+def test_mlorc_of_full_rank_is_adam() -> None:
+    weights = [weight((6, 10)) for _ in range(2)]
+    options: Any = dict(betas=(0.9, 0.99), eps=1e-8, lr=0.1)
+    ours = MLorc([weights[0]], rank=6, weight_decay=0.1, **options)
+    adamw = torch.optim.AdamW([weights[1]], weight_decay=0.1, **options)
+    for G in gradients((6, 10)):
+        for W, optimizer in zip(weights, (ours, adamw), strict=True):
+            W.grad = G.clone()
+            optimizer.step()
+    torch.testing.assert_close(weights[0].detach(), weights[1].detach(), rtol=1e-3, atol=1e-3)
+    ours = MLorc([weights[0]], rank=2, **options)
+    ours.step()
+    assert state_bytes(ours) == 4 * 2 * 2 * (6 + 10)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [2, 5])  # twice 5 is more than there are rows
+def test_mofasgd(shape: tuple[int, int], rank: int) -> None:
+    def naive(gradients: list[Tensor]) -> list[Tensor]:
+        updates = []
+        U = S = V = torch.empty(0)
+        for t, G in enumerate(gradients):
+            M = G
+            if t > 0:
+                left, right = U @ U.T, V @ V.T
+                M = 0.9 * U @ S.diag() @ V.T + left @ G + G @ right - left @ G @ right
+            U, S, Vt = torch.linalg.svd(M, full_matrices=False)
+            U, S, V = U[:, :rank], S[:rank], Vt[:rank].T
+            updates.append(0.2 * max(shape) ** 0.5 * U @ V.T)
+        return updates
+
+    optimizer = MoFaSGD([weight(shape)], rank=rank, momentum=0.9)
+    check(optimizer, naive, shape)
+    (W,) = optimizer.param_groups[0]["params"]
+    for G in gradients(shape):
+        W.grad = G
+        optimizer.step()
+    assert state_bytes(optimizer) == 4 * rank * (sum(shape) + 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -332,6 +332,7 @@ def test_table_fits_80_columns() -> None:
         validation_perplexity=1e6,
         processes=2,
         state_bytes=10**13,
+        matrix_state_bytes=10**13,
         adamw_state_bytes=10**14,
         optimizer_share=0.999,
         tokens_per_second=10**7,

@@ -1,7 +1,8 @@
-"""`lorapre plan`: predicted bytes of state and of traffic against what optimizers allocate and send."""
+"""`lorapre plan`: predicted bytes against what optimizers allocate."""
 
 import contextlib
 import runpy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,16 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim import AdamW, Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, gradient_release, param_groups
+from lorapre.batch import transient_bytes
+from lorapre.groups import matrix_shape
 from lorapre_recipes.plan.memory import memory
 from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
 from lorapre_recipes.plan.shapes import BUILT_IN, meta_model
 from lorapre_recipes.plan.tables import render
-from lorapre_recipes.plan.traffic import (
-    fsdp_traffic,
-    gather_traffic,
-    most_row_shards,
-    optimizer_traffic,
-)
-from lorapre_recipes.plan.weights import routed
+from lorapre_recipes.plan.weights import Weight, routed
 from lorapre_recipes.train.optim import DTYPES, WithAdamW, storage_bytes
 
 RANK = 4
@@ -120,8 +116,19 @@ def test_state_is_what_the_optimizer_allocates(options: dict[str, Any], dtype: A
     assert planned.adamw == state_bytes(adamw)
 
 
-def train_one_step(settings: Settings) -> tuple[int, int]:
-    """Peak of a training step, planned and counted, of a model whose activations are small."""
+def check_peak(weights: list[Weight], settings: Settings, counted: int) -> None:
+    """A planned peak is never too low, and too high by no more than what the library may take at most."""
+    planned = memory(weights, settings).peak
+    alike = Counter(weight.shape for weight in weights)
+    library = 0
+    for weight in weights:
+        E, p, q = matrix_shape(weight.shape, weight.flatten)
+        library = max(library, transient_bytes(E * alike[weight.shape], p, q, weight.rank or 0))
+    assert counted <= planned <= counted + library
+
+
+def train_one_step(settings: Settings) -> tuple[list[Weight], int]:
+    """The weights of a model whose activations are small, and the peak of a training step."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=512,
@@ -146,7 +153,7 @@ def train_one_step(settings: Settings) -> tuple[int, int]:
 
     step()
     counted = peak_bytes(step) + storage_bytes(*model.parameters()) + state_bytes(optimizer)
-    return memory(routed(model, settings), settings).peak, counted
+    return routed(model, settings), counted
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -162,8 +169,12 @@ def train_one_step(settings: Settings) -> tuple[int, int]:
     ids=name_of,
 )
 def test_peak_is_what_a_training_step_allocates(options: dict[str, Any], dtype: Any) -> None:
-    planned, counted = train_one_step(Settings(dtype=dtype, **options))
-    assert planned == pytest.approx(counted, rel=0.05)
+    settings = Settings(dtype=dtype, **options)
+    weights, counted = train_one_step(settings)
+    if settings.optimizer == "adamw":
+        assert memory(weights, settings).peak == pytest.approx(counted, rel=0.05)
+    else:
+        check_peak(weights, settings, counted)
 
 
 def test_routes_are_those_of_coverage() -> None:
@@ -176,42 +187,7 @@ def test_routes_are_those_of_coverage() -> None:
         assert weight.state_bytes(ONE_GPU) == row.planned_bytes
 
 
-# Meshes: torch's fake process group makes any world in one process. What it sends is nobody's, but as long.
-
-
-class Counter:
-    """Bytes that this process sends, by the ring's price, in the collectives it calls."""
-
-    def __init__(self) -> None:
-        self.sent = 0.0
-
-    def all_reduce(self, x: torch.Tensor, *args: Any, group: Any, **options: Any) -> None:
-        self.sent += 2 * self._others(group) * x.nbytes
-        return self.originals["all_reduce"](x, *args, group=group, **options)
-
-    def all_to_all_single(
-        self, out: torch.Tensor, x: torch.Tensor, received: Any, sent: Any, group: Any
-    ) -> None:
-        me, row = dist.get_rank(group), out.element_size()
-        self.sent += row * max(sum(sent) - sent[me], sum(received) - received[me])
-        self.originals["all_to_all_single"](out, x, received, sent, group=group)
-
-    @staticmethod
-    def _others(group: Any) -> float:
-        size = dist.get_world_size(group)
-        return (size - 1) / size
-
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[None]:
-        names = [name for name in vars(Counter) if name.startswith("all_")]
-        self.originals = {name: getattr(dist, name) for name in names}
-        for name in names:
-            setattr(dist, name, getattr(self, name))
-        try:
-            yield
-        finally:
-            for name, original in self.originals.items():
-                setattr(dist, name, original)
+# Meshes: torch's fake process group makes any world in one process.
 
 
 @contextlib.contextmanager
@@ -252,33 +228,29 @@ MESHES = ["fsdp=4", "hsdp=2x2", "tp=2", "fsdp=2,tp=2", "hsdp=2x3,tp=2", "fsdp=8"
 
 @pytest.mark.parametrize("text", MESHES)
 @pytest.mark.parametrize("options", LOW_RANK, ids=name_of)
-def test_state_and_traffic_of_any_mesh(options: dict[str, Any], text: str) -> None:
+def test_state_on_any_mesh(options: dict[str, Any], text: str) -> None:
     settings = Settings(rank=RANK, **options)
     mesh = Mesh.parse(text)
     model = llama(hidden=96)
     weights = routed(model, settings)
-    counter = Counter()
     with fake_world(mesh.gpus):
         spread(model, mesh)
         optimizer = build(model, settings)
         fill_gradients(model)
-        optimizer.step()  # the first step makes the state, and sums what it starts from
-        with counter.counting():
-            optimizer.step()
+        optimizer.step()
         assert state_bytes(optimizer) == memory(weights, settings, mesh).state
-    assert counter.sent == pytest.approx(sum(optimizer_traffic(weights, settings, mesh).values()), rel=1e-9)
 
 
 GLOO = [{"variant": "subspace"}, {"variant": "calibrated"}, {"optimizer": "lorapre-muon"}]
 
 
 def check_on_two_processes(rank: int, store: str) -> None:
-    """State and traffic under real FSDP2 (row shards) and TP (row and column shards)."""
+    """State under real FSDP2 (row shards) and TP (row and column shards)."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     for text in ("fsdp=2", "tp=2"):
         for options in GLOO:
-            settings, mesh, counter = Settings(rank=RANK, **options), Mesh.parse(text), Counter()
+            settings, mesh = Settings(rank=RANK, **options), Mesh.parse(text)
             torch.manual_seed(0)
             model = llama()
             weights = routed(model, settings)
@@ -287,17 +259,13 @@ def check_on_two_processes(rank: int, store: str) -> None:
             tokens = torch.arange(8).view(1, 8)
             for _ in range(2):
                 model(input_ids=tokens).logits.square().mean().backward()
-                counter.sent = 0.0
-                with counter.counting():
-                    optimizer.step()
+                optimizer.step()
                 optimizer.zero_grad()
             assert state_bytes(optimizer) == memory(weights, settings, mesh).state
-            expected = sum(optimizer_traffic(weights, settings, mesh).values())
-            assert counter.sent == pytest.approx(expected, rel=1e-9)
     dist.destroy_process_group()
 
 
-def test_state_and_traffic_of_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     torch.multiprocessing.spawn(check_on_two_processes, (str(tmp_path / "store"),), nprocs=2)
 
@@ -313,65 +281,6 @@ def test_uneven_shards_are_counted_where_they_are_largest() -> None:
         fill_gradients(model)
         optimizer.step()
         assert state_bytes(optimizer) == memory(weights, settings, mesh).state
-
-
-class FSDPCounter(TorchDispatchMode):
-    """Bytes that this process sends in the collectives that torch dispatches."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        super().__init__()
-        self.mesh, self.sent = mesh, 0.0
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = op.name()
-        others = (self.mesh.shards - 1) / self.mesh.shards
-        if name == "c10d::_allgather_base_":
-            self.sent += others * args[0].nbytes
-        elif name == "c10d::_reduce_scatter_base_":
-            self.sent += others * args[1].nbytes
-        elif name == "c10d::allreduce_":
-            self.sent += 2 * (self.mesh.replicas - 1) / self.mesh.replicas * args[0][0].nbytes
-        return op(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("text", ["fsdp=4", "fsdp=7", "hsdp=2x4"])
-def test_fsdp_traffic_is_counted(text: str) -> None:
-    mesh, model = Mesh.parse(text), llama()
-    weights = routed(model, Settings(optimizer="adamw"))
-    with fake_world(mesh.gpus):
-        spread(model, mesh)
-        with FSDPCounter(mesh) as counter:
-            model(torch.zeros(1, 4, dtype=torch.int64)).logits.sum().backward()
-    assert counter.sent == pytest.approx(fsdp_traffic(weights, mesh, 4))
-
-
-def test_gathering_moves_the_matrix() -> None:
-    settings = Settings(rank=RANK)
-    weight = next(w for w in routed(llama(), settings) if w.matrix)
-    assert gather_traffic(weight, 4, Mesh(shards=64)) == 63 / 64 * 64 * 64 * 4
-    assert gather_traffic(weight, 4, Mesh(replicas=8, shards=8)) == 7 / 8 * 64 * 64 * 4
-    assert gather_traffic(weight, 4, ONE_GPU) == 0
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_replicated_A_pays_up_to_so_many_row_shards(dtype: Any) -> None:
-    settings = Settings(rank=128, dtype=dtype)
-    weights = {w.name: w for w in routed(meta_model("llama-3.1-8b", DTYPES[settings.dtype]), settings)}
-    weight = weights["model.layers.0.self_attn.q_proj.weight"]
-    most = most_row_shards(weight, settings)
-    assert most == {"fp32": 2 * 4096 // 129 - 1, "bf16": 4096 // 129 - 1}[dtype]  # 2 p / (r + 1) - p / q
-    for shards in (8, 16, 32, 64):
-        mesh = Mesh(shards=shards)
-        pays = weight.state_bytes(mesh) < weight.adamw_bytes(mesh, settings.item)
-        assert pays == (shards <= most)
-
-
-def test_muons_matrices_are_not_divided_beyond_one_for_each_gpu() -> None:
-    settings = Settings(rank=128, optimizer="lorapre-muon")
-    weights = routed(meta_model("llama-3.1-8b", torch.float32), settings)
-    name = "model.layers.0.mlp.down_proj.weight"
-    by_shards = {n: optimizer_traffic(weights, settings, Mesh(shards=n))[name] for n in (32, 64, 1024)}
-    assert by_shards[32] < by_shards[64] < by_shards[1024] < 1.1 * by_shards[32]
 
 
 # Models
@@ -397,7 +306,7 @@ def test_configs_of_other_models(config: Any, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     meshes = [Mesh.parse("fsdp=8"), Mesh.parse("hsdp=2x16")]
     text = render(str(tmp_path / "config.json"), Settings(rank=8), meshes)
-    assert text.count("one GPU") == 2
+    assert text.count("one GPU") == 1
     assert text.splitlines()[1:] == render(str(tmp_path), Settings(rank=8), meshes).splitlines()[1:]
 
 
@@ -460,5 +369,5 @@ def test_the_page_on_scaling_is_what_the_commands_print() -> None:
         pytest.skip("the page has the plans of newer transformers, which shard the embeddings too")
     page = (DOCS / "scaling.md").read_text()
     rerun = runpy.run_path(str(DOCS / "console.py"))["rerun"]
-    assert page.count("$ lorapre plan") == page.count("```console") == 12
+    assert page.count("$ lorapre plan") == page.count("```console") == 1
     assert rerun(page) == page  # else: python docs/console.py docs/scaling.md

@@ -204,6 +204,7 @@ class Gradient:
             w = read(weights, n, i).to(self.dtype)
             self._move_(w, update, at(lr, n), at(decay, n))
             self._store_(weights, n, i, w, keys)
+            del update, w  # not beside the next matrix
 
     # What another backend does its own way.
 
@@ -343,8 +344,8 @@ def at(x: Number, n: slice) -> Number:
 
 
 def at_hand(x: Tensor) -> bool:
-    """Whether the host may look at numbers: it waits for those of a GPU, and breaks a graph of torch.compile."""
-    return x.is_cpu and not torch.compiler.is_compiling()
+    """Whether the host may look at numbers: it waits for a GPU's, a fake tensor has none, a graph would break."""
+    return type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
 
 
 def _product(X: Tensor, Y: Tensor) -> Tensor:

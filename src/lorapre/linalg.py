@@ -1,8 +1,8 @@
 """Linear algebra of many thin matrices: roots of inverses, orthonormal bases, gauge, Newton-Schulz.
 
-Matrices have three dimensions, (N, rows, columns): N of them at a time. `T` is the gradient as an operand
-(`lorapre.gradient`); of it these functions need the sums over processes, and which rows and columns it holds.
-Nothing here waits for a GPU.
+Matrices have three dimensions, (N, rows, columns): N of them at a time. `T` is the gradient as an
+operand (`lorapre.gradient`); of it these functions need the sums over processes, and which rows and
+columns it holds. Nothing here waits for a GPU.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 class Operand(Protocol):
-    """Of the gradient T: its size, the part held here, and sums over the processes that hold the others."""
+    """Of the gradient T: its size, the part held here, and sums over other processes."""
 
     p: int  # rows of the whole matrix
     q: int  # columns
@@ -39,10 +39,12 @@ class Operand(Protocol):
 
 @contextlib.contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Products of float32 in float32: not under autocast, nor in the TF32 or bfloat16 that users allow for models.
+    """Products of float32 in float32: no autocast, no TF32, no bfloat16.
 
-    Gram matrices and the systems they make are off by more than their damping in less. A graph of torch.compile
-    keeps the setting of the process.
+    Users allow those for their models.
+
+    Gram matrices and the systems they make are off by more than their damping in less. A graph of
+    torch.compile keeps the setting of the process.
     """
     if torch.compiler.is_compiling():
         with torch.autocast(device.type, enabled=False):
@@ -70,8 +72,9 @@ def matmul(X: Tensor, Y: Tensor) -> Tensor:
 def inverse_root(G: Tensor) -> Tensor:
     """R = C^-1 (N, r, r), lower triangular, of the Cholesky factor C of G = C C^T: R^T R = G^-1.
 
-    Applied as R^T (R X) it is as stable as substitution, since the errors of both products lie where G is
-    nearly singular; R^T R formed explicitly is not. Large G are taken by halves, so that most of the work is
+    Applied as R^T (R X) it is as stable as substitution, since the errors of both products lie
+    where G is nearly singular; R^T R formed explicitly is not. Large G are taken by halves, so that
+    most of the work is
     products of matrices: libraries solve triangular systems at a fraction of their speed.
     """
     r = G.shape[-1]
@@ -79,7 +82,9 @@ def inverse_root(G: Tensor) -> Tensor:
         if library.takes(G, G.numel() * r):
             return library.inverse_roots(G)
         eye = torch.eye(r, dtype=G.dtype, device=G.device).expand_as(G)
-        root: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(G).L, eye, upper=False)
+        root: Tensor = torch.linalg.solve_triangular(
+            torch.linalg.cholesky_ex(G).L, eye, upper=False
+        )
         return root
     h = r // 2
     first = inverse_root(G[:, :h, :h])
@@ -92,7 +97,9 @@ def inverse_root(G: Tensor) -> Tensor:
 
 
 def damped_root(G: Tensor, least: float | Tensor = 0.0) -> Tensor:
-    """R (N, r, r) with R^T R = (G + lambda I)^-1, lambda = 1e-6 trace(G), or `least` where that is more.
+    """R (N, r, r) with R^T R = (G + lambda I)^-1.
+
+    Lambda is 1e-6 trace(G), or `least` where that is more.
 
     The smallest normal number on top lets the all-zero Gram matrix of the first step solve to zero.
     """
@@ -121,8 +128,8 @@ def largest(X: Tensor) -> Tensor:
 def gauge_(B: Tensor, A: Tensor, T: Operand, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rescale B (N, p, r) and A (N, r, q) in place: ||A||_F = sqrt(r), B A as it was (departure d).
 
-    Where A is zero, or has left the range of float32, B becomes zero and A what it was `before`, or the first
-    r unit vectors, so that the factors always have directions.
+    Where A is zero, or has left the range of float32, B becomes zero and A what it was `before`, or
+    the first r unit vectors, so that the factors always have directions.
     """
     size = (T.sum_q(norm(A).double().square()) / A.shape[-2]).sqrt().to(A.dtype)
     alive = (size >= TINY) & size.isfinite()
@@ -138,9 +145,11 @@ def gauge_(B: Tensor, A: Tensor, T: Operand, before: Tensor | None = None) -> tu
 def orth_(Y: Tensor, T: Operand) -> Tensor:
     """Make the columns of Y (N, p, r), r <= p, an orthonormal basis of their span, in place.
 
-    Cholesky QR three times: twice with a shift, so that columns which almost depend on each other survive,
-    then without one. The second is left out where the first has lost less than half of every direction: the
-    condition of Y is below 1.5 then. Where Y has lost rank (a gradient of rank below r, an expert with few
+    Cholesky QR three times: twice with a shift, so that columns which almost depend on each other
+        survive,
+    then without one. The second is left out where the first has lost less than half of every
+    direction: the condition of Y is below 1.5 then. Where Y has lost rank (a gradient of rank below
+        r, an expert with few
     tokens), the free columns become directions in general position, orthogonal to the span.
     It needs no more than Y^T Y, so the rows of Y may be spread over processes.
     """
@@ -149,10 +158,12 @@ def orth_(Y: Tensor, T: Operand) -> Tensor:
     Y.div_(torch.where(size > 0, size, 1))
     # Rounding of the Gram matrix needs this shift: with less, Cholesky meets negative eigenvalues.
     shift = (r + 16) * EPS
-    # After the first pass Y^T Y = I - shift R R^T: the squared lengths of the rows of R tell what is lost of
-    # each column, nothing where it has survived and all of it where Y has lost rank.
+    # After the first pass Y^T Y = I - shift R R^T: the squared lengths of the rows of R tell what
+    # is lost of each column, nothing where it has survived and all of it where Y has lost rank.
     lost = shift * _whiten_(Y, T, shift)
-    if T.spread or not _everywhere(lost.sum(-1) < 0.5):  # a collective too few would be waited for for ever
+    if T.spread or not _everywhere(
+        lost.sum(-1) < 0.5
+    ):  # a collective too few would be waited for for ever
         Y.addcmul_(4e-5 * lost, waves(Y.mT, T.rows, T.p).mT)
         _whiten_(Y, T, 16 * EPS)
     _whiten_(Y, T, EPS)
@@ -160,7 +171,7 @@ def orth_(Y: Tensor, T: Operand) -> Tensor:
 
 
 def _whiten_(Y: Tensor, T: Operand, shift: float) -> Tensor:
-    """One Cholesky QR of Y (N, p, r) in place, columns scaled to length one first; |rows of R|**2 (N, 1, r)."""
+    """One Cholesky QR of Y (N, p, r) in place; the squared lengths of the rows of R (N, 1, r)."""
     G = T.sum_p(matmul(Y.mT, Y))
     squares = G.diagonal(dim1=-2, dim2=-1)[:, None]
     scale = torch.where(squares > 0, squares.rsqrt(), 0)
@@ -168,7 +179,9 @@ def _whiten_(Y: Tensor, T: Operand, shift: float) -> Tensor:
     G.diagonal(dim1=-2, dim2=-1).add_(shift)
     R = inverse_root(G)
     U = (R * scale).mT
-    for rows in torch.split(Y, max(64, 2**18 // Y.shape[-1]), -2):  # in parts, so that no second Y is needed
+    for rows in torch.split(
+        Y, max(64, 2**18 // Y.shape[-1]), -2
+    ):  # in parts, so that no second Y is needed
         rows.copy_(matmul(rows, U))
     return R.square().sum(-1)[:, None]
 
@@ -181,33 +194,40 @@ def local(x: Tensor, dim: int, places: range | Tensor) -> Tensor:
 
 
 def _everywhere(condition: Tensor) -> bool:
-    """Whether a condition holds everywhere; False where a look would make the host wait, or break a graph."""
-    return condition.is_cpu and not torch.compiler.is_compiling() and bool(condition.all())
+    """Whether a condition holds everywhere; False where a look would cost a wait or a graph."""
+    plain = type(condition) is Tensor and condition.is_cpu and not torch.compiler.is_compiling()
+    return plain and bool(condition.all())
 
 
 def probe(A: Tensor, T: Operand) -> Tensor:
     """A + eps W (N, r, q), with the rows of W in general position (departure g).
 
-    A target orthogonal to A in its rows and to B in its columns has no projection on either, and the factors
-    would never see it. Rounding errors are enough to find it, but where the new rows or columns were exactly
-    zero before there are none.
+    A target orthogonal to A in its rows and to B in its columns has no projection on either, and
+    the factors would never see it. Rounding errors are enough to find it, but where the new rows or
+    columns were exactly zero before there are none.
     """
     return A + waves(A, T.columns, T.q).mul_(EPS)
 
 
 def waves(like: Tensor, places: range | Tensor, total: int) -> Tensor:
-    """(r, n) for `like` (N, r, n): row k has sqrt(2 / total) sin(2 pi frac(k sqrt 2) i) at each place i.
+    """(r, n) for `like` (N, r, n): rows in general position.
 
-    Sines of incommensurable frequencies. Any r <= total rows are independent, since sin(k x) is sin(x) times a
-    polynomial of degree k - 1 in cos(x).
+    Row k has sqrt(2 / total) sin(2 pi frac(k sqrt 2) i) at each place i.
+
+    Sines of incommensurable frequencies. Any r <= total rows are independent, since sin(k x) is
+    sin(x) times a polynomial of degree k - 1 in cos(x).
     """
     if isinstance(places, Tensor):
         return local(waves(like, range(total), total), 1, places)
-    # From the angle of a coarse grid and that of a fine one: a sine for every place would be the dearest part
-    # of a step at small ranks.
+    # From the angle of a coarse grid and that of a fine one: a sine for every place would be the
+    # dearest part of a step at small ranks.
     fine, device = 64, like.device
     coarse = 1 + places.start + fine * torch.arange(-(-len(places) // fine), device=device)
-    turns = torch.arange(1, like.shape[-2] + 1, dtype=torch.float64, device=device).mul_(math.sqrt(2)).frac_()
+    turns = (
+        torch.arange(1, like.shape[-2] + 1, dtype=torch.float64, device=device)
+        .mul_(math.sqrt(2))
+        .frac_()
+    )
     x = torch.outer(turns, coarse.double()).frac_().mul_(2 * math.pi)[:, :, None]
     y = torch.outer(turns, torch.arange(fine, device=device).double()).mul_(2 * math.pi)[:, None]
     size = math.sqrt(2 / total)
@@ -233,7 +253,9 @@ def newton_schulz(
         dtype: the type the iteration runs in, and of the result; torch.optim.Muon uses bfloat16.
     """
     a, b, c = coefficients
-    single = M.ndim == 3 and len(M) == 1  # products of two matrices are faster than those of batches of one
+    single = (
+        M.ndim == 3 and len(M) == 1
+    )  # products of two matrices are faster than those of batches of one
     X = (M[0] if single else M).to(dtype)
     add_product = torch.addmm if X.ndim == 2 else torch.baddbmm
     tall = M.shape[-2] > M.shape[-1]
@@ -249,7 +271,11 @@ def newton_schulz(
 def lr_factor(adjust_lr_fn: str | None, p: int, q: int) -> float:
     """The factor on Muon's learning rate for a (p, q) matrix, as torch.optim.Muon has it.
 
-    None or "original": sqrt(max(1, p / q)); "match_rms_adamw": 0.2 sqrt(max(p, q)), with which AdamW's
-    learning rates carry over.
+    None or "original": sqrt(max(1, p / q)); "match_rms_adamw": 0.2 sqrt(max(p, q)), with which
+    AdamW's learning rates carry over.
     """
-    return 0.2 * math.sqrt(max(p, q)) if adjust_lr_fn == "match_rms_adamw" else math.sqrt(max(1.0, p / q))
+    return (
+        0.2 * math.sqrt(max(p, q))
+        if adjust_lr_fn == "match_rms_adamw"
+        else math.sqrt(max(1.0, p / q))
+    )

@@ -1,4 +1,4 @@
-"""The checks of the constructors' options: every ValueError about a value, and plain types for what is given."""
+"""The constructors' options: plain types for what is given, an error for what is wrong."""
 
 import numbers
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,15 @@ INTEGERS = ("rank", "seed", "ns_steps")
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with sequences of numbers as tuples and integers of other libraries as int.
 
-    Configuration and search libraries have types of their own for them, which checkpoints would keep.
+    Libraries of configurations have types of their own, which a checkpoint would keep.
     """
     changed: dict[str, Any] = {}
     for name, value in options.items():
         if name in PAIRS and isinstance(value, Sequence) and not isinstance(value, str | tuple):
             changed[name] = tuple(value)
-        elif name in INTEGERS and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        elif (
+            name in INTEGERS and isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        ):
             changed[name] = int(value)
     return {**options, **changed}
 
@@ -33,12 +35,19 @@ def check(group: Mapping[str, Any]) -> None:
     _require_number(group, "lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr)
     for name in ("weight_decay", "eps"):
         _require_number(group, name, group[name])
-    _require(group, "rank", rank is None or (_is_integer(rank) and rank >= 1), "an integer >= 1, or None for dense")
+    _require(
+        group,
+        "rank",
+        rank is None or (_is_integer(rank) and rank >= 1),
+        "an integer >= 1, or None for dense",
+    )
     _require(group, "seed", _is_integer(seed) and 0 <= seed < 2**62, "an integer >= 0 and < 2**62")
     _require_choice(group, "nonfinite", "propagate", "skip")
     _require_choice(group, "stochastic_rounding", False, True)
     # "split" makes the second moment of the first one's factors, and Muon has none.
-    _require_choice(group, "variant", *(name for name in VARIANTS if not (muon and name == "split")))
+    _require_choice(
+        group, "variant", *(name for name in VARIANTS if not (muon and name == "split"))
+    )
     (_check_muon if muon else _check_adam)(group)
 
 

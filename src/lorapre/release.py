@@ -1,7 +1,8 @@
-"""The update inside the backward pass: each gradient is used as soon as it is complete, and freed at once.
+"""The update inside the backward pass, which uses each gradient at once and frees it.
 
-What takes its place until `zero_grad()` is a tensor without memory that refuses to be used: whoever needs
-the gradients of all weights together, or those of several backward passes, learns it at the first attempt.
+What takes its place until `zero_grad()` is a tensor without memory that refuses to be used: whoever
+needs the gradients of all weights together, or those of several backward passes, learns it at the
+first attempt.
 """
 
 import contextlib
@@ -26,7 +27,9 @@ __all__ = ["GradientRelease", "gradient_release"]
 class GradientRelease:
     """Handle of `gradient_release`; as a context manager it removes itself at the end."""
 
-    def __init__(self, optimizer: LoRAPreOptimizer, updates: Sequence[tuple[Tensor, "_Update"]]) -> None:
+    def __init__(
+        self, optimizer: LoRAPreOptimizer, updates: Sequence[tuple[Tensor, "_Update"]]
+    ) -> None:
         self._optimizer, self._updates = optimizer, updates
         self._hooks: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(update)  # type: ignore[no-untyped-call]
@@ -34,7 +37,7 @@ class GradientRelease:
         ]
 
     def remove(self) -> None:
-        """Leave the gradients to `optimizer.step()` again; what is left of the last ones is cleared."""
+        """Leave the gradients to `optimizer.step()` again, and clear what the last ones left."""
         for hook in self._hooks:
             hook.remove()
         for p, _ in self._updates:
@@ -45,8 +48,10 @@ class GradientRelease:
     def paused(self) -> Iterator[None]:
         """Within this context backward passes update nothing, and leave gradients as ever.
 
-        For a loss that is not of this optimizer but passes through its model: the backward pass of a GAN's
-        generator goes through the discriminator. Clear these gradients (`zero_grad()`) before the next step.
+        For a loss that is not of this optimizer but passes through its model: the backward pass of
+            a GAN's
+        generator goes through the discriminator. Clear these gradients (`zero_grad()`) before the
+        next step.
         """
         for _, update in self._updates:
             update.resting = True
@@ -66,31 +71,37 @@ class GradientRelease:
 def gradient_release(
     model: nn.Module, optimizer: LoRAPreOptimizer, max_norm: float | None = None
 ) -> GradientRelease:
-    """Update every weight inside the backward pass, as soon as its gradient is complete, and free that.
+    """Update every weight inside the backward pass, and free its gradient.
 
-    Training loops keep their form: `optimizer.step()` finds nothing to do, schedulers, closures, checkpoints
-    and `coverage` go on as before. A backward pass takes the learning rates that the groups have then.
+    Training loops keep their form: `optimizer.step()` finds nothing to do, schedulers, closures,
+        checkpoints
+    and `coverage` go on as before. A backward pass takes the learning rates that the groups have
+    then.
 
-    What needs the gradients of several backward passes, or of all weights at once, is impossible and raises
-    a RuntimeError: accumulating gradients, retaining a graph, clipping by the global norm or by value,
-    GradScaler (which learns it after one update by scaled gradients), a weight in more than one reentrant
-    checkpoint. Weights that are frozen now, or not in `optimizer`, keep their gradients; those that are in it
-    are updated by `optimizer.step()`.
+    What needs the gradients of several backward passes, or of all weights at once, is impossible
+    and raises
+    a RuntimeError: accumulating gradients, retaining a graph, clipping by the global norm or by
+        value,
+    GradScaler (which learns it after one update by scaled gradients), a weight in more than one
+    reentrant checkpoint. Weights that are frozen now, or not in `optimizer`, keep their gradients;
+    those that are in it are updated by `optimizer.step()`.
 
     Args:
-        model: trained on this process alone: DistributedDataParallel, FSDP and tensor parallelism are
-            refused.
+        model: trained on this process alone: DistributedDataParallel, FSDP and tensor parallelism
+            are refused.
         optimizer: `LoRAPreAdamW` or `LoRAPreMuon`, whose parameters are the model's.
         max_norm: scale the gradient of each weight down to this norm before its update, as
-            `torch.nn.utils.clip_grad_norm_` does for one weight. Not the same as clipping them all together.
+            `torch.nn.utils.clip_grad_norm_` does for one weight. Not the same as clipping them all
+            together.
 
     Returns:
         A handle with `remove()`.
 
     Raises:
         TypeError: `model` or `optimizer` is something else, for instance accelerate's wrapper.
-        ValueError: an argument is out of range, a parameter of the optimizer is not the model's or is updated
-            in the backward pass already, or the model is spread over processes. Nothing has changed then.
+        ValueError: an argument is out of range, a parameter of the optimizer is not the model's or
+            is updated in the backward pass already, or the model is spread over processes. Nothing
+            has changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -99,10 +110,14 @@ def gradient_release(
             "optimizer must be a LoRAPreAdamW or LoRAPreMuon itself, before anything wraps it, got "
             f"{type(optimizer).__name__}"
         )
-    if max_norm is not None and not (isinstance(max_norm, numbers.Real) and 0 < max_norm < math.inf):
+    if max_norm is not None and not (
+        isinstance(max_norm, numbers.Real) and 0 < max_norm < math.inf
+    ):
         raise ValueError(f"max_norm must be a finite number > 0 or None, but is {max_norm!r}")
     if what := sharding.spread(model):
-        raise ValueError(f"model must be on this process alone for gradient_release, but has {what}")
+        raise ValueError(
+            f"model must be on this process alone for gradient_release, but has {what}"
+        )
     name_of = {p: name for name, p in model.named_parameters()}
     updates: list[tuple[Tensor, _Update]] = []
     for number, group in enumerate(optimizer.param_groups):
@@ -110,11 +125,15 @@ def gradient_release(
             if p not in name_of:
                 where = f"parameter {index} of group {number}, of shape {tuple(p.shape)},"
                 raise ValueError(f"optimizer: {where} is not one of model's")
-            if any(isinstance(hook, _Update) for hook in (p._post_accumulate_grad_hooks or {}).values()):
+            if any(
+                isinstance(hook, _Update) for hook in (p._post_accumulate_grad_hooks or {}).values()
+            ):
                 what = f"optimizer: {name_of[p]!r} is updated in the backward pass already"
                 raise ValueError(f"{what}; remove() that handle first")
             if p.requires_grad:
-                updates.append((p, _Update(weakref.ref(optimizer), (number, index), name_of[p], max_norm)))
+                updates.append(
+                    (p, _Update(weakref.ref(optimizer), (number, index), name_of[p], max_norm))
+                )
     return GradientRelease(optimizer, updates)
 
 
@@ -135,13 +154,17 @@ class _Update:
         if optimizer is None:
             raise RuntimeError("gradient_release: the optimizer is gone; keep it, or the handle")
         if p.grad.requires_grad:
-            raise RuntimeError("gradient_release: backward(create_graph=True) needs the gradients later on")
+            raise RuntimeError(
+                "gradient_release: backward(create_graph=True) needs the gradients later on"
+            )
         if what := sharding.processes():
             raise RuntimeError(
                 f"gradient_release: {self.name!r} must be on this process alone, but has {what}"
             )
         groups = optimizer.param_groups
-        if not self._is_at(groups, p, *self.place):  # groups may be added, removed and reordered in a run
+        if not self._is_at(
+            groups, p, *self.place
+        ):  # groups may be added, removed and reordered in a run
             places = [(k, i) for k, group in enumerate(groups) for i in range(len(group["params"]))]
             found = [place for place in places if self._is_at(groups, p, *place)]
             if not found:  # it has been taken out, and trains no longer
@@ -158,15 +181,19 @@ class _Update:
 
     @staticmethod
     def _is_at(groups: list[dict[str, Any]], p: Tensor, number: int, index: int) -> bool:
-        return number < len(groups) and index < len(groups[number]["params"]) and groups[number]["params"][index] is p
+        return (
+            number < len(groups)
+            and index < len(groups[number]["params"])
+            and groups[number]["params"][index] is p
+        )
 
 
 class Released(Tensor):
     """In the place of a gradient that has been used: its shape, type and device, but no memory.
 
-    Setting it to zero removes it. Any other operation raises, but for what `clip_grad_norm_` does where
-    `max_norm` is infinite, which transformers' Trainer calls for its log: it finds an infinite norm, which is
-    above any finite `max_norm`, and multiplies by inf / inf.
+    Setting it to zero removes it. Any other operation raises, but for what `clip_grad_norm_` does
+    where `max_norm` is infinite, which transformers' Trainer calls for its log: it finds an
+    infinite norm, which is above any finite `max_norm`, and multiplies by inf / inf.
     """
 
     lorapre_released = True  # what `optimizers` knows it by
@@ -177,7 +204,9 @@ class Released(Tensor):
     @staticmethod
     def __new__(cls, p: Tensor, name: str) -> "Released":
         """The stand-in for the gradient of p."""
-        released: Released = Tensor._make_wrapper_subclass(cls, p.shape, dtype=p.dtype, device=p.device)
+        released: Released = Tensor._make_wrapper_subclass(
+            cls, p.shape, dtype=p.dtype, device=p.device
+        )
         released.parameter, released.weight = weakref.ref(p), name
         return released
 
@@ -198,8 +227,8 @@ class Released(Tensor):
             return args[0]
         remedy = next((text for part, text in _REMEDIES.items() if part in operation), _OTHERWISE)
         raise RuntimeError(
-            f"gradient_release has updated {released[0].weight!r} in the backward pass and freed its "
-            f"gradient, which {operation} needs. {remedy}"
+            f"gradient_release has updated {released[0].weight!r} in the backward pass and freed "
+            f"its gradient, which {operation} needs. {remedy}"
         )
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -210,15 +239,17 @@ class Released(Tensor):
 
 
 _REMEDIES = {  # by part of the name of an operation
-    "add": "A second backward pass needs zero_grad() before it: gradients cannot be accumulated, nor a graph "
-    "be retained. Use larger batches and gradient_accumulation_steps=1.",
-    "_amp_": "GradScaler cannot be used, the update by the scaled gradient is done: train in bfloat16.",
+    "add": "A second backward pass needs zero_grad() before it: gradients cannot be accumulated, "
+    "nor a graph be retained. Use larger batches and gradient_accumulation_steps=1.",
+    "_amp_": "GradScaler cannot be used: the update by the scaled gradient is done. Train in "
+    "bfloat16.",
     **dict.fromkeys(
         ("norm", "mul", "clamp"),
-        "Gradients cannot be clipped after the update: gradient_release(..., max_norm=...) clips each one "
-        "before. In transformers set max_grad_norm=0.",
+        "Gradients cannot be clipped after the update: gradient_release(..., max_norm=...) clips "
+        "each one before. In transformers set max_grad_norm=0.",
     ),
 }
 _OTHERWISE = (
-    "Call zero_grad() first, read gradients in a hook that is registered before, or remove() the handle."
+    "Call zero_grad() first, read gradients in a hook that is registered before, or remove() "
+    "the handle."
 )

@@ -1,8 +1,10 @@
-"""Stochastic rounding of float32 to bfloat16, so that updates below half a unit in the last place count.
+"""Stochastic rounding of float32 to bfloat16, with which the smallest updates count.
 
-The noise is a hash of the element and a key: no generator, no state, no wait for the device, the same on
-every device, for every sharding and after every resume. All arithmetic is that of 32-bit integers, modulo
-2**32: torch has it for int32, in which only the right shift differs, and there the sign is masked away.
+The noise is a hash of the element and a key: no generator, no state, no wait for the device, the
+    same on
+every device, for every sharding and after every resume. All arithmetic is that of 32-bit integers,
+modulo 2**32: torch has it for int32, in which only the right shift differs, and there the sign is
+    masked away.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,8 @@ def keys(seed: int, positions: Sequence[int], steps: Sequence[Tensor], experts: 
         experts: (E,), which of its matrices a weight holds here; zero of an ordinary one.
     """
     t = torch.stack(list(steps)).to(torch.int32)
-    # A tensor made of a list would wait for the device to copy it there; scalars of a kernel do not.
+    # A tensor made of a list would wait for the device to copy it there; scalars of a kernel do
+    # not.
     position = torch.stack(torch._foreach_add(torch._foreach_mul(list(steps), 0), list(positions)))
     key = torch.zeros_like(t)
     for part in (_signed(seed), _signed(seed >> 32), position.to(torch.int32), t):
@@ -48,13 +51,15 @@ def noise(key: Tensor, rows: Tensor, columns: Tensor, width: int) -> Tensor:
 def round_(x: Tensor, key: Tensor, rows: Tensor, columns: Tensor, width: int) -> Tensor:
     """Round x (N, rows, columns), float32, in place to a neighbour among the bfloat16 numbers.
 
-    It goes up with the probability that makes the mean x, and stays if it is one of them. Infinity and NaN
-    stay too. A finite number never becomes infinite: beyond the largest bfloat16 it becomes that.
+    It goes up with the probability that makes the mean x, and stays if it is one of them. Infinity
+    and NaN stay too. A finite number never becomes infinite: beyond the largest bfloat16 it becomes
+    that.
 
     Args:
         x: overwritten.
         key: (N,), of `keys`.
-        rows: indices of the rows in the whole matrix, so that a shard or a tile is rounded as the whole is.
+        rows: indices of the rows in the whole matrix, so that a shard or a tile is rounded as the
+            whole is.
         columns: likewise.
         width: columns of the whole matrix.
     """

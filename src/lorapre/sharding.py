@@ -1,8 +1,13 @@
-"""Weights spread over processes as DTensors, by FSDP2, HSDP or tensor parallelism; plain ones pass through.
+"""Weights spread over processes as DTensors, by FSDP2, HSDP or tensor parallelism.
 
-The factors of a weight follow it: B is sharded where rows are and else replicated, A where columns are, and
-all arithmetic runs on local shards. What is missing are sums, over the processes that hold the other rows or
-the other columns of the same matrices, of small matrices: B^T g and B^T B, (r, q) and (r, r), or their mirror
+Plain tensors pass through.
+
+The factors of a weight follow it: B is sharded where rows are and else replicated, A where columns
+    are, and
+all arithmetic runs on local shards. What is missing are sums, over the processes that hold the
+other rows or
+the other columns of the same matrices, of small matrices: B^T g and B^T B, (r, q) and (r, r), or
+    their mirror
 images. No matrix is gathered, except for Newton-Schulz, where whole matrices are dealt out over the
 processes.
 
@@ -35,7 +40,7 @@ def local(x: Any) -> Tensor:
 
 
 def gradient(p: Any) -> Tensor:
-    """The gradient of p, placed as p is: tensor parallelism may leave it as sums still to be taken."""
+    """The gradient of p, placed as p is: tensor parallelism may leave sums to be taken."""
     g: Any = p.grad
     if is_spread(p) and g.placements != p.placements:
         g = g.redistribute(placements=p.placements)
@@ -46,29 +51,37 @@ def gradient(p: Any) -> Tensor:
 def refusal(p: Any, flatten: bool) -> str | None:
     """Why p cannot be stepped, and what to do instead; None if it can.
 
-    FSDP1 and DeepSpeed ZeRO cut the concatenation of all weights into equal pieces, each a vector that has
-    lost rows and columns: it would be stepped as a dense vector, or as a matrix of other weights' rows.
+    FSDP1 and DeepSpeed ZeRO cut the concatenation of all weights into equal pieces, each a vector
+    that has
+    lost rows and columns: it would be stepped as a dense vector, or as a matrix of other weights'
+        rows.
     """
     if getattr(p, "_fsdp_flattened", False):
-        return f"is a flat piece of FSDP1 (FullyShardedDataParallel), which has no rows and columns; {REMEDY}"
+        return f"is a flat piece of FSDP1, which has no rows and columns; {REMEDY}"
     if any(getattr(p, name, None) is not None for name in ("ds_id", "ds_tensor", "_hp_mapping")):
-        return f"is partitioned by DeepSpeed ZeRO, into flat pieces without rows and columns; {REMEDY}"
+        return (
+            f"is partitioned by DeepSpeed ZeRO, into flat pieces without rows and columns; {REMEDY}"
+        )
     if not is_spread(p):
         mixed = "is a plain tensor with a DTensor as its gradient; make it a DTensor"
         return mixed if is_spread(p.grad) else None
     if p.grad is not None and not is_spread(p.grad):
-        return "is a DTensor with a plain tensor as its gradient; make that a DTensor of the same mesh"
+        return (
+            "is a DTensor with a plain tensor as its gradient; make that a DTensor of the same mesh"
+        )
     pixels = p.ndim > 3 or (p.ndim == 3 and flatten)
     for i, placement in enumerate(p.placements):
         dim = getattr(placement, "dim", None)
         if dim is None and not placement.is_replicate():
             return f"is placed as {placement!r}; weights can be replicated or sharded"
         if pixels and dim is not None and dim > 1:
-            return f"is a convolution placed as {placement!r}; shard its outputs or its inputs, dimension 0 or 1"
+            return f"is a convolution placed as {placement!r}; shard dimension 0 or 1"
         # The columns of A, inputs times pixels, must split where a DTensor of their number does.
         count = p.device_mesh.size(i)
         if pixels and dim == 1 and p.shape[1] % count:
-            return f"is a convolution with {p.shape[1]} inputs on {count} processes; shard its outputs"
+            return (
+                f"is a convolution with {p.shape[1]} inputs on {count} processes; shard its outputs"
+            )
     return None
 
 
@@ -79,7 +92,9 @@ def spread(model: nn.Module) -> str | None:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
 
     kinds = (nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
-    found = (kind.__name__ for module in model.modules() for kind in kinds if isinstance(module, kind))
+    found = (
+        kind.__name__ for module in model.modules() for kind in kinds if isinstance(module, kind)
+    )
     if (kind := next(found, None)) is not None:
         return f"a module of torch's {kind}"
     names = [name for name, p in model.named_parameters() if is_spread(p)]
@@ -123,30 +138,38 @@ def zeros(p: Any, flatten: bool, name: str, shape: Sequence[int], dtype: torch.d
 
 
 def held(p: Tensor, flatten: bool, name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of what this process holds of a state tensor of p under its name and whole shape."""
+    """The shape of what this process holds of a state tensor of p."""
     return _place(p, flatten, name, shape)[1] if is_spread(p) else tuple(shape)
 
 
 def place(p: Any, flatten: bool, name: str, value: Any) -> Tensor:
     """A loaded state tensor of p, whole or a DTensor, placed as `zeros` places it.
 
-    Every process must hold the whole of one that is no DTensor. Any other is gathered: a collective.
+    Every process must hold the whole of one that is no DTensor. Any other is gathered: a
+    collective.
     """
     placements = _place(p, flatten, name, value.shape)[0] if is_spread(p) and value.shape else None
     if is_spread(value):
-        if placements is not None and (value.device_mesh, value.placements) == (p.device_mesh, tuple(placements)):
+        if placements is not None and (value.device_mesh, value.placements) == (
+            p.device_mesh,
+            tuple(placements),
+        ):
             return value  # type: ignore[no-any-return]
         value = value.full_tensor()
     if placements is None:
         return value  # type: ignore[no-any-return]
     like = zeros(p, flatten, name, value.shape, value.dtype)
     for dim in range(value.ndim):
-        value = value.index_select(dim, _part(torch.arange(value.shape[dim], device=value.device), p, placements, dim))
+        value = value.index_select(
+            dim, _part(torch.arange(value.shape[dim], device=value.device), p, placements, dim)
+        )
     local(like).copy_(value)
     return like
 
 
-def _place(p: Any, flatten: bool, name: str, shape: Sequence[int]) -> tuple[list[Any], tuple[int, ...]]:
+def _place(
+    p: Any, flatten: bool, name: str, shape: Sequence[int]
+) -> tuple[list[Any], tuple[int, ...]]:
     """Placements of a state tensor of p, and the shape of the part that is held here."""
     from torch.distributed.tensor import Replicate
 
@@ -175,9 +198,12 @@ class MeshShards(Shards):
             self.inner = shape[2:].numel()
             self.shape = (shape[0], shape[1:].numel())
         roles = {
-            i: _role(p, p.placements[i], flatten) for i in _outer_first(p.placements, range(self.mesh.ndim))
+            i: _role(p, p.placements[i], flatten)
+            for i in _outer_first(p.placements, range(self.mesh.ndim))
         }
-        self.splits = [(i, role) for i, role in roles.items() if role is not None and self.mesh.size(i) > 1]
+        self.splits = [
+            (i, role) for i, role in roles.items() if role is not None and self.mesh.size(i) > 1
+        ]
         self.count = 1
         for i, _ in self.splits:
             self.count *= self.mesh.size(i)
@@ -207,7 +233,7 @@ class MeshShards(Shards):
         return self._sum(x, ROWS, COLUMNS, EXPERTS)
 
     def whole(self, function: Callable[[Tensor], Tensor], M: Tensor) -> Tensor:
-        """`function` of whole matrices, M (N, p, q) being the part of each held here; returns that part.
+        """What is held here of `function` of whole matrices, of which M (N, p, q) is held here.
 
         Each process is dealt about N / count of them by all-to-all, and deals the result back.
         """
@@ -240,7 +266,7 @@ class MeshShards(Shards):
         return x
 
     def _held(self, role: str, coordinates: Mapping[int, int] | None = None) -> Tensor:
-        """Indices of the rows or columns held here, or where `coordinates` (mesh dimension -> one) say."""
+        """Indices of the rows or columns held here, or at `coordinates` (mesh dimension -> one)."""
         total, inner = (self.shape[0], 1) if role == ROWS else (self.shape[1], self.inner)
         held = torch.arange(total, device="cpu").view(-1, inner)
         if coordinates is None:
@@ -254,34 +280,45 @@ class MeshShards(Shards):
 def _as_range(places: Tensor) -> range | Tensor:
     """Places without gaps as a range."""
     start, count = (int(places[0]) if len(places) else 0), len(places)
-    return range(start, start + count) if torch.equal(places, torch.arange(start, start + count, device="cpu")) else places
+    return (
+        range(start, start + count)
+        if torch.equal(places, torch.arange(start, start + count, device="cpu"))
+        else places
+    )
 
 
 def _part(x: Tensor, p: Any, placements: Sequence[Any], dim: int) -> Tensor:
-    """The part of x, along the whole of a dimension, that this process holds where placements split that."""
-    for i in _outer_first(placements, [i for i, y in enumerate(placements) if getattr(y, "dim", None) == dim]):
+    """The part of x, along a whole dimension that placements split, that this process holds."""
+    for i in _outer_first(
+        placements, [i for i, y in enumerate(placements) if getattr(y, "dim", None) == dim]
+    ):
         x = _chunk(x, p.device_mesh.size(i), p.device_mesh.get_local_rank(i))
     return x
 
 
 def _outer_first(placements: Sequence[Any], dims: Iterable[int]) -> list[int]:
-    """Mesh dimensions in the order of their splits: a strided shard splits what those behind it have left."""
+    """Mesh dimensions in the order of their splits: a strided shard splits what others left."""
     return sorted(dims, key=lambda i: getattr(placements[i], "split_factor", 0))
 
 
 def _chunk(x: Tensor, count: int, index: int) -> Tensor:
-    """The part of x that a DTensor puts on process `index` of `count`; the last ones may get nothing."""
+    """The part of x that a DTensor puts on process `index` of `count`; the last may get none."""
     chunks = x.chunk(count)
     return chunks[index] if index < len(chunks) else x[:0]
 
 
-def _exchange(parts: list[Tensor], shapes: Sequence[Sequence[int]], group: dist.ProcessGroup) -> list[Tensor]:
+def _exchange(
+    parts: list[Tensor], shapes: Sequence[Sequence[int]], group: dist.ProcessGroup
+) -> list[Tensor]:
     """Send one part to every process of the group, receive one of each shape."""
     sizes = [torch.Size(shape).numel() for shape in shapes]
     sent = torch.cat([part.reshape(-1) for part in parts])
     received = sent.new_empty(sum(sizes))
     dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group)
-    return [piece.view(*shape) for piece, shape in zip(torch.split(received, sizes), shapes, strict=True)]
+    return [
+        piece.view(*shape)
+        for piece, shape in zip(torch.split(received, sizes), shapes, strict=True)
+    ]
 
 
 def _role(p: Tensor, placement: Any, flatten: bool) -> str | None:
@@ -291,7 +328,9 @@ def _role(p: Tensor, placement: Any, flatten: bool) -> str | None:
         names = {0: COLUMNS}
     elif p.ndim == 3 and not flatten:
         names = {0: EXPERTS, 1: ROWS, 2: COLUMNS}
-    return None if placement.is_replicate() else names[placement.dim]  # anything else has been refused
+    return (
+        None if placement.is_replicate() else names[placement.dim]
+    )  # anything else has been refused
 
 
 def _state_dim(name: str, role: str | None, placement: Any, ndim: int) -> int | None:
@@ -302,7 +341,9 @@ def _state_dim(name: str, role: str | None, placement: Any, ndim: int) -> int | 
         return int(placement.dim)
     if role == EXPERTS:
         return 0
-    last = {ROWS: {"_B": ndim - 2, "row": ndim - 1}, COLUMNS: {"_A": ndim - 1, "col": ndim - 1}}[role]
+    last = {ROWS: {"_B": ndim - 2, "row": ndim - 1}, COLUMNS: {"_A": ndim - 1, "col": ndim - 1}}[
+        role
+    ]
     return next((dim for ending, dim in last.items() if name.endswith(ending)), None)
 
 

@@ -1,14 +1,15 @@
-"""The algorithms: the paper's and ours, each as a function of whole matrices in the symbols of docs/maths.md.
+"""The algorithms: the paper's and ours, on whole matrices, in the symbols of docs/maths.md.
 
-    variant(s, T, t, beta1, beta2, apply) -> the state after the step            Adam, Algorithm 1
-    muon(s, T, mu, nesterov, follow, apply) -> the state after the step          Muon, Algorithm 2
+    variant(s, T, t, beta1, beta2, apply) -> the state after the step     Adam, Algorithm 1
+    muon(s, T, mu, nesterov, follow, apply) -> the state after the step   Muon, Algorithm 2
 
-s is the state before the step, T the gradient as an operand, of which only `T @ X`, `L @ T`, `abs(T)`, `T / x` and
-sums over processes are asked, t (N, 1, 1) the number of the step. `apply` moves the weights by the moments that it
-is told, which are those of the factors before the step, and returns the means of g**2 over rows and columns where the
-state keeps them.
+`s` is the state before the step. `T` is the gradient as an operand: a variant takes `T @ X`,
+`L @ T`, `abs(T)`, `T / x` and sums over processes. `t` (N, 1, 1) is the number of the step. `apply`
+moves the weights by the moments that it is told, and returns the means of g**2 over rows and
+columns where the state keeps them. These moments are made of the factors before the step.
 
-Shapes, of N matrices at a time: B (N, p, r), A (N, r, q), T (N, p, q), v_row (N, p, 1), v_col (N, 1, q).
+Shapes, of N matrices at a time: B (N, p, r), A (N, r, q), T (N, p, q), v_row (N, p, 1),
+v_col (N, 1, q).
 """
 
 import math
@@ -24,11 +25,11 @@ from lorapre.linalg import DAMPING, TINY, damped_root, gauge_, local, matmul, no
 Means: TypeAlias = tuple[Tensor, Tensor] | None
 Apply: TypeAlias = Callable[[Moments], Means]
 Adam: TypeAlias = "Callable[[State, Gradient, Tensor, float, float, Apply], State]"
-Follow: TypeAlias = Callable[[Factors, Gradient, float], Factors]  # towards T, at the decay beta of a product
+Follow: TypeAlias = Callable[[Factors, Gradient, float], Factors]  # towards T; P decays by beta
 
 
 class State(NamedTuple):
-    """Factors of both moments, or the moment itself where it is kept in full, and the EMAs of the means of g**2."""
+    """Factors of each moment, or the moment kept in full; EMAs of the means of g**2."""
 
     m: Factors | None = None
     v: Factors | None = None
@@ -39,7 +40,8 @@ class State(NamedTuple):
 
     def moments(self, a: Number, b: Number, c: Number, d: Number) -> Moments:
         """m = a B A + b g and v = c (B A)**2 + d g**2, each of its own factors."""
-        return Moments([self.m, self.v], [a, 0.0], b, [0.0, c], d, None, None, self.exp_avg, self.exp_avg_sq)
+        in_full = None, None, self.exp_avg, self.exp_avg_sq
+        return Moments([self.m, self.v], [a, 0.0], b, [0.0, c], d, *in_full)
 
 
 def dense(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:
@@ -56,7 +58,7 @@ def paper(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: A
 
 
 def calibrated(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:
-    """Algorithm 1 with departures a to g. The square of the factors of |g| is behind the EMA of g**2 by its ramp."""
+    """Algorithm 1 with departures a to g; c2 knows that (vB vA)**2 ramps up more slowly than v."""
     c1 = debias(beta1, t)
     c2 = beta2 * debias(beta2**0.5, t - 1) ** 2 + 1 - beta2
     apply(s.moments(beta1 / c1, (1 - beta1) / c1, beta2 / c2, (1 - beta2) / c2))
@@ -75,16 +77,17 @@ def subspace(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply
 
 
 def split(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:
-    """m = g + beta (M - H): momentum in the rows of A, none elsewhere; v from M = B A, H = T W^T W and a rest.
+    """m = g + beta (M - H), with M = B A and H = T W^T W: momentum in the rows of A alone.
 
-    The rest has rank one, and the means that M**2 leaves of those of g**2 ("The split variant").
+    v is made of M**2, H**2, g**2 and a rest of rank one, which has the means that M**2 leaves of
+    those of g**2 ("The split variant").
     """
     assert s.m is not None and s.v_row is not None and s.v_col is not None
     beta, k, c2 = debiased(beta1, t), debias(beta2, t - 1), debias(beta2, t)
     B, A = s.m
     W, AWt = row_space(A, T)
     TWt, BAWt = T @ W.mT, matmul(B, AWt)
-    BtB = T.sum_p(B[..., :1].square().sum(-2, keepdim=True))  # times I: the columns of B have one length
+    BtB = T.sum_p(B[..., :1].square().sum(-2, keepdim=True))  # times I: B has equally long columns
     row = positive(s.v_row - k / T.q * BAWt.square().sum(-1, keepdim=True))
     col = positive(s.v_col - k / T.p * BtB * A.square().sum(-2, keepdim=True))
     mean = T.sum_p(row.sum(-2, keepdim=True)) / T.p
@@ -99,7 +102,7 @@ def split(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: A
 
 
 def muon(s: State, T: Gradient, mu: float, nesterov: bool, follow: Follow, apply: Apply) -> State:
-    """Algorithm 2: the sum m = mu B A + g is orthogonalised; the factors follow it as the EMA of g / (1 - mu)."""
+    """Algorithm 2: `apply` orthogonalises m = mu B A + g, which is the EMA of g / (1 - mu)."""
     assert s.m is not None
     a, b = (mu * mu, 1 + mu) if nesterov else (mu, 1.0)
     apply(Moments([s.m], [a], b))
@@ -121,7 +124,7 @@ def printed(f: Factors, T: Gradient, beta: float) -> Factors:
 
 
 def newton(f: Factors, T: Gradient, beta: float) -> Factors:
-    """The same steps one after the other, relative damping, in the gauge (departures a, d, f, g)."""
+    """The steps of `printed` one after the other, in the gauge (departures a, d, f, g)."""
     (B, A), gamma = f, 1 - beta**0.5
     R = damped_root(T.sum_q(matmul(A, A.mT)))
     B = B.lerp(matmul(T @ matmul(R, probe(A, T)).mT, R), gamma)
@@ -132,14 +135,14 @@ def newton(f: Factors, T: Gradient, beta: float) -> Factors:
 
 
 def row_space(A: Tensor, T: Gradient) -> tuple[Tensor, Tensor]:
-    """W (N, r, q), orthonormal rows that span those of A but for the damping, and A W^T (N, r, r)."""
+    """W (N, r, q), an orthonormal basis of A's rows but for the damping, and A W^T (N, r, r)."""
     G = T.sum_q(matmul(A, A.mT))
     R = damped_root(G)
     return matmul(R, probe(A, T)), matmul(G, R.mT)
 
 
 def follow_ema(f: Factors, T: Gradient, beta: Tensor | float) -> Factors:
-    """One step of subspace iteration on the EMA beta B A + (1 - beta) T, seen from the rows of A."""
+    """One subspace iteration on the EMA beta B A + (1 - beta) T, seen from the rows of A."""
     W, AWt = row_space(f.A, T)
     return project(f, T, beta, matmul(f.B, AWt).lerp_(T @ W.mT, 1 - beta))
 
@@ -152,7 +155,7 @@ def project(f: Factors, T: Gradient, beta: Tensor | float, Y: Tensor) -> Factors
 
 
 def match_means(f: Factors, row: Tensor | None, col: Tensor | None, T: Gradient) -> Factors:
-    """Rows of B and columns of A rescaled so that (B A)**2 has the means `row`, then `col` ("The second moment")."""
+    """B and A rescaled: (B A)**2 gets the means `row`, then `col` ("The second moment")."""
     assert row is not None and col is not None
     squares = matmul(f.B, T.sum_q(matmul(f.A, f.A.mT))).mul_(f.B).sum(-1, keepdim=True)
     B = f.B * finite_or_zero((row / (squares / T.q)).sqrt())
@@ -161,7 +164,7 @@ def match_means(f: Factors, row: Tensor | None, col: Tensor | None, T: Gradient)
 
 
 def with_means(s: State, means: Means, beta2: float) -> State:
-    """The EMAs of the means of g**2. Squares above 1e38 are infinite, and an EMA would stay so for ever."""
+    """The EMAs of the means of g**2; one infinite square would make them infinite for ever."""
     if means is None or s.v_row is None or s.v_col is None:
         return s
     row, col = (x.clamp(max=torch.finfo(x.dtype).max) for x in means)
@@ -169,12 +172,12 @@ def with_means(s: State, means: Means, beta2: float) -> State:
 
 
 def debias(beta: float, t: Tensor) -> Tensor:
-    """1 - beta**t: the weight that an EMA from zero has gathered after t steps (exact for beta near one)."""
+    """1 - beta**t, exact for beta near one: what an EMA from zero has gathered after t steps."""
     return -torch.expm1(t * math.log(max(beta, 1e-300)))
 
 
 def debiased(beta: float, t: Tensor) -> Tensor:
-    """beta_t = beta (1 - beta**(t-1)) / (1 - beta**t): an EMA at this rate estimates the mean at every step."""
+    """beta_t = beta (1 - beta**(t-1)) / (1 - beta**t): at this rate an EMA is never biased."""
     return beta * debias(beta, t - 1) / debias(beta, t)
 
 
@@ -184,7 +187,7 @@ def norm_p(B: Tensor, T: Gradient) -> Tensor:
 
 
 def positive(x: Tensor) -> Tensor:
-    """x, and zero where it is below: infinities of both signs sum up to NaN, and then nothing is known."""
+    """x, and zero where x is below zero or no number, as infinity minus infinity is."""
     return x.clamp(min=0).nan_to_num(nan=0.0)
 
 
@@ -196,8 +199,8 @@ def finite_or_zero(x: Tensor) -> Tensor:
 def first_A(start: str, T: Gradient, r: int, seed: int) -> Tensor:
     """Where A (N, r, q) starts, for the first target T; B starts at zero.
 
-    "printed" is N(0, 0.02**2); "random" the same in the gauge; "sketch" is Omega^T T in the gauge (departure
-    b), random where that is zero or not finite.
+    "printed" is N(0, 0.02**2). "random" is the same in the gauge. "sketch" is Omega^T T in the
+    gauge (departure b), and random where that is zero or not finite.
     """
     random = local(gaussian(r, T.q, seed=seed), 1, T.columns).to(T.device).expand(len(T), -1, -1)
     if start == "printed":
@@ -214,8 +217,8 @@ def first_A(start: str, T: Gradient, r: int, seed: int) -> Tensor:
 def gaussian(rows: int, columns: int, *, seed: int) -> Tensor:
     """A (rows, columns) standard normal matrix on the CPU, a function of its arguments alone.
 
-    Neither the global random state nor the order of the parameters, the device or the sharding of the weight
-    plays a part in it, so a run starts the same way everywhere.
+    Neither the global random state nor the order of the parameters, the device or the sharding of
+    the weight plays a part in it, so a run starts the same way everywhere.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 # LoRA-Pre, what it replaces, and the peers it stands beside in `lorapre compare`.
 LowRank = Literal["lorapre-adamw", "lorapre-muon"]
-Projected = Literal["galore", "galore-muon", "fira", "apollo", "alice"]
-Others = Literal["adamw", "muon", "adafactor", "sgd"]
+Projected = Literal["galore", "fira", "apollo", "apollo-mini", "conda", "alice"]
+Compressed = Literal["mlorc", "mofasgd"]
+Others = Literal["adamw", "muon", "adafactor", "sgd", "adam-mini", "smmf"]
 Quantised = Literal["adam8bit", "adam4bit", "muon-8bit", "muon-bf16"]
 Stateless = Literal["muon-no-momentum", "racs", "scale", "column-sgd"]  # or nearly
-OptimizerName = Literal[LowRank, Others, Quantised, Stateless, Projected, "lora", "relora"]
+OptimizerName = Literal[LowRank, Others, Quantised, Stateless, Projected, Compressed]
 # Those whose memory `lorapre plan` computes without running them.
 PlannedOptimizer = Literal[LowRank, "adamw", "muon"]
 # How to fine-tune: an optimizer of all weights, or adapters of peft.
@@ -38,18 +39,18 @@ Precision = Literal["fp32", "bf16"]
 Terms = Literal["matrices", "whole"]
 TaskName = Literal["gsm8k", "math-500"]
 
-LOW_RANK, PROJECTED = get_args(LowRank), get_args(Projected)
-ADAPTERS = (*get_args(Adapter), "relora")
+LOW_RANK, PROJECTED, COMPRESSED = get_args(LowRank), get_args(Projected), get_args(Compressed)
+ADAPTERS = get_args(Adapter)
 # As in the library. Every config names its variant, so that a run says what it was.
 DEFAULT_VARIANT: dict[str, Variant] = {"lorapre-adamw": "split", "lorapre-muon": "calibrated"}
 
 # The options that only some methods have. Elsewhere they are None or off: an option without effect is
 # refused.
 ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "rank": (*LOW_RANK, *PROJECTED, *ADAPTERS),
+    "rank": (*LOW_RANK, *COMPRESSED, "galore", "fira", "apollo", "alice", *ADAPTERS),
     "variant": LOW_RANK,
     "compress": ("lorapre-adamw",),
-    "refresh": (*PROJECTED, "relora"),
+    "refresh": PROJECTED,
     "stochastic_rounding": LOW_RANK,
     "release": LOW_RANK,
     "rules": LOW_RANK,
@@ -106,7 +107,6 @@ class Checked:
     """A config that refuses what is no choice and numbers that are out of range."""
 
     def __post_init__(self) -> None:
-        """Check every field. Raises UserError naming the option."""
         config: Any = type(self)
         choices = choices_of(config)
         for name, kinds in kinds_of(config).items():
@@ -117,16 +117,16 @@ class Checked:
             for number in value if isinstance(value, tuple) else (value,):
                 if number is None or not (int in kinds or float in kinds):
                     continue
-                if int in kinds and number < (least := LEAST.get(name, 1)):
-                    raise UserError(f"{flag(name)}: must be at least {least}, not {number}")
-                if name in POSITIVE and not (math.isfinite(number) and number > 0):
-                    raise UserError(f"{flag(name)}: must be a positive number, not {number}")
-                if name in SHARES and not 0 <= number <= 1:
-                    raise UserError(f"{flag(name)}: must be between 0 and 1, not {number}")
-                if name in DECAYS and not 0 <= number < 1:
-                    raise UserError(f"{flag(name)}: must be at least 0 and less than 1, not {number}")
-                if not (math.isfinite(number) and number >= 0):
-                    raise UserError(f"{flag(name)}: must be a number that is not negative, not {number}")
+                least = LEAST.get(name, 1)
+                for wrong, right in (
+                    (int in kinds and number < least, f"at least {least}"),
+                    (name in POSITIVE and not 0 < number < math.inf, "a positive number"),
+                    (name in SHARES and not 0 <= number <= 1, "between 0 and 1"),
+                    (name in DECAYS and not 0 <= number < 1, "at least 0 and less than 1"),
+                    (not 0 <= number < math.inf, "a number that is not negative"),
+                ):
+                    if wrong:
+                        raise UserError(f"{flag(name)}: must be {right}, not {number}")
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
@@ -156,7 +156,6 @@ class OptimizerConfig(Checked):
     ] = ()
 
     def __post_init__(self) -> None:
-        """Refuse options that the method does not have. Raises UserError naming the option."""
         super().__post_init__()
         for name, methods in ONLY_FOR.items():
             value = getattr(self, name, None)
@@ -164,10 +163,8 @@ class OptimizerConfig(Checked):
                 raise UserError(f"{flag(name)}: {self.method} needs a value")
             if value not in (None, False, ()) and self.method not in methods:
                 known = ", ".join(method for method in self.METHODS if method in methods)
-                raise UserError(
-                    f"{flag(name)}: {self.method} has no such option; leave it out "
-                    f"(those that have it: {known})"
-                )
+                lacking = f"{self.method} has no such option; leave it out"
+                raise UserError(f"{flag(name)}: {lacking} (those that have it: {known})")
         if self.variant == "split" and self.compress not in (None, "both"):
             raise UserError("--compress: variant split has no moment alone; take another --variant")
         if self.freeze and self.method in ADAPTERS:
@@ -184,7 +181,7 @@ class OptimizerConfig(Checked):
     def fitting(method: str, rank: int, refresh: int) -> dict[str, Any]:
         """The options that a method has, with their defaults; None for those that it has not."""
         values: dict[str, Any] = {"rank": rank, "compress": "both", "refresh": refresh}
-        values["variant"] = DEFAULT_VARIANT.get(method)
+        values |= {"variant": DEFAULT_VARIANT.get(method)}
         return {name: value if method in ONLY_FOR[name] else None for name, value in values.items()}
 
 
@@ -204,7 +201,7 @@ class RunConfig(OptimizerConfig):
 
     lr: Annotated[float, "peak learning rate."]
     scale: Annotated[float, "the attention and MLP matrices learn at lr times this."]
-    refresh: Annotated[int | None, "steps between two projections, or two merges of relora."] = None
+    refresh: Annotated[int | None, "steps between two projections."] = None
     betas: Annotated[tuple[float, float], "decay rates of Adam's moments."] = BETAS
     eps: Annotated[float, "of Adam."] = 1e-8
     momentum: Annotated[float, "decay rate of Muon's momentum."] = 0.95
@@ -239,7 +236,6 @@ class RunConfig(OptimizerConfig):
     ] = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot run. Raises UserError naming the option."""
         super().__post_init__()
         if self.stochastic_rounding and self.dtype != "bf16":
             raise UserError("--stochastic-rounding: float32 weights need none; give --dtype bf16 with it")
@@ -307,12 +303,10 @@ class PretrainConfig(RunConfig):
     heads: Annotated[int, "of its attention; they share the hidden size."]
 
     def __post_init__(self) -> None:
-        """Refuse what cannot run. Raises UserError naming the option."""
         super().__post_init__()
         if self.hidden_size % (2 * self.heads):
-            raise UserError(
-                f"--heads {self.heads}: a head must have an even share of --hidden-size {self.hidden_size}"
-            )
+            even = f"a head must have an even share of --hidden-size {self.hidden_size}"
+            raise UserError(f"--heads {self.heads}: {even}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -341,7 +335,6 @@ class FinetuneConfig(RunConfig):
     adapter: Adapter | None = None  # its weights train with AdamW, the model's own stay as they are
 
     def __post_init__(self) -> None:
-        """Refuse what cannot run. Raises UserError naming the option."""
         if self.method not in self.METHODS:
             choices = ", ".join(self.METHODS)
             raise UserError(f"--method: there is no {self.method!r}; choose from {choices}")

@@ -1,7 +1,5 @@
 """What a user reads on the console: numbers and errors in few words, and no notes of other libraries."""
 
-from __future__ import annotations
-
 import logging
 
 

@@ -4,8 +4,6 @@ Generation, extraction of the answer from what is generated, and scoring are lm-
 questions, prompt and length are replaced. The prompt is that of `lorapre finetune`, without examples.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -80,8 +78,7 @@ class Evaluation:
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Score a model's answers, take the loss of the right ones, print a table and write it as JSON.
 
-    Raises:
-        UserError: no such model or data, answers that the task cannot score, or questions too long.
+    Raises UserError: no such model or data, answers that cannot be scored, or questions too long.
     """
     start = time.perf_counter()
     model, task = config.model, config.task
@@ -116,8 +113,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         device=describe_device(weights.device),
         versions=versions("lm_eval", "torch", "transformers"),
         generations=[
-            {"question": example.question, "answer": example.answer, "generated": text}
-            for example, text in zip(examples, texts, strict=True)
+            example._asdict() | {"generated": text} for example, text in zip(examples, texts, strict=True)
         ],
     )
     write_json(out, result)
@@ -128,11 +124,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 
 def output_file(config: EvaluateConfig) -> Path:
-    """evaluation-TASK.json in a local model's folder, or here with the model's name in it.
-
-    Raises:
-        UserError: it cannot be written: better now than after hours.
-    """
+    """evaluation-TASK.json in a local model's folder, or here. Raises UserError."""
     folder, name = Path(config.model).expanduser(), f"evaluation-{config.task}"
     default = Path(f"{name}-{config.model.replace('/', '--')}.json")
     out = config.out or (folder / f"{name}.json" if folder.is_dir() else default)
@@ -165,10 +157,8 @@ def answer_length(
     if room < 1:
         raise UserError(f"--data: its longest question has {longest} tokens, and the model reads {reads}")
     if wanted is not None and wanted > room:
-        raise UserError(
-            f"--max-new-tokens {wanted}: the model reads {reads} tokens, and the longest question has "
-            f"{longest}; give at most {room}"
-        )
+        has = f"the model reads {reads} tokens, and the longest question has {longest}"
+        raise UserError(f"--max-new-tokens {wanted}: {has}; give at most {room}")
     return wanted or min(MAX_NEW_TOKENS, room)
 
 
@@ -177,28 +167,23 @@ def score(
 ) -> tuple[dict[str, float], dict[str, float], list[str]]:
     """Let lm-eval generate and score: metrics, their standard errors where there are any, and the texts.
 
-    The examples go through a file, and the task through one that includes lm-eval's: the form in which it
-    takes tasks from users. Nothing is fetched.
+    Examples and task go through files, as lm-eval takes them from users. Nothing is fetched.
     """
     names = TASKS[task]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "examples.jsonl"
-        write_lines(
-            file, [{names.question: example.question, names.answer: example.answer} for example in examples]
-        )
-        changed = {
+        write_lines(file, [{names.question: each.question, names.answer: each.answer} for each in examples])
+        next_question = Example("", "").prompt.partition(" ")[0]
+        absent = ("dataset_name", "training_split", "fewshot_split", "fewshot_config")
+        changed = dict.fromkeys(absent) | {
             "include": str(Path(lm_eval.__file__).parent / "tasks" / names.path),
             "task": task,
             "dataset_path": "json",
-            "dataset_name": None,
             "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": folder},
-            "training_split": None,
-            "fewshot_split": None,
-            "fewshot_config": None,
             "num_fewshot": 0,
             "doc_to_text": Example(f"{{{{{names.question}}}}}", "").prompt,
             "generation_kwargs": {
-                "until": [Example("", "").prompt.partition(" ")[0]],  # the next question
+                "until": [next_question],
                 "do_sample": False,
                 "max_gen_toks": max_new_tokens,
             },
@@ -207,27 +192,23 @@ def score(
         config.write_text(json.dumps(changed), encoding="utf-8")  # which is YAML, too
         # Not simple_evaluate, which also lists every package of the machine.
         results = lm_eval.evaluate(lm, TaskManager(include_defaults=False).load([str(config)]))
-    metrics, errors = {}, {}
+    metrics: dict[str, float] = {}
+    errors: dict[str, float] = {}
     for key, value in results["results"][task].items():
         metric, comma, chosen = key.partition(",")
-        name = metric.replace("_", " ") + ("" if chosen == "none" else f", {chosen}")
-        if comma and metric.endswith("_stderr"):
-            if isinstance(value, float):  # else there is none
-                errors[name.replace(" stderr", "")] = float(value)
-        elif comma:
-            metrics[name] = float(value)
+        name = metric.removesuffix("_stderr").replace("_", " ")
+        name += "" if chosen == "none" else f", {chosen}"
+        if comma and isinstance(value, int | float):  # an error may be "N/A"
+            (errors if metric.endswith("_stderr") else metrics)[name] = float(value)
     texts = {sample["doc_id"]: sample["resps"][0][0] for sample in results["samples"][task]}
     return metrics, errors, [texts[number] for number in range(len(examples))]
 
 
 @torch.no_grad()
 def answer_loss(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    examples: Sequence[Example],
-    batch_size: int,
-    reads: int,
-) -> tuple[float | None, int, int]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example],
+    batch_size: int, reads: int,
+) -> tuple[float | None, int, int]:  # fmt: skip
     """The loss of the right answers, as `lorapre finetune` takes it.
 
     Returns:

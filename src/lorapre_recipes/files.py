@@ -1,7 +1,5 @@
 """Files that a run leaves: written whole, or line by line."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -11,7 +9,7 @@ from typing import Any
 
 def write_whole(file: Path, text: str) -> None:
     """Write a file that nobody ever finds half written, should the process be killed."""
-    new = file.with_name(file.name + ".new")
+    new = file.with_name(f"{file.name}.{os.getpid()}.new")
     new.write_text(text, encoding="utf-8")
     os.replace(new, file)
 

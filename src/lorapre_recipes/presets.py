@@ -1,7 +1,5 @@
 """Named configurations: each preset is one function that returns a complete config for an optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_args
 
@@ -26,7 +24,6 @@ SHORT_RUN: Rates = dict.fromkeys(get_args(OptimizerName), (0.02, 0.025)) | {
     "lorapre-muon": (0.02, 0.05),
     "muon": (0.02, 0.05),
     "muon-no-momentum": (0.02, 0.05),
-    "galore-muon": (0.02, 0.05),
     "sgd": (0.02, 5.0),
 }
 # Of what docs/study.md swept. With 0.1 of 0.02 llama-5m does not train, whatever the optimizer.
@@ -38,7 +35,6 @@ LLAMA_1M: Rates = SHORT_RUN | {
     "muon": (0.02, 0.4),
     "muon-no-momentum": (0.02, 0.8),
     "lorapre-muon": (0.02, 0.8),
-    "galore-muon": (0.02, 0.8),
 }
 LLAMA_5M: Rates = SHORT_RUN | {"adamw": (0.02, 0.05)}
 # The paper gives the learning rates that it searched (1e-2, 5e-3, 1e-3, 5e-4, 1e-4) and its scale, 0.25, but
@@ -48,57 +44,46 @@ PUBLISHED: Rates = {
     "lorapre-adamw": (0.01, 0.25),
     "lorapre-muon": (0.01, 0.25),
     "galore": (0.01, 0.25),
-    "galore-muon": (0.01, 0.25),
     "fira": (0.01, 0.25),
     "adamw": (0.001, 1.0),
 }
 
 
-# Pre-training
-
-
-def llama_tiny(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
-    """The quickstart: a Llama of 4.2 million parameters on 0.8 million tokens, minutes on two CPU cores."""
-    run = dict(steps=400, batch_size=16, checkpoints=2)
-    return scaled_down("llama-tiny", optimizer, SHORT_RUN, 2048, 256, 688, layers=4, heads=4, **run)
-
-
-def llama_1m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
-    """The paper's experiment for two CPU cores: 1.05 million parameters on 4.1 million tokens."""
-    return scaled_down("llama-1m", optimizer, LLAMA_1M, 1024, 128, 344, layers=4, heads=4, steps=500)
-
-
-def llama_5m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
-    """5.0 million parameters on 8.2 million tokens, two or three passes over the corpus."""
-    return scaled_down("llama-5m", optimizer, LLAMA_5M, 2048, 256, 688, layers=5, heads=4, steps=1000)
-
-
-def llama_20m(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
-    """20 million parameters on 16.4 million tokens, five or six passes over the corpus."""
-    return scaled_down("llama-20m", optimizer, SHORT_RUN, 4096, 512, 1376, layers=5, heads=8, steps=2000)
-
-
-def llama_arithmetic(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
-    """A model to fine-tune on `lorapre arithmetic`: 0.89 million parameters on 2.9 million tokens."""
-    rates = {"adamw": (0.02, 0.25)}
-    data: dict[str, Any] = dict(data="arithmetic/text.jsonl", tokenizer="arithmetic/tokenizer")
-    data |= dict(sequence_length=256, held_out_every=100)
-    run = dict(steps=700, batch_size=16, checkpoints=2, precision="bf16", layers=4, heads=4)
-    return scaled_down("llama-arithmetic", optimizer, rates, 384, 128, 344, **(data | run))
+Preset = Callable[[OptimizerName], PretrainConfig]
 
 
 def scaled_down(
-    preset: str, optimizer: OptimizerName, rates: Rates, vocab: int, hidden: int, mlp: int, **fields: Any
-) -> PretrainConfig:
+    preset: str, rates: Rates, vocab: int, hidden: int, mlp: int, **fields: Any
+) -> Callable[..., PretrainConfig]:
     """The protocol at a size for CPUs: text from a package, rank hidden / 8, 8,192 tokens a step."""
-    shape: dict[str, Any] = dict(vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp)
-    scaled = dict(data="sotu", sequence_length=128, batch_size=64, checkpoints=5, rank=hidden // 8)
-    return protocol(optimizer, rates, preset=preset, **(shape | scaled | fields))
+    scaled: dict[str, Any] = dict(preset=preset, vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp)
+    scaled |= dict(data="sotu", sequence_length=128, batch_size=64, checkpoints=5, rank=hidden // 8)
+
+    def config(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
+        return protocol(optimizer, rates, **(scaled | fields))
+
+    return config
 
 
-def as_published(
-    preset: str, rank: int, steps: int, batch_size: int
-) -> Callable[[OptimizerName], PretrainConfig]:
+# The quickstart: 4.2 million parameters on 0.8 million tokens, minutes on two CPU cores.
+llama_tiny = scaled_down(
+    "llama-tiny", SHORT_RUN, 2048, 256, 688, layers=4, heads=4, steps=400, batch_size=16, checkpoints=2
+)
+# The paper's experiment for two CPU cores: 1.05 million parameters on 4.1 million tokens.
+llama_1m = scaled_down("llama-1m", LLAMA_1M, 1024, 128, 344, layers=4, heads=4, steps=500)
+# 5.0 million parameters on 8.2 million tokens, two or three passes over the corpus.
+llama_5m = scaled_down("llama-5m", LLAMA_5M, 2048, 256, 688, layers=5, heads=4, steps=1000)
+# 20 million parameters on 16.4 million tokens, five or six passes over the corpus.
+llama_20m = scaled_down("llama-20m", SHORT_RUN, 4096, 512, 1376, layers=5, heads=8, steps=2000)
+# A model to fine-tune on `lorapre arithmetic`: 0.89 million parameters on 2.9 million tokens.
+llama_arithmetic = scaled_down(
+    "llama-arithmetic", {"adamw": (0.02, 0.25)}, 384, 128, 344, layers=4, heads=4, steps=700, batch_size=16,
+    data="arithmetic/text.jsonl", tokenizer="arithmetic/tokenizer", sequence_length=256,
+    held_out_every=100, checkpoints=2, precision="bf16",
+)  # fmt: skip
+
+
+def as_published(preset: str, rank: int, steps: int, batch_size: int) -> Preset:
     """The protocol as GaLore and LoRA-Pre publish it: C4, 512 sequences of 256 tokens a step, in bfloat16.
 
     `batch_size` sequences are a forward pass for one large GPU; the protocol does not depend on it.
@@ -108,29 +93,14 @@ def as_published(
         from lorapre_recipes.plan.shapes import BUILT_IN  # brings torch, which takes seconds
 
         shape = BUILT_IN[preset]
-        return protocol(
-            optimizer,
-            PUBLISHED,
-            preset=preset,
-            rank=rank,
-            steps=steps,
-            batch_size=batch_size,
-            accumulation=512 // batch_size,
-            data="allenai/c4:en",
-            validation_split="validation",
-            eval_sequences=51_200,
-            tokenizer="google-t5/t5-base",
-            sequence_length=256,
-            packed=False,
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            layers=shape.num_hidden_layers,
-            heads=shape.num_attention_heads,
-            checkpoints=20,
-            precision="bf16",
-            dtype="bf16",
-        )
+        sizes = ("vocab_size", "hidden_size", "intermediate_size")
+        fields: dict[str, Any] = {name: getattr(shape, name) for name in sizes}
+        fields |= dict(layers=shape.num_hidden_layers, heads=shape.num_attention_heads)
+        fields |= dict(data="allenai/c4:en", validation_split="validation", eval_sequences=51_200)
+        fields |= dict(tokenizer="google-t5/t5-base", sequence_length=256, packed=False)
+        fields |= dict(steps=steps, batch_size=batch_size, accumulation=512 // batch_size)
+        fields |= dict(checkpoints=20, precision="bf16", dtype="bf16")
+        return protocol(optimizer, PUBLISHED, preset=preset, rank=rank, **fields)
 
     return config
 
@@ -146,13 +116,9 @@ def protocol(optimizer: OptimizerName, rates: Rates, *, rank: int, **fields: Any
     lr, scale = rates.get(optimizer) or rates["adamw"]  # of those without a sweep of their own
     shared: dict[str, Any] = dict(optimizer=optimizer, lr=lr, scale=scale, warmup=0.1, final_lr=0.1)
     shared |= dict(evaluations=10, held_out_every=20, momentum=0.9 if optimizer == "scale" else 0.95)
-    fitting = OptimizerConfig.fitting(
-        optimizer, rank, refresh=min(200, fields["steps"] // 10)
-    )  # GaLore's 200
+    refresh = min(200, fields["steps"] // 10)  # GaLore's 200
+    fitting = OptimizerConfig.fitting(optimizer, rank, refresh)
     return PretrainConfig(**(shared | fitting | fields))
-
-
-# Fine-tuning
 
 
 def metamath100k(method: Method = "lorapre-adamw") -> FinetuneConfig:
@@ -160,54 +126,30 @@ def metamath100k(method: Method = "lorapre-adamw") -> FinetuneConfig:
 
     Batch, warm-up and length are those of PiSSA's recipe, which has the same data, rate and schedule.
     """
-    return finetuning(
-        method,
-        preset="metamath100k",
-        model="meta-llama/Llama-3.1-8B",
-        data="meta-math/MetaMathQA",
-        samples=100_000,
-        sequence_length=512,
-        held_out_every=100,
-        lr=2e-5,
-        steps=773,  # one pass over the 99,000 that are not held out
-        batch_size=128,
-        warmup=0.03,
-        evaluations=5,
-        checkpoints=5,
-        dtype="bf16",
-        stochastic_rounding=method in LOW_RANK,
-    )
+    data = dict(data="meta-math/MetaMathQA", samples=100_000, sequence_length=512, held_out_every=100)
+    run: dict[str, Any] = dict(lr=2e-5, batch_size=128, warmup=0.03, evaluations=5, checkpoints=5)
+    run |= dict(steps=773)  # one pass over the 99,000 that are not held out
+    run |= dict(dtype="bf16", stochastic_rounding=method in LOW_RANK)
+    return finetuning(method, preset="metamath100k", model="meta-llama/Llama-3.1-8B", **data, **run)
 
 
 def arithmetic(method: Method = "lorapre-adamw") -> FinetuneConfig:
     """The task of `lorapre arithmetic`, for the model of `lorapre pretrain --preset llama-arithmetic`."""
-    return finetuning(
-        method,
-        preset="arithmetic",
-        model="runs/llama-arithmetic",
-        data="arithmetic/train.jsonl",
-        samples=None,
-        sequence_length=160,
-        held_out_every=20,
-        lr=3e-3,
-        steps=400,
-        batch_size=16,
-        warmup=0.1,
-        evaluations=4,
-        checkpoints=1,
-    )
+    data = dict(data="arithmetic/train.jsonl", samples=None, sequence_length=160, held_out_every=20)
+    run = dict(lr=3e-3, steps=400, batch_size=16, warmup=0.1, evaluations=4, checkpoints=1)
+    return finetuning(method, preset="arithmetic", model="runs/llama-arithmetic", **data, **run)
 
 
 def finetuning(method: Method, **fields: Any) -> FinetuneConfig:
     """What both share: rank 8, no decay, no clipping, a cosine down to zero, products in bfloat16."""
     adapter = method if method in get_args(Adapter) else None
-    optimizer = "lora" if adapter else method
+    optimizer = "adamw" if adapter else method
     shared = dict(optimizer=optimizer, adapter=adapter, scale=1.0, final_lr=0.0, precision="bf16")
     fitting = OptimizerConfig.fitting(method, rank=8, refresh=min(200, fields["steps"] // 4))
     return FinetuneConfig(**(shared | fitting | fields))
 
 
-PRETRAIN: dict[str, Callable[[OptimizerName], PretrainConfig]] = {
+PRETRAIN: dict[str, Preset] = {
     "llama-tiny": llama_tiny,
     "llama-1m": llama_1m,
     "llama-5m": llama_5m,

@@ -69,15 +69,11 @@ class CGradient(Gradient):
         return self._product(L, (len(self), L.shape[-2], self.held[0]), left=True)
 
     def _product(self, X: Tensor, shape: tuple[int, ...], left: bool) -> Tensor:
-        """T X or X T; rounds X to bfloat16 if the gradients are."""
+        """T X or X T."""
         (N, p, q), held = (len(self), *self.held), _Held()
         X = _checked(X, shape)
         a, b, c = (shape[1], p, q) if left else (p, q, shape[2])
         out = torch.empty(N, a, c, dtype=torch.float32, device="cpu")
-        if N and self.grads[0].dtype == torch.bfloat16:
-            X = X.to(torch.bfloat16)
-            turned = X.stride(1) == 1 and (left or (X.stride(2) % 2 == 0 and X.stride(0) % 2 == 0))
-            X = X if turned else X.contiguous()
         T, other = held.matrices(self.grads), held.stack(X)
         T.absolute = self.absolute
         first, second = (other, T) if left else (T, other)
@@ -99,8 +95,8 @@ class CGradient(Gradient):
             raise ValueError(f"{len(weights)} weights have {N} gradients")
         s = _Step(
             N, p, q, height, torch.get_num_threads(), held.matrices(weights), held.matrices(self.grads),
-            scale=self.scale, eps=eps, finite=held.finite(self.finite, N), row_sums=rows.data_ptr(),
-            column_sums=columns.data_ptr(),
+            scale=self.scale, eps=eps, finite=held.finite(self.finite, N),
+            row_sums=rows.data_ptr() if sums else None, column_sums=columns.data_ptr(),
         )  # fmt: skip
         s.grads.absolute = self.absolute
         numbers: list[Number] = [lr, decay, 0.0 if M.exp_avg else M.b, 0.0 if M.exp_avg_sq else M.d]

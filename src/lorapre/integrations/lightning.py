@@ -9,7 +9,7 @@ __all__ = ["CoverageLogger"]
 
 
 class CoverageLogger(Callback):
-    """Logs `lorapre.coverage` of every optimizer when training starts, on rank 0: `Trainer(callbacks=[...])`.
+    """Log `lorapre.coverage` of every optimizer, on rank 0, when training starts.
 
     The weights are where the strategy has put them by then: bytes are those of this process.
     """

@@ -1,4 +1,4 @@
-"""LoRA-Pre for registries, which make an optimizer from its name and hand it nameless parameters."""
+"""LoRA-Pre for registries: made from a name, and handed nameless parameters."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,20 +15,23 @@ _Groups = Iterable[dict[str, Any]]
 class RoutedAdamW(LoRAPreAdamW):
     """`LoRAPreAdamW` that finds the routes of its parameters in `groups`.
 
-    A registry's groups know weight decay and learning rates, but not what a parameter is for; those of
-    `lorapre.param_groups` do. A parameter takes the options of both, of `groups` where both name one, as they
-    do the weight decay of norms and biases.
+    A registry's groups know weight decay and learning rates, but not what a parameter is for; those
+    of `lorapre.param_groups` do. A parameter takes the options of both, of `groups` where both name
+    one, as they do the weight decay of norms and biases.
 
     Args:
         params: parameters or groups of them.
-        groups: from `lorapre.param_groups(model, rank=...)`; can be left out where `params` come from there.
+        groups: from `lorapre.param_groups(model, rank=...)`; can be left out where `params` come
+            from there.
         options: of `LoRAPreAdamW`.
 
     Raises:
         ValueError: there are no `groups`, or a parameter is not in them.
     """
 
-    def __init__(self, params: Iterable[Any], *, groups: _Groups | None = None, **options: Any) -> None:
+    def __init__(
+        self, params: Iterable[Any], *, groups: _Groups | None = None, **options: Any
+    ) -> None:
         super().__init__(_routed(list(params), groups), **options)
 
 
@@ -37,14 +40,17 @@ class RoutedMuon(LoRAPreMuon):
 
     Args:
         params: parameters or groups of them.
-        groups: from `lorapre.param_groups(model, rank=...)`; can be left out where `params` come from there.
+        groups: from `lorapre.param_groups(model, rank=...)`; can be left out where `params` come
+            from there.
         options: of `LoRAPreMuon`.
 
     Raises:
         ValueError: there are no `groups`, or a parameter is not in them.
     """
 
-    def __init__(self, params: Iterable[Any], *, groups: _Groups | None = None, **options: Any) -> None:
+    def __init__(
+        self, params: Iterable[Any], *, groups: _Groups | None = None, **options: Any
+    ) -> None:
         super().__init__(_routed(list(params), groups), **options)
 
 
@@ -55,8 +61,8 @@ def _routed(params: Sequence[Any], groups: _Groups | None) -> list[dict[str, Any
         if all("rank" in group for group in given):
             return given
         raise ValueError(
-            "groups must be lorapre.param_groups(model, rank=...): without names, embeddings and output head "
-            "cannot be told from the matrices that take low-rank momenta"
+            "groups must be lorapre.param_groups(model, rank=...): without names, embeddings and "
+            "output head cannot be told from the matrices that take low-rank momenta"
         )
     route_of: dict[Tensor, tuple[int, str, dict[str, Any]]] = {}
     for number, group in enumerate(groups):

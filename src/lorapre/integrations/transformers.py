@@ -1,7 +1,8 @@
 """LoRA-Pre in `transformers.Trainer` and what derives from it, `trl.SFTTrainer` for one.
 
-Since transformers 5.2 the Trainer calls a factory of optimizers with the model (`Trainer.create_optimizer`,
-`trainer_optimizer.is_optimizer_factory`). A class would get two groups of nameless parameters.
+Since transformers 5.2 the Trainer calls a factory of optimizers with the model
+(`Trainer.create_optimizer`, `trainer_optimizer.is_optimizer_factory`). A class would get two groups
+of nameless parameters.
 """
 
 import inspect
@@ -18,7 +19,8 @@ from lorapre.report import coverage
 
 __all__ = ["lorapre_adamw", "lorapre_muon"]
 
-# A child of transformers' own logger: the Trainer sets its level from log_level and log_level_replica.
+# A child of transformers' own logger: the Trainer sets its level from log_level and
+# log_level_replica.
 _logger = logging.get_logger("transformers.lorapre")
 
 
@@ -30,21 +32,24 @@ def lorapre_adamw(
     strict: bool = False,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """`LoRAPreAdamW` for the Trainer: `Trainer(..., optimizer_cls_and_kwargs=lorapre_adamw(args, rank=8))`.
+    """`LoRAPreAdamW` for the Trainer.
 
-    Of `args`, both the factorised weights and the dense ones take learning_rate, adam_beta1, adam_beta2,
-    adam_epsilon and weight_decay, which leaves out norms and biases as the Trainer does. They are read when
-    the Trainer makes the optimizer, so that each trial of a hyperparameter search has its own.
+    `Trainer(..., optimizer_cls_and_kwargs=lorapre_adamw(args, rank=8))`.
+
+    Of `args`, both the factorised weights and the dense ones take learning_rate, adam_beta1,
+    adam_beta2, adam_epsilon and weight_decay, which leaves out norms and biases as the Trainer
+    does. They are read when the Trainer makes the optimizer, so that each trial of a hyperparameter
+    search has its own.
 
     `lorapre.coverage` of the optimizer is logged at level INFO: `log_level="info"` shows it.
 
     Args:
-        args: the Trainer's. `optim`, `optim_args` and `optim_target_modules` have no effect, as with any
-            `optimizer_cls_and_kwargs`.
+        args: the Trainer's. `optim`, `optim_args` and `optim_target_modules` have no effect, as
+            with any `optimizer_cls_and_kwargs`.
         rank: as in `lorapre.param_groups`.
         rules: as in `lorapre.param_groups`.
-        strict: as in `lorapre.param_groups`; True makes an error of the warning that no weight gets low-rank
-            momenta, which LoRA adapters as the only trainable weights give.
+        strict: as in `lorapre.param_groups`; True makes an error of the warning that no weight gets
+            low-rank momenta, which LoRA adapters as the only trainable weights give.
         options: of `LoRAPreAdamW`, above what `args` say: scale, variant, lr, betas, ...
 
     Returns:
@@ -52,7 +57,8 @@ def lorapre_adamw(
 
     Raises:
         TypeError: there is no such option.
-        ValueError: as in `lorapre.param_groups` and `LoRAPreAdamW`, when the Trainer makes the optimizer.
+        ValueError: as in `lorapre.param_groups` and `LoRAPreAdamW`, when the Trainer makes the
+            optimizer.
     """
 
     def from_args() -> dict[str, Any]:
@@ -63,7 +69,9 @@ def lorapre_adamw(
             weight_decay=args.weight_decay,
         )
 
-    return _for_trainer(LoRAPreAdamW, from_args, dict(rank=rank, rules=rules, strict=strict), options)
+    return _for_trainer(
+        LoRAPreAdamW, from_args, dict(rank=rank, rules=rules, strict=strict), options
+    )
 
 
 def lorapre_muon(
@@ -77,10 +85,10 @@ def lorapre_muon(
     """`LoRAPreMuon` for the Trainer; see `lorapre_adamw`.
 
     Of `args`, learning_rate and weight_decay reach both routes, as lr, adamw_lr, weight_decay and
-    adamw_weight_decay; adam_beta1, adam_beta2 and adam_epsilon reach the dense weights, which take AdamW.
-    Muon's momentum is none of them: give `momentum`. One learning rate serves both routes with
-    `adjust_lr_fn="match_rms_adamw"`; without it Muon usually wants a larger one than AdamW: give `lr`, and
-    the dense weights stay at learning_rate.
+    adamw_weight_decay; adam_beta1, adam_beta2 and adam_epsilon reach the dense weights, which take
+    AdamW. Muon's momentum is none of them: give `momentum`. One learning rate serves both routes
+    with `adjust_lr_fn="match_rms_adamw"`; without it Muon usually wants a larger one than AdamW:
+    give `lr`, and the dense weights stay at learning_rate.
 
     Args:
         args: the Trainer's.
@@ -94,7 +102,8 @@ def lorapre_muon(
 
     Raises:
         TypeError: there is no such option.
-        ValueError: as in `lorapre.param_groups` and `LoRAPreMuon`, when the Trainer makes the optimizer.
+        ValueError: as in `lorapre.param_groups` and `LoRAPreMuon`, when the Trainer makes the
+            optimizer.
     """
 
     def from_args() -> dict[str, Any]:
@@ -107,7 +116,9 @@ def lorapre_muon(
             adamw_weight_decay=args.weight_decay,
         )
 
-    return _for_trainer(LoRAPreMuon, from_args, dict(rank=rank, rules=rules, strict=strict), options)
+    return _for_trainer(
+        LoRAPreMuon, from_args, dict(rank=rank, rules=rules, strict=strict), options
+    )
 
 
 def _for_trainer(

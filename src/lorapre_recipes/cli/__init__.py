@@ -17,7 +17,7 @@ try:
 except ModuleNotFoundError as error:  # `pip install lorapre` brings this script, and torch alone
     raise SystemExit(f"lorapre: {error}; the recipes need more: pip install 'lorapre[recipes]'") from error
 
-from lorapre_recipes.cli.study import compare, evaluate, report
+from lorapre_recipes.cli.study import compare, evaluate
 from lorapre_recipes.cli.tools import arithmetic, plan
 from lorapre_recipes.cli.train import finetune, pretrain
 from lorapre_recipes.config import UserError
@@ -28,7 +28,7 @@ app = App(
     version=lambda: version("lorapre"),
     default_parameter=Parameter(negative=()),  # no --no-x and --empty-x beside each option
 )
-for command in (pretrain, finetune, evaluate, compare, report, plan, arithmetic):
+for command in (pretrain, finetune, evaluate, compare, plan, arithmetic):
     app.command(command)
 
 

@@ -1,7 +1,5 @@
 """What the commands that train share: the run folder's name, the processes, and how a run ends."""
 
-from __future__ import annotations
-
 import errno
 import importlib
 import os
@@ -26,9 +24,8 @@ def new_folder(out: Path | None, name: str) -> Path:
     if folder.is_file():
         raise UserError(f"--out {folder}: this is a file; give a new folder")
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(
-            f"--out {folder}: this folder is not empty; give a new one, or go on with --resume {folder}"
-        )
+        offer = f"give a new one, or go on with --resume {folder}"
+        raise UserError(f"--out {folder}: this folder is not empty; {offer}")
     return folder
 
 
@@ -45,22 +42,12 @@ def launched_with_fsdp() -> bool:
 
 
 def launch(
-    recipe: str,
-    kind: type[C],
-    make: Callable[[], C],
-    out: Path | None,
-    resume: Path | None,
-    given: dict[str, Any],
+    recipe: str, kind: type[C], make: Callable[[], C], resume: Path | None, given: dict[str, Any]
 ) -> int:
-    """Begin a run, or go on with one, and return the exit code. Raises UserError where it cannot start.
+    """Begin a run, or go on with the one in `resume`, and return the exit code.
 
-    Args:
-        recipe: "pretrain" or "finetune": a module of `lorapre_recipes.train` and its function.
-        kind: of its configs.
-        make: returns the config of a new run.
-        out: folder of a new run.
-        resume: folder of a run to go on with.
-        given: the options that were given, which a run that goes on does not take.
+    `recipe` is a module of `lorapre_recipes.train` and its function, `kind` the class of its configs, `make`
+    returns that of a new run. A run that goes on takes none of the options `given`. Raises UserError.
     """
     refused = [flag(name) for name, value in given.items() if value is not None]
     if resume is not None and refused:
@@ -68,7 +55,7 @@ def launch(
     if resume is None:
         config = make()
         config = config.replace(**settled(vars(config)))
-        run = new_folder(out, f"{config.preset}-{config.method}")
+        run = new_folder(given["out"], f"{config.preset}-{config.method}")
 
     module = importlib.import_module(f"lorapre_recipes.train.{recipe}")
     from lorapre_recipes.console import quieten
@@ -108,10 +95,8 @@ def explain(error: BaseException, name: str, run: Path) -> int:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, Diverged):
         line = f"{name}: {error}"
-    elif isinstance(error, KeyboardInterrupt):
-        line = f"\n{name}: interrupted; {go_on}"
-    elif full or isinstance(error, StreamLost | NotWritten):
-        line = f"\n{name}: {error}; {go_on}"
+    elif full or isinstance(error, KeyboardInterrupt | StreamLost | NotWritten):
+        line = f"\n{name}: {str(error) or 'interrupted'}; {go_on}"
     elif distributed.is_lost_contact(error):
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].partition(". ")[0]
         who = f"rank {distributed.rank()} lost contact with another process"

@@ -1,7 +1,5 @@
 """Command-line options made of the fields of a config: names, types and help stand there alone."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect
@@ -18,15 +16,10 @@ Command = Callable[..., Any]
 def options(
     config: type[Checked], *, without: Container[str] = (), preset: bool = False
 ) -> Callable[[Command], Command]:
-    """Give a command an option for every field of a config that has help.
+    """Give a command an option for every field of a config that has help, but those in `without`.
 
-    The command gets the options that were given as a dict, its argument `changes`.
-
-    Args:
-        config: the class.
-        without: fields that get no option.
-        preset: whether what is not given comes from a preset. Then the class's own defaults are not
-            shown, and what a preset switches on can be switched off.
+    The command gets the options that were given as a dict, its argument `changes`. With `preset`, what is
+    not given comes from one: defaults are not shown, and what it switches on can be switched off.
     """
     added = {each.name: each for each in parameters(config, preset) if each.name not in without}
 

@@ -1,4 +1,4 @@
-"""Commands that say how good a model or an optimizer is: `lorapre evaluate`, `compare` and `report`."""
+"""Commands that say how good a model or an optimizer is: `lorapre evaluate` and `compare`."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def compare(
     out: Path | None = None,
     resume: Path | None = None,
     record: Path | None = None,
+    tables: Path | None = None,
     changes: dict[str, Any],
 ) -> int:
     """Compare optimizers on the same model, data, order and evaluation, each at its best learning rate.
@@ -67,8 +68,16 @@ def compare(
         resume: the folder of a comparison to go on with. It holds all other options but jobs and
             record.
         record: a JSON file that takes a row of every run, beside those that it has.
+        tables: run nothing; make the tables and pictures of such a file, in --out or beside it.
         changes: the other options.
     """
+    from lorapre_recipes.compare.tables import write_tables
+
+    if tables is not None:
+        if changes or optimizers or sweep or resume or record:
+            raise UserError("--tables: makes tables of runs that have ended; leave out all but --out")
+        write_tables(tables, out or tables.parent)
+        return 0
     for name, count in (("seeds", seeds), ("jobs", jobs)):
         if count is not None and count < 1:
             raise UserError(f"--{name}: must be at least 1, not {count}")
@@ -87,7 +96,6 @@ def compare(
             changes=changes | settled(changes),
         )
     from lorapre_recipes.compare.compare import compare as recipe
-    from lorapre_recipes.compare.report import write_report
 
     try:
         recipe(
@@ -95,25 +103,11 @@ def compare(
             folder,
             jobs=jobs or os.cpu_count() or 1,
             command=shlex.join(["lorapre", *sys.argv[1:]]),
-            file=record,
+            files=(folder / "runs.json", *([record] if record else [])),
         )
     except KeyboardInterrupt:
         again = f"lorapre compare --resume {shlex.quote(str(folder))}"
         print(f"\nlorapre compare: interrupted; go on with: {again}", file=sys.stderr)
         return 130
-    write_report([folder], folder)
+    write_tables(folder / "runs.json", folder)
     return 0
-
-
-def report(*runs: Path, out: Path | None = None) -> None:
-    """Make the table and the pictures of comparisons or of runs anew, from their folders.
-
-    Args:
-        runs: folders of `lorapre compare` or `lorapre pretrain`.
-        out: where report.md, report.html and the pictures go. Default: the first of the folders.
-    """
-    if not runs:
-        raise UserError("RUNS: give the folder of a comparison or of a run")
-    from lorapre_recipes.compare.report import write_report
-
-    write_report(runs, out or runs[0])

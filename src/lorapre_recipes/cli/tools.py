@@ -1,7 +1,5 @@
 """Commands that train nothing: `lorapre plan` and `lorapre arithmetic`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from lorapre_recipes.plan.settings import Mesh, Settings
 
 @options(Settings)
 def plan(model: str, /, *, mesh: list[str] | None = None, changes: dict[str, Any]) -> None:
-    """Compute memory and traffic of a training step of a model, without loading its weights.
+    """Compute the memory of a training step of a model, without loading its weights.
 
     The peak is that of weights, gradients, optimizer state and what the step allocates for its own use;
     activations, which depend on the batch and on checkpointing, come on top.

@@ -1,7 +1,5 @@
 """`lorapre pretrain` and `lorapre finetune`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,7 @@ def pretrain(
         return config.replace(fsdp=config.fsdp or launched_with_fsdp())
 
     given = {"preset": preset, "out": out} | changes
-    return launch("pretrain", PretrainConfig, make, out, resume, given)
+    return launch("pretrain", PretrainConfig, make, resume, given)
 
 
 @options(FinetuneConfig, without=("preset", "optimizer", "fsdp"), preset=True)
@@ -70,4 +68,4 @@ def finetune(
         return chosen(method or "lorapre-adamw").replace(**changes)
 
     given = {"preset": preset, "method": method, "out": out} | changes
-    return launch("finetune", FinetuneConfig, make, out, resume, given)
+    return launch("finetune", FinetuneConfig, make, resume, given)

@@ -2,7 +2,8 @@
 
 compare.json              contenders, grid, seeds, the changes to the preset: what is needed to go on
 CONTENDER/VALUES-seedN/   the cells: summary.json, or ended.json with the reason why there is none
-report.md, report.html    see `compare/report.py`
+runs.json                 a row for each of them, see `compare/record.py`
+tables.md, *.png          see `compare/tables.py`
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ Grid = dict[str, tuple[float, ...]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contender:
-    """An optimizer with options of its own: `lorapre-adamw:variant=subspace,rank=16,scale=0.1/0.2`."""
+    """An optimizer with options of its own: `lorapre-adamw:variant=subspace,rank=16,scale=0.1/0.2`.
+
+    Rules take several values too: `lorapre-adamw:rules=embed_tokens=8/lm_head=8`.
+    """
 
     name: str
     optimizer: OptimizerName
-    choices: dict[str, str]
+    choices: dict[str, Any]
     grid: Grid  # over the comparison's
 
     @classmethod
@@ -41,16 +45,18 @@ class Contender:
         known = get_args(OptimizerName)
         if optimizer not in known:
             raise UserError(f"--optimizers: there is no {optimizer!r}; choose from {', '.join(known)}")
-        choices: dict[str, str] = {}
+        choices: dict[str, Any] = {}
         grid: Grid = {}
         for part in rest.split(",") if rest else ():
             name, _, value = part.partition("=")
             if name in CHOICES:
                 choices[name] = value
+            elif name == "rules":
+                choices[name] = tuple(value.split("/"))
             elif name in SWEPT:
                 grid[name] = numbers(value, "/", f"--optimizers {text}")
             else:
-                known = (*sorted(CHOICES), *SWEPT)
+                known = (*sorted(CHOICES), "rules", *SWEPT)
                 raise UserError(
                     f"--optimizers {text}: there is no option {name!r}; choose from {', '.join(known)}"
                 )

@@ -36,8 +36,8 @@ from lorapre_recipes.config import LOW_RANK, UserError
 from lorapre_recipes.files import append_line, write_json
 
 # Of the rest some keep objects in their state, which a safe load refuses.
-PEERS = ("racs", "alice", "scale", "column-sgd", "muon-no-momentum", "muon-bf16")
-RESUMABLE = (*LOW_RANK, *PEERS, "adamw", "muon", "galore-muon", "sgd")
+PEERS = ("racs", "alice", "scale", "column-sgd", "muon-no-momentum", "muon-bf16", "mlorc", "mofasgd")
+RESUMABLE = (*LOW_RANK, *PEERS, "adamw", "muon", "sgd")
 
 
 class Outcome(NamedTuple):
@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
 
 
 def compare(
-    comparison: Comparison, out: Path, *, jobs: int, command: str | None, file: Path | None = None
+    comparison: Comparison, out: Path, *, jobs: int, command: str | None, files: Sequence[Path] = ()
 ) -> list[Outcome]:
     """Run what is missing of a comparison; print the plan, and a line for each cell.
 
@@ -58,7 +58,7 @@ def compare(
         out: its folder; cells that are finished there are not run again.
         jobs: cells at a time, each in a process with its share of the cores.
         command: what to write to command.txt.
-        file: to record every ended cell in, see `compare/record.py`.
+        files: to record every ended cell in, see `compare/record.py`.
 
     Raises:
         UserError: before the first cell, where one of them could not run.
@@ -85,7 +85,7 @@ def compare(
         outcome = start_cell(cell, out, threads)
         words = outcome.reason or f"validation loss {outcome.loss:.4f}"
         progress.end(cell.path, words, finished=new and outcome.reason is None)
-        if file is not None:
+        for file in files:
             record(out / cell.path, file)
         return outcome
 

@@ -37,11 +37,12 @@ def record(folder: Path, file: Path) -> None:
 
 def row_of(folder: Path, config: PretrainConfig, ending: Ending) -> dict[str, Any]:
     """A run as a row. `loss` and `curve`, of tokens and validation loss, are held-out nats per token."""
-    own = ("optimizer", "variant", "rank", "terms", "seed", "lr", "scale", "momentum", "precision")
+    own = ("optimizer", "variant", "compress", "rank", "rules", "terms", "seed", "lr", "scale", "momentum")
     metrics = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     return {
         **{name: getattr(config, name) for name in own},
         "beta1": config.betas[0],
+        "precision": config.precision,
         "model": config.preset,
         "data": Path(config.data).name,
         "tokens": config.steps * config.tokens_per_step,

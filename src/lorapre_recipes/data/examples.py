@@ -1,7 +1,5 @@
 """From `--data` to examples to fine-tune on: read, hold out, put in a template, tokenize."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,13 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from lorapre_recipes.config import FinetuneConfig, UserError
-from lorapre_recipes.data.corpus import (
-    JSONL_SUFFIX,
-    from_hub,
-    hash_documents,
-    looks_like_hub_name,
-    readable,
-)
+from lorapre_recipes.data.corpus import JSONL_SUFFIX, from_hub, hash_documents, looks_like_hub_name, readable
 
 IGNORED = -100  # a label that the loss leaves out
 # MetaMathQA's, GSM8K's and MATH's
@@ -54,31 +46,23 @@ class Examples(NamedTuple):
 
 
 def load_examples(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast) -> Examples:
-    """Read, take `samples` of them, hold out, and tokenize.
+    """Read, take `samples` of them, hold out, and tokenize. Raises UserError.
 
     Examples with more than `sequence_length` tokens are left out, and their number is printed.
-
-    Raises:
-        UserError: no such data, a line without the fields, or too few examples for a step.
     """
     examples = list(read_examples(config.data))
     examples = spaced(examples, config.samples or len(examples))
     rows = [encode(example, tokenizer) for example in examples]
     rows = [row for row in rows if len(row["input_ids"]) <= config.sequence_length]
-    if len(rows) < len(examples):
-        print(
-            f"lorapre: {len(examples) - len(rows):,} of {len(examples):,} examples have more than "
-            f"{config.sequence_length} tokens (--sequence-length) and are left out",
-            file=sys.stderr,
-        )
+    if left_out := len(examples) - len(rows):
+        longer = f"have more than {config.sequence_length} tokens (--sequence-length) and are left out"
+        print(f"lorapre: {left_out:,} of {len(examples):,} examples {longer}", file=sys.stderr)
     every, step = config.held_out_every, config.sequences_per_step
     train = [row for number, row in enumerate(rows, start=1) if number % every]
     validation = [row for number, row in enumerate(rows, start=1) if number % every == 0]
     if len(train) < step or not validation:
-        raise UserError(
-            f"--data {config.data}: too few examples, {len(train)} to train on where one step takes "
-            f"{step}, and {len(validation)} held out"
-        )
+        have = f"{len(train)} to train on where one step takes {step}, and {len(validation)} held out"
+        raise UserError(f"--data {config.data}: too few examples, {have}")
     train = train[: len(train) // step * step]  # whole steps
     validation = spaced(validation, config.evaluated(len(validation)))
     facts = {
@@ -122,9 +106,6 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerFast) -> dict[str, li
     return {"input_ids": tokens, "labels": labels}
 
 
-# Reading
-
-
 def read_examples(data: str, split: str = "train") -> Iterator[Example]:
     """The examples of a JSONL file or of a split of a dataset on the hub. Raises UserError."""
     path = Path(data).expanduser()
@@ -137,10 +118,8 @@ def read_examples(data: str, split: str = "train") -> Iterator[Example]:
         for number, row in enumerate(rows, start=1):
             yield example_of(row, f"--data {data}: row {number}")
     else:
-        raise UserError(
-            f"--data {data}: no such file; give one of JSON lines, or the name of a Hugging Face dataset "
-            "(owner/name or owner/name:config, as openai/gsm8k:main)"
-        )
+        hub = "a Hugging Face dataset (owner/name or owner/name:config, as openai/gsm8k:main)"
+        raise UserError(f"--data {data}: no such file; give one of JSON lines, or the name of {hub}")
 
 
 def read_lines(path: Path) -> Iterator[Example]:

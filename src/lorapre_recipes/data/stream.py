@@ -55,8 +55,7 @@ class TokenData:
 class TokenStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
     """Tokenizes a stream of documents as it is read, epoch after epoch, each shuffled anew, without end.
 
-    The trainer cannot know where an epoch of a stream ends, and a run that goes on in a later one would see
-    other data: to the trainer, all this is one epoch.
+    To the trainer all this is one epoch: where that of a stream ends it cannot know.
     """
 
     def __init__(self, corpus: Corpus, encode: Encode, length: int) -> None:
@@ -70,18 +69,14 @@ class TokenStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
             for sequence in self.encode(self.corpus.train):
                 yield {"input_ids": sequence}
             if sequence is None:
-                raise UserError(
-                    f"--data: the stream holds too little text for one sequence of {self.length} tokens"
-                )
+                one = f"one sequence of {self.length} tokens"
+                raise UserError(f"--data: the stream holds too little text for {one}")
 
 
 def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
-    """Read, split and tokenize; what another run has tokenized is found in the cache.
+    """Read, split and tokenize; what another run has tokenized is found in the cache. Raises UserError.
 
     A stream is tokenized as it is read, and not kept. A run that goes on has its tokenizer in its folder.
-
-    Raises:
-        UserError: no such data or tokenizer, or too little text for one sequence on either side of the split.
     """
     corpus, length = read_corpus(config), config.sequence_length
     if config.tokenizer is not None and run is None:
@@ -117,10 +112,10 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
             )
         )
         if len(train) < config.sequences_per_step:
-            raise UserError(
-                f"--data {config.data}: too little text, {len(train)} sequences of {length} tokens "
-                f"where one step takes {config.sequences_per_step}"
+            few = (
+                f"{len(train)} sequences of {length} tokens where one step takes {config.sequences_per_step}"
             )
+            raise UserError(f"--data {config.data}: too little text, {few}")
         # An epoch has whole steps, all of one size.
         train = train.select(range(len(train) - len(train) % config.sequences_per_step))
     if len(validation) == 0:

@@ -1,11 +1,7 @@
 """From documents to sequences of tokens: the tokenizer, packing or padding, and the cache of both on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorapre_recipes.config import NOT_LOADED, UserError, user_errors
-from lorapre_recipes.files import cache_folder
+from lorapre_recipes.files import cache_folder, write_whole
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = -100  # in place of a token; it is what losses of torch and transformers ignore
@@ -71,9 +67,6 @@ def for_transformers(tokenizer: Tokenizer, length: int | None = None) -> PreTrai
     )
 
 
-# The cache
-
-
 def writable_cache() -> AbstractContextManager[None]:
     """Raises UserError where the block cannot write the cache."""
     message = f"the cache {cache_folder()} cannot be written; set LORAPRE_CACHE to a folder that can"
@@ -91,10 +84,7 @@ def cached_tokenizer(documents: Iterable[str], fingerprint: str, vocab_size: int
     tokenizer = train_tokenizer(documents, vocab_size)
     with writable_cache():
         file.parent.mkdir(parents=True, exist_ok=True)
-        # A rename is atomic: a second run, or one that is cut off here, never sees half a file.
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as partial:
-            partial.write(tokenizer.to_str())
-        os.replace(partial.name, file)
+        write_whole(file, tokenizer.to_str())
     return tokenizer
 
 
@@ -103,11 +93,8 @@ def cached_sequences(
 ) -> datasets.Dataset:
     """Rows `input_ids` of `make()`, memory-mapped from a file that the first call with this key writes.
 
-    Args:
-        key: of all that decides the sequences.
-        length: of all sequences.
-        make: called where the file is not there; if it fails or is cut off, nothing is left of it.
-        empty: the error to raise where `make()` makes none.
+    The key is of all that decides the sequences. If `make()` is cut off, nothing is left of the file; where
+    it makes no sequence, `empty` is raised.
     """
 
     def rows() -> Iterator[dict[str, Sequence]]:
@@ -142,9 +129,6 @@ def features(length: int) -> datasets.Features:
     return datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=length)})
 
 
-# Sequences
-
-
 def sequences(
     documents: Iterable[str],
     tokenizer: PreTrainedTokenizerFast,
@@ -155,13 +139,8 @@ def sequences(
 ) -> Iterator[Sequence]:
     """Documents as sequences of `length` tokens, each document closed by the tokenizer's end token.
 
-    Args:
-        documents: text.
-        tokenizer: a token of its that is not below `vocab_size` raises UserError.
-        length: of all sequences.
-        packed: cut the concatenated documents into sequences without padding, and drop what is left at the
-            end; otherwise each document is a sequence of its own, truncated, then padded with PADDING.
-        vocab_size: of the model.
+    If `packed`, the documents are cut one after the other, and what is left at the end is dropped; else each
+    is truncated, and padded with PADDING. Raises UserError for a token that is not below `vocab_size`.
     """
     rest = np.empty(0, np.int32)
     end = [tokenizer.eos_token_id]
@@ -178,8 +157,8 @@ def sequences(
             for row, ids in zip(rows, encoded, strict=True):
                 ids = ids[: length - 1] + end
                 row[: len(ids)] = ids
-        if rows.size and rows.max() >= vocab_size:
+        if rows.size and (largest := rows.max()) >= vocab_size:
             raise UserError(
-                f"--tokenizer: it makes token {rows.max()}, and the model's vocabulary is {vocab_size}"
+                f"--tokenizer: it makes token {largest}, and the model's vocabulary is {vocab_size}"
             )
         yield from rows

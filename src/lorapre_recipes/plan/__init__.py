@@ -1,1 +1,1 @@
-"""Memory and traffic of a training step, computed without weights."""
+"""Memory of a training step, computed without weights."""

@@ -1,20 +1,15 @@
 """What a training step holds in memory: arithmetic on the shapes of weights, which the tests count."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from lorapre.batch import transient_bytes as library_bytes
+from lorapre.batch import transient_bytes
 from lorapre.groups import matrix_shape
 from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
-from lorapre_recipes.plan.weights import BF16, FLOAT32, Weight
+from lorapre_recipes.plan.weights import FLOAT32, Weight
 
-# What a step of LoRA-Pre's Adam may allocate for its own use, by the tests of `lorapre`: so many bytes, or
-# this share of the largest weight where that is more.
-SCRATCH, SCRATCH_SHARE = 8 * 2**20, 0.02
-DENSE_SCRATCH = 2 * 2**20  # tiles of a dense weight in float32, where it has less
+BF16 = 2  # bytes
 
 
 class Memory(NamedTuple):
@@ -34,7 +29,7 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """Of a training step, but for activations and for what the traffic between GPUs needs."""
+        """Of a training step, at most; activations and buffers of collectives come on top."""
         return self.weights + self.gradients + self.state + self.transient
 
 
@@ -45,7 +40,7 @@ def memory(weights: Iterable[Weight], settings: Settings, mesh: Mesh = ONE_GPU) 
     weights = [weight for weight in weights if not weight.frozen]
     gradients = sum(weight.held(mesh) for weight in weights) * item
     transient = step_bytes(settings, weights, mesh)
-    if settings.release:  # one gradient at a time, from when it is complete until its weight is updated
+    if settings.release:  # one gradient at a time, until its weight is updated
         gradients, transient = max(
             ((weight.held(mesh) * item, step_bytes(settings, [weight], mesh)) for weight in weights),
             key=sum,
@@ -67,28 +62,23 @@ def step_bytes(settings: Settings, weights: Sequence[Weight], mesh: Mesh) -> int
         return sum(held)
     if settings.optimizer == "muon":
         dense = sum(size for size, weight in zip(held, weights, strict=True) if not weight.matrix)
-        whole = [newton_schulz_bytes(weight, settings.item) for weight in weights if weight.matrix]
-        return max([dense, *whole])
-    return transient_bytes(settings, weights, mesh)
-
-
-def transient_bytes(settings: Settings, weights: Sequence[Weight], mesh: Mesh) -> int:
-    """The same of LoRA-Pre's optimizers: all that a plan knows of how the library cuts and stacks weights."""
-    matrices = [weight for weight in weights if weight.matrix]
-    if not matrices:
-        return 0 if settings.item == FLOAT32 else DENSE_SCRATCH
-    largest = max(weight.held(mesh) for weight in weights) * settings.item
+        matrices = [weight for weight in weights if weight.matrix]
+        return max(dense, *(newton_schulz_bytes(weight, settings.item) for weight in matrices))
     alike = Counter(weight.shape for weight in weights)
     taken = []
     for weight in weights:
-        E, p, q, _ = weight.matrices(mesh)
-        taken.append(library_bytes(E * alike[weight.shape], p, q, weight.rank or 0 if weight.matrix else 0))
+        E, p, q = matrix_shape(weight.part(mesh), weight.flatten)
+        bound = transient_bytes(E * alike[weight.shape], p, q, weight.rank or 0)
         if weight.matrix and settings.optimizer == "lorapre-muon":
-            taken.append(newton_schulz_bytes(weight, FLOAT32))
+            bound += newton_schulz_bytes(weight, FLOAT32)
+        taken.append(bound)
     return max(taken)
 
 
 def newton_schulz_bytes(weight: Weight, item: int) -> int:
-    """Bytes that Muon needs for a whole matrix: its momentum, two iterates in bfloat16 and their Grams."""
+    """Bytes that Muon needs for whole matrices.
+
+    The momentum, two iterates in bfloat16 and their Grams; or the momentum, the last iterate and the update.
+    """
     E, p, q = matrix_shape(weight.shape, weight.flatten)
-    return E * (p * q * (item + 2 * BF16) + 2 * BF16 * min(p, q) ** 2)
+    return E * (p * q * (item + 2 * BF16) + BF16 * max(2 * min(p, q) ** 2, p * q))

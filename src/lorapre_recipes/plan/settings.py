@@ -14,6 +14,7 @@ from lorapre_recipes.config import (
     PlannedOptimizer,
     UserError,
 )
+from lorapre_recipes.train.summary import describe_optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,6 @@ class Settings(OptimizerConfig):
     optimizer: Annotated[PlannedOptimizer, "what to train with."] = "lorapre-adamw"
 
     def __post_init__(self) -> None:
-        """Fill in what the optimizer has by default. Raises UserError naming an option that cannot be."""
         if self.variant is None:
             object.__setattr__(self, "variant", DEFAULT_VARIANT.get(self.optimizer))
         if self.compress is None and self.optimizer in ONLY_FOR["compress"]:
@@ -42,22 +42,8 @@ class Settings(OptimizerConfig):
         """Bytes of an element of a weight or gradient."""
         return {"fp32": 4, "bf16": 2}[self.dtype]
 
-    @property
-    def moments(self) -> tuple[str, ...]:
-        """The moments that have factors; the second of Muon and of split has none."""
-        if self.optimizer == "lorapre-muon" or self.variant == "split":
-            return ("m",)
-        return {"first": ("m",), "second": ("v",)}.get(self.compress or "", ("m", "v"))
-
     def __str__(self) -> str:
-        options: list[str] = [self.optimizer]
-        if self.low_rank:
-            options += [f"rank {self.rank}", f"variant {self.variant}"]
-        if self.compress in ("first", "second"):
-            options.append(f"{self.compress} moment only")
-        if self.release:
-            options.append("gradients released")
-        lines = [", ".join(options)]
+        lines = [describe_optimizer(self)]
         for what, patterns in (("rules", self.rules), ("frozen", self.freeze)):
             if patterns:
                 lines.append(f"{what}: {', '.join(patterns)}")
@@ -84,10 +70,8 @@ class Mesh:
         """Read fsdp=8, hsdp=8x8 (replicas x shards), tp=8, or fsdp or hsdp with tp behind a comma."""
         match = _MESH.fullmatch(text)
         if not text or match is None:
-            raise UserError(
-                f"--mesh {text!r}: write fsdp=SHARDS or hsdp=REPLICASxSHARDS, tp=RANKS, "
-                "or both with a comma, as in fsdp=128,tp=8"
-            )
+            kinds = "fsdp=SHARDS or hsdp=REPLICASxSHARDS, tp=RANKS"
+            raise UserError(f"--mesh {text!r}: write {kinds}, or both with a comma, as in fsdp=128,tp=8")
         replicas, tp = int(match["replicas"] or 1), int(match["tp"] or 1)
         return cls(replicas=replicas, shards=int(match["fsdp"] or match["hsdp"] or 1), tp=tp)
 

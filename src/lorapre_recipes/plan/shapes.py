@@ -1,7 +1,5 @@
 """Models without weights, on the meta device: built in, or from a Hugging Face config."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
@@ -45,13 +43,8 @@ BUILT_IN: dict[str, LlamaConfig] = {
 def meta_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """A model with parameters of `dtype` on the meta device.
 
-    Args:
-        name: a name in `BUILT_IN` (meta-llama/Llama-3.1-8B means the same and does not ask the hub), a folder
-            with a config.json, the file itself, or a model on the Hugging Face hub.
-        dtype: of all parameters.
-
-    Raises:
-        UserError: there is no such model, or it needs code that is not in transformers.
+    `name` is one in `BUILT_IN` (meta-llama/Llama-3.1-8B means the same and does not ask the hub), a folder
+    with a config.json, the file itself, or a model on the hub. Raises UserError where there is none.
     """
     quieten()
     config = config_of(name)

@@ -3,14 +3,12 @@
 "A GPU" is the one that holds the most: the first, where a mesh does not divide a weight evenly.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,38 +19,14 @@ from lorapre_recipes.config import UserError, parse_rules
 from lorapre_recipes.plan.settings import Mesh, Settings
 from lorapre_recipes.train.optim import freeze
 
-FLOAT32, FLOAT64, BF16 = 4, 8, 2  # bytes
+FLOAT32 = 4  # bytes
 
 # Which dimension of a weight (..., out, in) the styles of a transformers tp_plan divide. Others replicate it.
-TP_DIM = {
-    "colwise": -2,
-    "colwise_rep": -2,
-    "colwise_gather_output": -2,
-    "packed_colwise": -2,
-    "embedding_rowwise": -2,
-    "rowwise": -1,
-    "rowwise_rep": -1,
-    "rowwise_split_input": -1,
-    "packed_rowwise": -1,
-    "embedding_colwise": -1,
-}
-
-
-class Matrices(NamedTuple):
-    """What a GPU holds of a weight: parts (p, q) of E matrices.
-
-    `splits` are (processes, what is split between them: "experts", "rows" or "columns"), in the order in
-    which `lorapre.sharding` goes through the mesh.
-    """
-
-    E: int
-    p: int
-    q: int
-    splits: tuple[tuple[int, str], ...]
-
-    def over(self, role: str) -> list[int]:
-        """Sizes of the mesh dimensions that divide "rows" or "columns"."""
-        return [size for size, split in self.splits if split == role]
+TP_DIM = dict.fromkeys(
+    ("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise", "embedding_rowwise"), -2
+) | dict.fromkeys(
+    ("rowwise", "rowwise_rep", "rowwise_split_input", "packed_rowwise", "embedding_colwise"), -1
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +35,6 @@ class Weight:
 
     name: str
     shape: tuple[int, ...]  # of the whole
-    group: int  # index of the optimizer's group that it is in
     rank: int | None  # of its factors
     flatten: bool  # whether three dimensions are one matrix, a convolution
     matrix: bool  # whether it takes the route of the matrices, low rank or torch.optim.Muon's
@@ -70,30 +43,18 @@ class Weight:
     tp_dim: int | None  # the dimension that tensor parallelism divides; else it is replicated
     frozen: bool  # whether it has neither gradient nor state
 
-    def cuts(self, mesh: Mesh) -> tuple[tuple[int, int], ...]:
-        """(processes, dimension that they divide): FSDP2 cuts rows, after tensor parallelism if both do."""
-        fsdp = [(mesh.shards, 0)] if self.shape else []
-        tp = [] if self.tp_dim is None else [(mesh.tp, self.tp_dim)]
-        cuts = tp + fsdp if self.tp_dim == 0 else fsdp + tp
-        return tuple((size, dim) for size, dim in cuts if size > 1)
-
     def part(self, mesh: Mesh) -> tuple[int, ...]:
-        """Shape of the largest shard."""
+        """Shape of the largest shard: FSDP2 cuts rows, after tensor parallelism if both do."""
         shape = list(self.shape)
-        for size, dim in self.cuts(mesh):
-            shape[dim] = math.ceil(shape[dim] / size)
+        if self.tp_dim is not None:
+            shape[self.tp_dim] = math.ceil(shape[self.tp_dim] / mesh.tp)
+        if shape:
+            shape[0] = math.ceil(shape[0] / mesh.shards)
         return tuple(shape)
 
     def held(self, mesh: Mesh) -> int:
         """Elements of the largest shard."""
         return math.prod(self.part(mesh))
-
-    def matrices(self, mesh: Mesh) -> Matrices:
-        """What a GPU holds of it, as a matrix or as E fused experts."""
-        fused = len(self.shape) == 3 and not self.flatten
-        roles = ("experts", "rows", "columns") if fused else ("rows", "columns")
-        splits = tuple((size, roles[dim]) for size, dim in self.cuts(mesh))
-        return Matrices(*matrix_shape(self.part(mesh), self.flatten), splits)
 
     def state_bytes(self, mesh: Mesh) -> int:
         """Bytes of state on a GPU: B is divided as rows are, A as columns are, else they are whole."""
@@ -113,11 +74,7 @@ class Weight:
 
 
 def routed(model: PreTrainedModel, settings: Settings) -> list[Weight]:
-    """The parameters of a model with the state that the optimizer makes for them.
-
-    Raises:
-        UserError: no matrix would be factorised, or a pattern is found nowhere.
-    """
+    """The parameters of a model with the state that the optimizer makes for them. Raises UserError."""
     freeze(model, settings.freeze)
     try:
         with warnings.catch_warnings():
@@ -128,20 +85,18 @@ def routed(model: PreTrainedModel, settings: Settings) -> list[Weight]:
         raise UserError(f"{option}: {error}") from error
     dims = tp_dims(model)
     weights: dict[str, Weight] = {}
-    for index, group in enumerate(groups):
+    for group in groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             shape = tuple(parameter.shape)
             matrix = is_low_rank(shape, group["rank"], group["flatten"])
+            state = {"momentum_buffer": shape}
             if settings.low_rank:
                 state = state_shapes(group, shape)
-            elif matrix:
-                state = {"momentum_buffer": shape}
-            else:
+            elif not matrix:
                 state = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
             weights[name] = Weight(
                 name=name,
                 shape=shape,
-                group=index,
                 rank=group["rank"] if matrix and settings.low_rank else None,
                 flatten=group["flatten"],
                 matrix=matrix,

@@ -1,7 +1,5 @@
 """The processes that torchrun or accelerate launch started: joining them, and what only one of them does."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,9 +84,8 @@ def first_on_its_machine() -> Iterator[None]:
 
 def largest(*numbers: int) -> tuple[int, ...]:
     """The numbers of the process whose first is the largest."""
-    everyone = [numbers]
+    everyone = [numbers] * processes()
     if dist.is_initialized():
-        everyone = [numbers] * processes()
         dist.all_gather_object(everyone, numbers)
     return max(everyone)
 

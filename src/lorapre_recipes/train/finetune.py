@@ -4,8 +4,7 @@ All weights with one of the optimizers, or adapters of peft with AdamW. The loss
 tokens.
 """
 
-from __future__ import annotations
-
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -51,11 +50,10 @@ def finetune(config: FinetuneConfig, out: Path, **session: Any) -> Summary:
     tokenizer = load_tokenizer(config.model, folder)
     set_seed(config.seed)
     base = load_model(config.model, folder, DTYPES[config.dtype])
-    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.sequence_length > longest:
-        raise UserError(
-            f"--sequence-length {config.sequence_length}: the model reads at most {longest} tokens"
-        )
+    longest = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
+    if config.sequence_length > longest:
+        option = f"--sequence-length {config.sequence_length}"
+        raise UserError(f"{option}: the model reads at most {longest} tokens")
     if config.gradient_checkpointing:
         old = "gradient_checkpointing_enable"  # before transformers 5.23
         getattr(base, "activation_checkpointing_enable", getattr(base, old))({"use_reentrant": False})
@@ -83,9 +81,6 @@ def finetune(config: FinetuneConfig, out: Path, **session: Any) -> Summary:
         shutil.rmtree(out / MERGED, ignore_errors=True)
         (out / PARTIAL).rename(out / MERGED)
     return summary
-
-
-# Model
 
 
 def load_tokenizer(name: str, folder: str) -> PreTrainedTokenizerFast:
@@ -136,9 +131,6 @@ def with_optimizer(
     return adapted, AdamW(trained, weight_decay=decay, **adam)
 
 
-# Batches
-
-
 def collator(
     tokenizer: PreTrainedTokenizerFast, *, packing: bool
 ) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
@@ -146,12 +138,8 @@ def collator(
 
     Positions that begin anew tell the model where in the row an example begins.
     """
-    if packing:
-        flatten = DataCollatorWithFlattening()  # type: ignore[no-untyped-call]
-
-        def packed(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-            # A cache would hide from the model that the row holds more than one sequence.
-            return {**flatten(rows), "use_cache": False}
-
-        return packed
-    return DataCollatorForSeq2Seq(tokenizer)
+    if not packing:
+        return DataCollatorForSeq2Seq(tokenizer)
+    flatten = DataCollatorWithFlattening()  # type: ignore[no-untyped-call]
+    # A cache would hide from the model that the row holds more than one sequence.
+    return lambda rows: {**flatten(rows), "use_cache": False}

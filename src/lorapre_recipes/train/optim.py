@@ -4,19 +4,20 @@ All take the same matrices for matrices (`lorapre.param_groups` decides), at `lr
 `lr`, with the same dense AdamW for all or, by `terms="whole"`, with what the authors of an optimizer take.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
 from lorapre.groups import Rule
 from lorapre_recipes.compare.peers.alice import Alice
+from lorapre_recipes.compare.peers.mlorc import MLorc
+from lorapre_recipes.compare.peers.mofasgd import MoFaSGD
 from lorapre_recipes.compare.peers.muon import StoredMuon
 from lorapre_recipes.compare.peers.racs import Racs
 from lorapre_recipes.compare.peers.scale import Scale
@@ -42,11 +43,7 @@ class WithAdamW(Optimizer):
     """One optimizer for matrices and torch.optim.AdamW for the rest, as one.
 
     torch.optim.Muon takes nothing but matrices; a trainer takes one optimizer, scheduler and checkpoint. This
-    class owns all groups and all state and lends them to the two for each step.
-
-    Args:
-        matrices: the optimizer of the matrices.
-        rest: that of the rest; its groups come first, and loggers report the first group's learning rate.
+    class owns all groups, those of the rest first, and all state, and lends them to the two for each step.
     """
 
     def __init__(self, matrices: Optimizer, rest: AdamW) -> None:
@@ -70,61 +67,12 @@ class WithAdamW(Optimizer):
         return loss
 
 
-class GaLoreMuon(Optimizer):
-    """Muon whose momentum is that of the gradient projected to its leading singular vectors, as in GaLore.
-
-    The paper has it as a baseline; no package does. m <- mu m + P^T g of (r, q) or, of a tall matrix, g P of
-    (p, r); the update is P NewtonSchulz(m) or NewtonSchulz(m) P^T. P holds the r leading singular vectors of
-    the gradient on the shorter side, taken anew every `refresh` steps; m stays as it is then.
-    """
-
-    def __init__(self, params: Groups, *, momentum: float, rank: int, refresh: int, weight_decay: float):
-        super().__init__(
-            params, dict(momentum=momentum, rank=rank, refresh=refresh, weight_decay=weight_decay)
-        )
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                tall = p.shape[0] > p.shape[1]
-                g = (p.grad.mT if tall else p.grad).float()
-                if state.get("step", 0) % group["refresh"] == 0:
-                    U, _, _ = torch.linalg.svd(g, full_matrices=False)
-                    state["projection"] = U[:, : group["rank"]]
-                state["step"] = state.get("step", 0) + 1
-                P = state["projection"]
-                m = state.setdefault("momentum_buffer", torch.zeros_like(P.mT @ g))
-                m.mul_(group["momentum"]).add_(P.mT @ g)
-                update = P @ orthogonal(m)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.mT if tall else update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
-
-
-def orthogonal(m: Tensor) -> Tensor:
-    """m (r, n) as U V^T of its singular value decomposition."""
-    U, _, Vt = torch.linalg.svd(m, full_matrices=False)
-    product: Tensor = U @ Vt
-    return product
-
-
 def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] = ()) -> Optimizer:
     """The optimizer that `config` describes, on all of the model's parameters that train.
 
-    Groups at the full learning rate come first: loggers report the first group's.
-
-    Args:
-        model: with its weights; those that are frozen take no part.
-        config: names the optimizer and its options.
-        rules: for `lorapre.param_groups`, over the rank of the config (lorapre-* only).
-
-    Raises:
-        UserError: no matrix can be factorised, the rank is so large that factors would not be smaller than
-            some matrix, a rule does not fit, or a package is not installed.
+    Groups at the full learning rate come first: loggers report the first group's. `rules` are those of
+    `lorapre.param_groups`, for lorapre-*. Raises UserError where no matrix can be factorised, the rank or a
+    rule does not fit, or a package is not installed.
     """
     low_rank = config.optimizer in LOW_RANK
     matrices, rest = grouped(model, 1, (), option="--rank", strict=low_rank)
@@ -138,40 +86,45 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
     weights = (weight for group in matrices for _, weight in group["params"])
     largest = min((weight.numel() - 1) // sum(weight.shape) for weight in weights)
     if config.rank > largest:
-        raise UserError(
-            f"--rank {config.rank}: factors would not be smaller than this model's smallest matrix; "
-            f"give at most {largest}"
-        )
+        larger = "factors would not be smaller than this model's smallest matrix"
+        raise UserError(f"--rank {config.rank}: {larger}; give at most {largest}")
+    known = {weight for group in matrices for _, weight in group["params"]}
     matrices, rest = grouped(model, config.rank, rules, option="--rules", strict=True)
-    shared: dict[str, Any] = {
-        "rank": config.rank,
-        "variant": config.variant,
-        "weight_decay": config.weight_decay,
-        "seed": config.seed,
-        "stochastic_rounding": config.stochastic_rounding,
-    }
+    # Rules may give embeddings and head a rank: their rate is that of the rest.
+    full_rate = {"scale": 1.0} if config.optimizer == "lorapre-adamw" else {"lr": config.lr}
+    ends = [
+        group | full_rate | {"params": [(name, p) for name, p in group["params"] if p not in known]}
+        for group in matrices
+    ]
+    if any(group["params"] for group in ends):
+        if config.terms == "matrices":
+            raise UserError("--rules: embeddings and head are dense for all; give --terms whole")
+        inner = [group | {"params": [x for x in group["params"] if x[1] in known]} for group in matrices]
+        matrices = [group for group in (*ends, *inner) if group["params"]]
+    names = ("rank", "variant", "weight_decay", "seed", "stochastic_rounding")
+    shared: dict[str, Any] = {name: getattr(config, name) for name in names}
     if config.optimizer == "lorapre-muon":
-        return LoRAPreMuon(
-            [*rest, *matrices],
-            lr=config.lr * config.scale,
-            momentum=config.momentum,
-            adjust_lr_fn=ADJUST_LR,
-            adamw_lr=config.lr,
-            adamw_betas=ends_betas(config),
-            adamw_eps=config.eps,
-            adamw_weight_decay=config.weight_decay,
-            **shared,
-        )
-    assert config.compress is not None
-    return LoRAPreAdamW(
-        [*({"betas": ends_betas(config)} | group for group in rest), *matrices],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        scale=config.scale,
-        compress=config.compress,
-        **shared,
-    )
+        shared |= {"lr": config.lr * config.scale, "momentum": config.momentum, "adjust_lr_fn": ADJUST_LR}
+        adamw = {"lr": config.lr, "betas": ends_betas(config), "eps": config.eps}
+        adamw |= {"weight_decay": config.weight_decay}
+        shared |= {f"adamw_{name}": value for name, value in adamw.items()}
+        return LoRAPreMuon([*rest, *matrices], **shared)
+    shared |= {name: getattr(config, name) for name in ("lr", "betas", "eps", "scale", "compress")}
+    rest = [{"betas": ends_betas(config)} | group for group in rest]
+    return LoRAPreAdamW([*rest, *matrices], **shared)
+
+
+# Classes of pytorch_optimizer that project gradients, with what their authors take.
+PROJECTING: dict[str, tuple[str, dict[str, Any]]] = {
+    "galore": ("GaLore", {"projection_type": "std"}),
+    "fira": ("Fira", {"projection_type": "std"}),
+    "conda": ("Conda", {"projection_type": "std"}),
+    "apollo": ("APOLLO", {"projection_type": "random", "scale_type": "channel"}),
+    "apollo-mini": (
+        "APOLLO",
+        {"projection_type": "random", "scale_type": "tensor", "rank": 1, "scale": 128.0},
+    ),
+}
 
 
 def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
@@ -180,40 +133,62 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
     adam = decay | {"betas": config.betas, "eps": config.eps}
     name, momentum, whole = config.optimizer, config.momentum, config.terms == "whole"
     rank, refresh = config.rank or 0, config.refresh or 0
-    if name in ("adamw", "lora", "relora"):
+    if name == "adamw":
         return AdamW([*rest, *matrices], **adam)
-    if whole and name in ("adam8bit", "adam4bit", "adafactor"):
+    if whole and name in ("adam8bit", "adam4bit", "adafactor", "adam-mini", "smmf"):
         matrices, rest = [*rest, *matrices], []
     if whole and name in ("scale", "column-sgd"):
         matrices, rest = with_ends(model, matrices, rest, momentum if name == "scale" else 0.0)
     if name in ("adam8bit", "adam4bit"):
-        matrices, rest = ([unnamed(group) for group in groups] for groups in (matrices, rest))
+        for group in (*matrices, *rest):  # torchao takes no names
+            group["params"] = [p for _, p in group["params"]]
         make = package("torchao.optim", f"AdamW{name[4:]}", "torchao")
         chosen: Optimizer = make(matrices, **adam)
-    elif name in (packages := {"galore": "GaLore", "fira": "Fira", "apollo": "APOLLO"}):
-        make = package("pytorch_optimizer", packages[name], "pytorch_optimizer")
+    elif name in PROJECTING:
+        kind, options = PROJECTING[name]
+        make = package("pytorch_optimizer", kind, "pytorch_optimizer")
         # Their state holds objects of this class, and torch.load refuses what it does not know.
         torch.serialization.add_safe_globals([importlib.import_module(make.__module__).GaLoreProjector])
-        options: dict[str, Any] = {"rank": rank, "update_proj_gap": refresh, "scale": 1.0}
-        apollo = {"projection_type": "random", "scale_type": "channel"}
-        options |= apollo if name == "apollo" else {"projection_type": "std"}
+        options = {"rank": rank, "scale": 1.0} | options | {"update_proj_gap": refresh}
         chosen = make([group | options for group in matrices], **adam)
-    elif name == "muon":
-        chosen = Muon(matrices, momentum=momentum, adjust_lr_fn=ADJUST_LR, **decay)
-    elif name in ("muon-8bit", "muon-bf16"):
-        chosen = StoredMuon(matrices, momentum=momentum, store=name.partition("-")[2], **decay)
-    elif name == "muon-no-momentum":
-        chosen = StoredMuon(matrices, momentum=0.0, **decay)
-    elif name == "galore-muon":
-        chosen = GaLoreMuon(matrices, momentum=momentum, rank=rank, refresh=refresh, **decay)
-    elif name == "alice":
-        chosen = Alice(matrices, rank=rank, refresh=refresh, **decay)
-    elif name in (plain := {"racs": Racs, "scale": Scale, "column-sgd": Scale, "adafactor": Adafactor}):
-        chosen = plain[name](matrices, **decay)
+    elif name == "adam-mini":
+        chosen = adam_mini(model, matrices, adam)
+    elif name == "smmf":
+        make = package("adv_optm", "AdamW_adv", "adv-optm")
+        chosen = make(matrices, state_precision="factored", stochastic_rounding=False, **adam)
+    elif name == "mlorc":
+        chosen = MLorc(matrices, rank=rank, **adam)
+    elif name == "mofasgd":
+        chosen = MoFaSGD(matrices, rank=rank, momentum=momentum, **decay)
     else:
-        assert name == "sgd"
-        chosen = SGD(matrices, momentum=momentum, **decay)
+        own: dict[str, tuple[Any, dict[str, Any]]] = {
+            "muon": (Muon, {"momentum": momentum, "adjust_lr_fn": ADJUST_LR}),
+            "muon-8bit": (StoredMuon, {"momentum": momentum, "store": "8bit"}),
+            "muon-bf16": (StoredMuon, {"momentum": momentum, "store": "bf16"}),
+            "muon-no-momentum": (StoredMuon, {"momentum": 0.0}),
+            "alice": (Alice, {"rank": rank, "refresh": refresh}),
+            "racs": (Racs, {}),
+            "scale": (Scale, {}),
+            "column-sgd": (Scale, {}),
+            "adafactor": (Adafactor, {}),
+            "sgd": (SGD, {"momentum": momentum}),
+        }
+        make, options = own[name]
+        chosen = make(matrices, **options, **decay)
     return WithAdamW(chosen, AdamW(rest, **adam)) if rest else chosen
+
+
+def adam_mini(model: nn.Module, groups: Groups, adam: dict[str, Any]) -> Optimizer:
+    """Adam-mini, which makes its own groups: the names say how second moments are shared."""
+    named = [pair for group in groups for pair in group["params"]]
+    rates = {name: group["lr"] for group in groups for name, _ in group["params"]}
+    heads, width = model.config.num_attention_heads, model.config.hidden_size  # type: ignore[union-attr]
+    source = SimpleNamespace(named_parameters=lambda: named)
+    make = package("pytorch_optimizer", "AdamMini", "pytorch_optimizer")
+    made: Optimizer = make(source, num_embeds=width, num_heads=heads, **adam)
+    for group in made.param_groups:
+        group |= {"lr": rates[group["name"]], "param_names": [group["name"]]}
+    return made
 
 
 def ends_betas(config: RunConfig) -> tuple[float, float]:
@@ -230,11 +205,6 @@ def with_ends(model: nn.Module, matrices: Groups, rest: Groups, momentum: float)
     matrices = [*matrices, *({"params": [end], "lr": lr} | own for end, own in zip(ends, own, strict=True))]
     rest = [group | {"params": params} for group, params in zip(rest, vectors, strict=True) if params]
     return matrices, rest
-
-
-def unnamed(group: dict[str, Any]) -> dict[str, Any]:
-    """A group whose parameters have no names, which torchao does not take."""
-    return group | {"params": [p for _, p in group["params"]]}
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -268,10 +238,7 @@ def matrices_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def state_bytes(optimizer: Optimizer, parameters: Sequence[nn.Parameter] | None = None) -> int:
-    """Bytes of state that an optimizer holds now in this process, of some parameters or of all.
-
-    Counted are the storages of the tensors, those within objects and quantised tensors too.
-    """
+    """Bytes of state that an optimizer holds now in this process, of some parameters or of all."""
     states = optimizer.state
     held = states.values() if parameters is None else [states[p] for p in parameters if p in states]
     return storage_bytes(*tensors_in(list(held)))
@@ -283,8 +250,7 @@ def storage_bytes(*tensors: torch.Tensor) -> int:
     for tensor in tensors:
         if hasattr(tensor, "__tensor_flatten__"):
             names, _ = tensor.__tensor_flatten__()
-            parts = [getattr(tensor, name) for name in names]
-            storages[id(tensor)] = storage_bytes(*parts)
+            storages[id(tensor)] = storage_bytes(*(getattr(tensor, name) for name in names))
         else:
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage.nbytes()

@@ -1,7 +1,5 @@
 """Pre-train a Llama from a config and leave a run folder: `lorapre pretrain`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +7,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from lorapre_recipes.config import ADAPTERS, PretrainConfig, parse_rules
+from lorapre_recipes.config import PretrainConfig, parse_rules
 from lorapre_recipes.data.stream import load_data
 from lorapre_recipes.data.tokens import PADDING
 from lorapre_recipes.train import distributed
-from lorapre_recipes.train.adapters import Merge, insert_adapters
 from lorapre_recipes.train.optim import DTYPES, build_optimizer, freeze
 from lorapre_recipes.train.runs import record_data
 from lorapre_recipes.train.session import check_machine, train
@@ -33,11 +30,6 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, **sessi
     set_seed(config.seed)
     model = build_model(config, data.tokenizer.eos_token_id)
     freeze(model, config.freeze)
-    if config.optimizer in ADAPTERS:
-        insert_adapters(model, config)
-    if config.optimizer == "relora":
-        assert config.refresh is not None
-        session["callbacks"] = [*session.get("callbacks", ()), Merge(config.refresh)]
     summary = train(
         config,
         out,
@@ -59,6 +51,8 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, **sessi
 
 def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalLM:
     """A Llama with fresh weights, the same whatever the dtype but for rounding."""
+    # The backward pass of torch's fused attention is slow on CPUs in bfloat16.
+    slow = config.precision == "bf16" and not torch.accelerator.is_available()
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
@@ -72,17 +66,11 @@ def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalL
             bos_token_id=None,
             eos_token_id=end_of_document,
             pad_token_id=None,
-            attn_implementation=attention(config),  # type: ignore[call-arg]
+            attn_implementation="eager" if slow else "sdpa",  # type: ignore[call-arg]
         )
     )
     model.to(DTYPES[config.dtype])  # type: ignore[arg-type]
     return model
-
-
-def attention(config: PretrainConfig) -> str:
-    """The fastest attention: the backward pass of torch's fused one is slow on CPUs in bfloat16."""
-    slow = config.precision == "bf16" and not torch.accelerator.is_available()
-    return "eager" if slow else "sdpa"
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

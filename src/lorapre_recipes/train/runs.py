@@ -1,23 +1,17 @@
 """The run folder: what a run leaves, and how it goes on.
 
-    config.json      the complete config
-    command.txt      the command, one line per session
-    data.json        sha256 of the text, sizes of the two splits, records skipped
-    tokenizer.json, tokenizer_config.json
-    metrics.jsonl    one line per logged training loss and per evaluation
-    coverage.txt     which parameter took which route, and its bytes
-    summary.json     the figures of the table at the end
-    curves.png
-    checkpoint-N/    model.safetensors, its config, tokenizer, optimizer, scheduler, random state;
-                     with --fsdp, weights and optimizer in shards of torch.distributed.checkpoint;
-                     of adapters, those alone; manifest.json, the sha256 of each file. The last two are kept
-    damaged/         checkpoints whose files were not those of the manifest any more
-    model/           only of adapters, at the end: the model with them merged in, and its tokenizer
-
-On several processes rank 0 prints and writes, but for the shards of a checkpoint.
+config.json, command.txt    the complete config; the command, one line per session
+data.json                   sha256 of the text, sizes of the two splits, records skipped
+tokenizer.json, tokenizer_config.json
+metrics.jsonl               one line per logged training loss and per evaluation
+coverage.txt                which parameter took which route, and its bytes
+summary.json, curves.png    the figures of the table at the end, and the picture
+checkpoint-N/               weights (of adapters, those alone), their config, tokenizer,
+                        optimizer, scheduler, random state; with --fsdp in shards of
+                        torch.distributed.checkpoint; manifest.json, the sha256 of each file
+damaged/                    checkpoints whose files are no longer those of the manifest
+model/                      only of adapters, at the end: the model with them merged in
 """
-
-from __future__ import annotations
 
 import hashlib
 import shutil
@@ -51,23 +45,19 @@ def prepare_folder(
         write_json(out / "config.json", config)
         tokenizer.save_pretrained(out)
     elif (out / PARTIAL).is_dir():
-        print(
-            f"lorapre: the run was cut off while it wrote or removed a checkpoint; what is left of "
-            f"that is removed, and it goes on from {last_checkpoint(out)}",
-            file=sys.stderr,
-        )
         shutil.rmtree(out / PARTIAL)
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, the newest last. What has this name was written to its end."""
-    found = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdecimal()]
-    return sorted(found, key=checkpoint_step)
+        note = "the run was cut off in a checkpoint; what is left of that is removed, and it"
+        print(f"lorapre: {note} goes on from {last_checkpoint(out)}", file=sys.stderr)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
-    return int(checkpoint.name.rpartition("-")[2])
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, the newest last. What has this name was written to its end."""
+    return sorted(run.glob("checkpoint-*[0-9]"), key=checkpoint_step)
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -86,8 +76,7 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None if they are those of its manifest."""
     name = MANIFEST
     try:
-        manifest = read_json(checkpoint / MANIFEST)
-        for name, expected in manifest["files"].items():
+        for name, expected in read_json(checkpoint / MANIFEST)["files"].items():
             if sha256(checkpoint / name) != expected:
                 return f"{name} is not what was written"
     except FileNotFoundError:
@@ -101,8 +90,8 @@ def damage(checkpoint: Path) -> str | None:
 
 def sha256(file: Path) -> str:
     """The sha256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
     with file.open("rb") as opened:
+        digest = hashlib.sha256()
         while part := opened.read(2**20):
             digest.update(part)
     return digest.hexdigest()
@@ -116,20 +105,13 @@ def sound_checkpoint(run: Path) -> Path | None:
         aside.parent.mkdir(exist_ok=True)
         checkpoint.rename(aside)
         before = last_checkpoint(run)
-        print(
-            f"lorapre: {checkpoint} is damaged ({fault}) and was moved to {aside}; "
-            + (f"the run goes on from {before}" if before else "there is no other checkpoint"),
-            file=sys.stderr,
-        )
+        then = f"the run goes on from {before}" if before else "there is no other checkpoint"
+        print(f"lorapre: {checkpoint} is damaged ({fault}) and was moved to {aside}; {then}", file=sys.stderr)
     return checkpoint
 
 
 def model_folder(name: str) -> str:
-    """Where transformers finds a model: of a run folder the newest, all else as it is.
-
-    Raises:
-        UserError: there is no such folder, the run has no checkpoint yet, or its newest is damaged.
-    """
+    """Where transformers finds a model: of a run folder the newest, all else as it is. Raises UserError."""
     run = Path(name).expanduser()
     if not run.exists() and name.startswith((".", "/", "~")):
         raise UserError(f"--model {name}: there is no such folder")
@@ -160,14 +142,9 @@ def load_run(run: Path, kind: type[C]) -> C:
 
 
 def record_data(facts: dict[str, Any], file: Path) -> None:
-    """Write which data a run sees, or raise UserError where it does not see the same again.
-
-    `skipped`, the number of records passed over, may differ: a stream's grows as it is read.
-    """
-    if file.is_file():
-        old = read_json(file)
-        if old | {"skipped": None} != facts | {"skipped": None}:
-            raise UserError(
-                f"--resume {file.parent}: the data have changed since this run began; start a new run"
-            )
+    """Write which data a run sees, or raise UserError where it does not see the same again."""
+    grows = {"skipped": None}  # as a stream is read
+    if file.is_file() and read_json(file) | grows != facts | grows:
+        changed = "the data have changed since this run began; start a new run"
+        raise UserError(f"--resume {file.parent}: {changed}")
     write_json(file, facts)

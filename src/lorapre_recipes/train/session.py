@@ -58,23 +58,21 @@ def train(
     Args:
         config: everything that decides the numbers.
         out: the run folder; new or empty, or that of the run to go on with.
-        model: with its weights.
-        optimizer: of all of its parameters that train.
+        model: with its weights; `optimizer` has all of its parameters that train.
+        optimizer: see `model`.
         tokenizer: kept with every checkpoint.
-        train_dataset: rows for `collate`, mapped or streamed.
-        eval_dataset: rows for `collate`, mapped.
-        collate: makes a batch of rows.
+        train_dataset: rows of which `collate` makes batches; so has `eval_dataset`.
+        eval_dataset: see `train_dataset`.
+        collate: see `train_dataset`.
         facts: of the data (see `runs.record_data`), which must be the same again when a run goes on.
-        resume: go on from the last checkpoint in `out`; `config` must be what `load_run` returns for it.
+        resume: go on from the last checkpoint in `out`, whose config `load_run` returned.
         command: what to write to command.txt.
         callbacks: more of transformers' trainer callbacks.
         eval_items: labels in a batch of the evaluation, on average; needed where batches differ in it.
         **arguments: for TrainingArguments, over those that follow from the config.
 
-    Raises:
-        UserError: the run cannot start.
-        Diverged: the loss became infinite or not a number.
-        NotWritten: a checkpoint could not be written.
+    Raises UserError where the run cannot start, Diverged at a loss that is no number, and NotWritten where
+    a checkpoint could not be written.
     """
     start = time.perf_counter()
     books = Bookkeeper(optimizer, out / "metrics.jsonl")
@@ -115,13 +113,7 @@ def train(
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]  # what peft calls them
     adamw_bytes = state.adamw_bytes
     if adapters:  # of the model without them: two moments and a float32 step each
-        own = {*model.parameters()} - {*adapters}
-        adamw_bytes = sum(2 * p.nbytes + 4 for p in own)
-    # The most that this process has held: allocated on its GPU, or else resident.
-    kibibyte = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
+        adamw_bytes = sum(2 * p.nbytes + 4 for p in {*model.parameters()} - {*adapters})
     held, adamw_held = distributed.largest(state_bytes(optimizer), adamw_bytes)
     summary = Summary(
         optimizer=config.method,
@@ -138,7 +130,7 @@ def train(
         adamw_state_bytes=adamw_held,
         optimizer_share=None if config.release else books.optimizer_seconds / books.step_seconds,
         tokens_per_second=books.steps * last["tokens"] / config.steps / books.step_seconds,
-        peak_bytes=peak,
+        peak_bytes=peak_bytes(),
         step_seconds=books.step_seconds,
         wall_seconds=time.perf_counter() - start,
         device=describe_device(model.device),
@@ -212,14 +204,11 @@ def check_machine(config: RunConfig) -> None:
             raise UserError(f"--report-to: {logger!r} is unknown or not installed; available here: {names}")
     count = distributed.processes()
     if config.batch_size % count:
-        raise UserError(
-            f"--batch-size {config.batch_size}: {count} processes cannot share it evenly; start a number of "
-            "processes that divides it"
-        )
+        uneven = f"{count} processes cannot share it evenly; start a number of them that divides it"
+        raise UserError(f"--batch-size {config.batch_size}: {uneven}")
     if config.fsdp and not torch.distributed.is_initialized():
-        raise UserError(
-            "--fsdp: start it with torchrun --nproc-per-node N -m lorapre_recipes pretrain; N may be 1"
-        )
+        start = "torchrun --nproc-per-node N -m lorapre_recipes pretrain"
+        raise UserError(f"--fsdp: start it with {start}; N may be 1")
 
 
 def describe_device(device: torch.device) -> str:
@@ -230,6 +219,14 @@ def describe_device(device: torch.device) -> str:
         threads = torch.get_num_threads()
         return f"{times}{threads} CPU thread{'s' * (threads > 1)}"
     return times + (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+
+
+def peak_bytes() -> int:
+    """The most that this process has held: allocated on its GPU, or else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    kibibyte = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -1,7 +1,5 @@
 """What a run leaves to look at: the table at its end, the picture of its curves, the summary as JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -11,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lorapre_recipes.config import RunConfig
+from lorapre_recipes.config import OptimizerConfig, RunConfig
 from lorapre_recipes.console import duration, mebibytes, short
 
 Metric = dict[str, Any]  # one line of metrics.jsonl
@@ -42,7 +40,7 @@ class Summary:
     versions: dict[str, str]
 
 
-def describe_optimizer(config: RunConfig) -> str:
+def describe_optimizer(config: OptimizerConfig) -> str:
     """The optimizer and the options that it has, in words."""
     parts: list[str] = [config.method]
     if config.rank is not None:
@@ -54,7 +52,9 @@ def describe_optimizer(config: RunConfig) -> str:
     if config.release:
         parts.append("gradients released")
     if config.dtype != "fp32":
-        parts.append(f"{config.dtype} weights" + ", stochastic rounding" * config.stochastic_rounding)
+        parts.append(f"{config.dtype} weights")
+    if getattr(config, "stochastic_rounding", False):
+        parts.append("stochastic rounding")
     return ", ".join(parts)
 
 
@@ -116,21 +116,21 @@ def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path:
     """Draw training and validation loss over tokens, with perplexity on the right-hand axis."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    validation = [row for row in metrics if "validation_loss" in row]
-    last = validation[-1]
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.add_subplot()
-
+    last = [row for row in metrics if "validation_loss" in row][-1]
     # In thousands or millions, so that the axis needs no power of ten.
     unit, word = (1e6, "millions") if last["tokens"] >= 1e6 else (1e3, "thousands")
-    tokens = [row["tokens"] / unit for row in metrics if "loss" in row]
-    losses = [row["loss"] for row in metrics if "loss" in row]
+
+    def series(name: str) -> tuple[list[float], list[float]]:
+        rows = [row for row in metrics if name in row]
+        return [row["tokens"] / unit for row in rows], [row[name] for row in rows]
+
+    tokens, losses = series("loss")
     axes.plot(tokens, losses, color="C0", alpha=0.3, linewidth=1, label="training")
     axes.plot(tokens, smooth(losses), color="C0", linewidth=1.8, label="training, smoothed")
-    tokens = [row["tokens"] / unit for row in validation]
-    losses = [row["validation_loss"] for row in validation]
-    style: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linewidth": 1.2}
-    axes.plot(tokens, losses, color="C1", label="validation, held out", **style)
+    tokens, losses = series("validation_loss")
+    axes.plot(tokens, losses, "o-", color="C1", markersize=4.5, label="validation, held out")
     place: dict[str, Any] = {"xytext": (0, -16), "textcoords": "offset points", "ha": "right"}
     perplexity = f"perplexity {last['validation_perplexity']:.1f}"
     axes.annotate(perplexity, (tokens[-1], losses[-1]), color="C1", **place)

@@ -3,8 +3,6 @@
 The loop, checkpoints, resuming, mixed precision, accumulation and loggers are transformers.Trainer's.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -50,31 +48,28 @@ class Finished(Exception):
 class Bookkeeper(TrainerCallback):
     """Times the steps, keeps metrics.jsonl, and takes up both where a checkpoint left them.
 
-    `step_seconds` are those in training steps, without evaluation and checkpoints, `optimizer_seconds` those
-    of them in optimizer.step.
+    `step_seconds` leave out evaluation and checkpoints; `optimizer_seconds` of them are in optimizer.step.
     """
 
     def __init__(self, optimizer: Optimizer, file: Path) -> None:
         self.file, self.steps, self.step_seconds, self.optimizer_seconds = file, 0, 0.0, 0.0
-        optimizer.register_step_pre_hook(lambda *_: self.start("optimizer_seconds"))
-        optimizer.register_step_post_hook(lambda *_: self.stop("optimizer_seconds"))
-        self._starts: dict[str, float] = {}
+        optimizer.register_step_pre_hook(self._optimizer_begins)
+        optimizer.register_step_post_hook(self._optimizer_ended)
+        self._began = self._step_began = 0.0
 
-    def start(self, figure: str) -> None:
-        """What counts towards a figure begins."""
-        self._starts[figure] = now()
+    def _optimizer_begins(self, *_: Any) -> None:
+        self._began = now()
 
-    def stop(self, figure: str) -> None:
-        """It has ended."""
-        setattr(self, figure, getattr(self, figure) + now() - self._starts[figure])
+    def _optimizer_ended(self, *_: Any) -> None:
+        self.optimizer_seconds += now() - self._began
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """A training step begins."""
-        self.start("step_seconds")
+        self._step_began = now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """A training step has ended."""
-        self.stop("step_seconds")
+        self.step_seconds += now() - self._step_began
         self.steps += 1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -121,17 +116,13 @@ class RecipeTrainer(Trainer):
             self.is_fsdp_enabled = True
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where checkpoints are written: aside, until they are complete."""
         run = super()._get_output_dir(trial)
         return str(Path(run) / PARTIAL) if self._saving else run
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint, and rename it to its name when every process has written its part.
-
-        What is called checkpoint-N is complete, whenever a process or the machine's owner kills the run.
-        """
+        """Write a checkpoint, and rename it to its name when every process has written its part."""
         run, name = self.books.file.parent, f"checkpoint-{self.state.global_step}"
-        self._saving = True
+        self._saving = True  # aside, until it is complete
         try:
             super()._save_checkpoint(model, trial)
             distributed.barrier()
@@ -143,9 +134,8 @@ class RecipeTrainer(Trainer):
             free = shutil.disk_usage(run).free / 2**20
             if distributed.processes() == 1:
                 shutil.rmtree(run / PARTIAL, ignore_errors=True)
-            raise NotWritten(
-                f"{name} could not be written ({one_line(error)}); the disk has {free:,.0f} MiB left"
-            ) from error
+            room = f"the disk has {free:,.0f} MiB left"
+            raise NotWritten(f"{name} could not be written ({one_line(error)}); {room}") from error
         finally:
             self._saving = False
         if distributed.is_main():
@@ -162,7 +152,6 @@ class RecipeTrainer(Trainer):
         (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Raises UserError where the state in the checkpoint does not fit the optimizer."""
         with user_errors(f"--resume: {checkpoint} does not fit this run", ValueError):
             super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -175,10 +164,8 @@ class RecipeTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log to the trainer's history, loggers and metrics.jsonl. Raises Diverged at a loss of nan, inf."""
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
-        # Counted where sequences differ in length.
-        logs["tokens"] = (
-            self.state.num_input_tokens_seen or self.state.global_step * self.recipe.tokens_per_step
-        )
+        counted = self.state.num_input_tokens_seen  # where sequences differ in length
+        logs["tokens"] = counted or self.state.global_step * self.recipe.tokens_per_step
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(loss) if loss < 700 else math.inf  # where floats end
         if "loss" in logs:
@@ -189,9 +176,8 @@ class RecipeTrainer(Trainer):
             for row in metrics_of(self.state.log_history[-1:]):
                 append_line(self.books.file, json.dumps(row))
         if not math.isfinite(loss):
-            raise Diverged(
-                f"the loss is {loss} at step {self.state.global_step}; try a lower --lr or --scale"
-            )
+            where = f"the loss is {loss} at step {self.state.global_step}"
+            raise Diverged(f"{where}; try a lower --lr or --scale")
 
 
 class Progress(ProgressCallback):
@@ -224,16 +210,9 @@ class Progress(ProgressCallback):
             self.training_bar.write(f"step {step}  validation perplexity {logs['eval_perplexity']:.2f}")
 
 
-# Names in the trainer's history, and those in metrics.jsonl.
-METRICS = {
-    "loss": "loss",
-    "learning_rate": "lr",
-    "grad_norm": "grad_norm",
-    "step_seconds": "step_seconds",
-    "optimizer_seconds": "optimizer_seconds",
-    "eval_loss": "validation_loss",
-    "eval_perplexity": "validation_perplexity",
-}
+# Names in metrics.jsonl of what the trainer's history names otherwise.
+RENAMED = {"learning_rate": "lr", "eval_loss": "validation_loss", "eval_perplexity": "validation_perplexity"}
+METRICS = ("loss", "grad_norm", "step_seconds", "optimizer_seconds", *RENAMED)
 
 
 def metrics_of(history: Iterable[dict[str, Any]]) -> list[Metric]:
@@ -241,10 +220,10 @@ def metrics_of(history: Iterable[dict[str, Any]]) -> list[Metric]:
     return [
         {"step": entry["step"], "tokens": entry["tokens"]}
         | {
-            new: entry[old]
-            for old, new in METRICS.items()
+            RENAMED.get(name, name): entry[name]
+            for name in METRICS
             # No norm is finite where gradients are released.
-            if old in entry and (old != "grad_norm" or math.isfinite(entry[old]))
+            if name in entry and (name != "grad_norm" or math.isfinite(entry[name]))
         }
         for entry in history
         if "loss" in entry or "eval_loss" in entry

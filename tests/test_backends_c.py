@@ -1,0 +1,415 @@
+"""The C backend: products and updates against float64, in a step against torch's operations.
+
+The bounds are those of test_gradient.py: the number of terms of a sum and the size of each, so that they
+hold whatever the width of a processor's vectors, and whether it rounds a product before it is added.
+"""
+
+import copy
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cases import CASES, Case, parameters, set_gradients
+from lorapre import backends, linalg, rounding
+from lorapre.backends import c, library
+from lorapre.backends.c import CGradient
+from lorapre.gradient import Ema, Factors, Gradient, Moments, Shards
+from operands import EPS
+from test_gradient import CPU, MOMENTS, Problem, check_products, normal, stacked
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+dtypes = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+# Below, at and above what a block holds, in every direction.
+SHAPES = [(1, 1), (1, 7), (7, 1), (8, 48), (13, 17), (65, 47), (130, 200), (257, 131), (300, 449)]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def operand(grads: list[Tensor], shape: tuple[int, int], **options: Any) -> CGradient:
+    return CGradient(grads, shape, CPU, **options)
+
+
+class CProblem(Problem):
+    """An update in C, and what it does in float64."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.T = operand(self.grads, self.shape, **self.options)
+
+
+# --- products
+
+
+@shapes
+@dtypes
+@pytest.mark.parametrize("r", [1, 5, 16, 48, 131])
+def test_products_of_any_shape_and_type(shape: tuple[int, int], dtype: torch.dtype, r: int) -> None:
+    grads = [normal(*shape, dtype=dtype) for _ in range(2)]
+    check_products(operand(grads, shape), stacked(grads, shape), r)
+
+
+@pytest.mark.parametrize("shape", [(0, 17), (13, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("N", [0, 1, 3])
+@dtypes
+def test_products_of_nothing_are_zero(shape: tuple[int, int], N: int, dtype: torch.dtype) -> None:
+    grads = [torch.zeros(shape, dtype=dtype)] * N
+    check_products(operand(grads, shape), torch.zeros(N, *shape).double())
+    T = operand([normal(3, 4, dtype=dtype)], (3, 4))
+    assert (T @ torch.zeros(1, 4, 0)).shape == (1, 3, 0)
+    assert (torch.zeros(1, 0, 3) @ T).shape == (1, 0, 4)
+
+
+@dtypes
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_signs_quotients_and_masks(dtype: torch.dtype, bad: float) -> None:
+    """Of gradients that are rows of wider matrices."""
+    grads = [normal(67, 101, dtype=dtype, padding=3) for _ in range(3)]
+    exact = stacked(grads, (67, 101)) * -3.0
+    exact[1] = 0
+    grads[1][3, 4] = bad
+    T = operand(grads, (67, 101), scale=-3.0, finite=torch.tensor([True, False, True]))
+    check_products(T, exact)
+    check_products(abs(T), exact.abs())
+    check_products(abs(T / -0.05), exact.abs() / 0.05)
+    assert not (T @ torch.ones(3, 101, 2))[1].any()
+
+
+@dtypes
+def test_products_with_operands_in_any_layout(dtype: torch.dtype) -> None:
+    shape, N = (67, 101), 3
+    grads = [normal(*shape, dtype=dtype) for _ in range(N)]
+    T, exact = operand(grads, shape), stacked(grads, shape)
+    layouts = {
+        "turned": lambda n, m: torch.randn(N, m, n).mT,
+        "every second": lambda n, m: torch.randn(N, n, 2 * m)[..., ::2],
+        "turned and every second": lambda n, m: torch.randn(N, m, 2 * n)[..., ::2].mT,
+        "one for all": lambda n, m: torch.randn(1, n, m).expand(N, -1, -1),
+        "one row": lambda n, m: torch.randn(N, 1, m).expand(-1, n, -1),
+        "in the midst": lambda n, m: torch.randn(N, n + 2, m + 3)[:, 1:-1, 1:-2],
+    }
+    for name, make in layouts.items():
+        X, L = make(101, 35), make(35, 67)
+        for found, x, y in ((T @ X, exact, X.double()), (L @ T, L.double(), exact)):
+            bound = (x.shape[-1] + 2) * EPS * (x.abs() @ y.abs())
+            assert ((found - x @ y).abs() <= bound).all(), name
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(("a", "b", "k"), [(130, 70, 50), (300, 260, 150), (9, 1, 1), (5, 0, 7)])
+@pytest.mark.parametrize("turned", [(0, 0), (1, 0), (0, 1), (1, 1)], ids=str)
+def test_other_products(n: int, a: int, b: int, k: int, turned: tuple[int, int]) -> None:
+    X = torch.randn(n, b, a).mT if turned[0] else torch.randn(n, a, b)
+    Y = torch.randn(n, k, b).mT if turned[1] else torch.randn(n, b, k)
+    exact, size = X.double() @ Y.double(), X.double().abs() @ Y.double().abs()
+    assert ((library.products(X, Y) - exact).abs() <= (b + 1) * EPS * size).all()
+
+
+@pytest.mark.parametrize("r", [1, 2, 7, 8, 9, 64, 128, 131])
+@pytest.mark.parametrize("condition", [1e1, 1e5])
+def test_inverse_roots(r: int, condition: float) -> None:
+    """A relative change of eps in G, for each of r terms, changes R G R^T by the condition of G."""
+    U = torch.linalg.qr(torch.randn(5, r, r).double()).Q
+    G = (U * torch.logspace(0, -math.log10(condition), r).double()) @ U.mT
+    given = G.float()
+    R = library.inverse_roots(given)
+    assert torch.equal(given, G.float())
+    assert torch.equal(R, R.tril())
+    error = (R.double() @ G @ R.double().mT - torch.eye(r)).abs().max()
+    assert error <= 4 * (r + 1) * EPS * condition
+
+
+def test_of_a_direction_that_is_lost_nothing_comes_back() -> None:
+    """Where rounding has made a Gram matrix negative LAPACK stops; NaN in it stays NaN."""
+    G = torch.diag_embed(torch.tensor([[4.0, -1e-7, 1.0], [4.0, torch.nan, 1.0]]))
+    R = library.inverse_roots(G)
+    assert torch.equal(R[0], torch.diag(torch.tensor([0.5, 0.0, 1.0])))
+    assert R[1].isnan().any()
+
+
+# --- the update
+
+
+@shapes
+@dtypes
+@pytest.mark.parametrize("N", [1, 3])
+def test_a_step_of_any_shape_and_type(shape: tuple[int, int], dtype: torch.dtype, N: int) -> None:
+    CProblem(shape, N, dtype, products=2, rest=True).check()
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one", "each"])
+@pytest.mark.parametrize("name", MOMENTS)
+@dtypes
+def test_a_step_of_any_moments(name: str, dtype: torch.dtype, each: bool) -> None:
+    CProblem((131, 97), 3, dtype, each=each, **MOMENTS[name]).check()
+
+
+@pytest.mark.parametrize("rank", [1, 16, 127, 129, 260])
+def test_a_step_of_any_rank(rank: int) -> None:
+    CProblem((67, 101), 2, rank=rank, products=2, rest=True).check()
+
+
+@dtypes
+def test_what_lies_between_rows_is_not_touched(dtype: torch.dtype) -> None:
+    problem = CProblem((131, 97), 2, dtype, products=2, rest=True, padding=5)
+    around = [x.as_strided((131, 5), (102, 1), 97) for x in problem.weights]
+    before = [x.clone() for x in around]
+    problem.check()
+    assert all(torch.equal(x, y) for x, y in zip(around, before, strict=True))
+
+
+@dtypes
+@pytest.mark.parametrize("name", ["two products", "two emas"])
+def test_of_a_masked_member_nothing_changes(dtype: torch.dtype, name: str) -> None:
+    problem = CProblem((31, 53), 3, dtype, **MOMENTS[name])
+    problem.grads[1][3, 4] = math.nan
+    problem.T.finite = torch.tensor([True, False, True])
+    before = copy.deepcopy((problem.weights, problem.E))
+    rows, columns = problem.step()
+    changed = [bool((x != y).any()) for x, y in zip(problem.weights, before[0], strict=True)]
+    assert changed == [True, False, True]
+    assert all(torch.equal(x[1], y[1]) for x, y in zip(problem.E, before[1], strict=True))
+    assert not rows[1].any()
+    assert not columns[1].any()
+
+
+def test_without_means_the_weights_are_the_same() -> None:
+    first, second = (copy.deepcopy(x) for x in [CProblem((131, 97), 2, products=2)] * 2)
+    assert first.step(means=False) is None
+    second.step()
+    assert all(torch.equal(x, y) for x, y in zip(first.weights, second.weights, strict=True))
+
+
+def test_a_step_of_nothing() -> None:
+    M = Moments(b=1.0, d=1.0)
+    for N, shape in ((0, (3, 4)), (2, (0, 4)), (2, (3, 0))):
+        weights = [torch.zeros(shape)] * N
+        rows, columns = operand(weights, shape).step_(weights, M, lr=1.0, decay=1.0, eps=1.0)
+        assert (rows.shape, columns.shape) == ((N, shape[0], 1), (N, 1, shape[1]))
+
+
+class Part(Shards):
+    """Some rows and columns of a larger matrix."""
+
+    def size(self, p: int, q: int) -> tuple[int, int]:
+        return 500, 2**31 // 100
+
+    def rows(self, p: int) -> range | Tensor:
+        return torch.arange(p).flip(0) + 3
+
+    def columns(self, q: int) -> range | Tensor:
+        return range(5, 5 + q)
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+@pytest.mark.parametrize("shards", [Shards(), Part()], ids=["whole", "part"])
+def test_bfloat16_weights_have_the_bits_of_torch_and_of_rounding(keyed: bool, shards: Shards) -> None:
+    """NaN and infinity, and what is next to the largest number, included."""
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.4e38, -3.39e38, 0.0, 1e-40, 65504.0])
+    wanted = torch.cat([odd, torch.randn(93)]).repeat(2, 37, 1)
+    weights, grads = [torch.zeros(37, 101, dtype=BF16) for _ in range(2)], [torch.zeros(37, 101)] * 2
+    keys = torch.tensor([0x9ABCDEF0, 0x12345678]) if keyed else None
+    minus = Ema([-x for x in wanted], 0.0, 1.0)  # all of m
+    T = operand(grads, (37, 101), shards=shards)
+    one = {"row": torch.ones(2, 37, 1), "column": torch.ones(2, 1, 101)}
+    T.step_(weights, Moments(exp_avg=minus, **one), lr=1.0, decay=0.0, eps=0.0, keys=keys)
+    if keys is not None:
+        rows, columns = (torch.as_tensor(list(x)) for x in (T.rows, T.columns))
+        rounding.round_(wanted, keys, rows, columns, T.q)
+    expected = wanted.to(BF16)
+    found = torch.stack(weights)
+    assert torch.equal(found.isnan(), expected.isnan())
+    number = ~expected.isnan()
+    assert torch.equal(found[number].view(torch.int16), expected[number].view(torch.int16))
+
+
+@pytest.mark.parametrize(
+    "value", [0.0, 2.0**-24, 6e-8, 1e-5, 6.1e-5, 1.0, 65504.0, 65519.0, 65520.0, 1e9, math.inf]
+)
+def test_float16_weights_are_rounded_as_torch_rounds(value: float) -> None:
+    wanted = torch.tensor([[value, -value, 1.0009765625 * value, math.nan]])
+    weight = torch.zeros(1, 4, dtype=F16)
+    one = {"row": torch.ones(1, 1, 1), "column": torch.ones(1, 1, 4)}
+    M = Moments(exp_avg=Ema([-wanted], 0.0, 1.0), **one)
+    operand([torch.zeros(1, 4)], (1, 4)).step_([weight], M, lr=1.0, decay=0.0, eps=0.0)
+    torch.testing.assert_close(weight, wanted.half(), rtol=0, atol=0, equal_nan=True)
+
+
+# --- what surrounds them
+
+
+def test_the_same_bits_whatever_the_number_of_threads() -> None:
+    def run(threads: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        torch.set_num_threads(threads)
+        try:
+            problem = CProblem((300, 449), 3, rank=40, products=2, rest=True)
+            X, L = torch.randn(3, 449, 40), torch.randn(3, 40, 300)
+            found = [problem.T @ X, L @ problem.T, library.products(L, L.mT)]
+            found += [library.inverse_roots(found[2]), *problem.step(), *problem.weights]
+            return found
+        finally:
+            torch.set_num_threads(1)
+
+    expected = run(1)
+    for threads in (2, 3, 7):
+        assert all(torch.equal(x, y) for x, y in zip(run(threads), expected, strict=True)), threads
+
+
+@pytest.mark.parametrize("setting", [torch.float64, BF16, F16, "meta"], ids=str)
+def test_buffers_do_not_follow_the_defaults_of_torch(setting: Any) -> None:
+    def run() -> list[Tensor]:
+        problem, X = copy.deepcopy((made, right))
+        return [problem.T @ X, library.products(X, X.mT), *problem.step(), *problem.weights]
+
+    made, right = CProblem((67, 101), 2, products=2, rest=True), torch.randn(2, 101, 70)
+    expected = run()
+    try:
+        if setting == "meta":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(setting)
+        found = run()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(F32)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def train(case: Case, kind: type[Gradient], dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """Weights after three steps."""
+    params = parameters([(65, 130), (65, 130), (300, 40), (4, 20, 30), (16, 3, 3, 3)], dtype)
+    kinds: set[type[Gradient]] = set()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def choose(weights: list[Tensor], grads: list[Tensor]) -> tuple[type[Gradient], str | None]:
+            kinds.add(backends.backend(weights, grads)[0])
+            return kind, None
+
+        patch.setattr("lorapre.batch.backend", choose)
+        if kind is Gradient:
+            patch.setattr(library, "takes", lambda *_: False)
+        optimizer = case.make(params, **options)
+        for step in range(3):
+            set_gradients(params, step)
+            if step == 1 and options.get("nonfinite") == "skip":
+                params[1].grad[3, 4] = torch.nan
+            optimizer.step()
+    assert kinds == {CGradient}  # what a step takes of itself
+    return [p.detach().double() for p in params]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@dtypes
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"nonfinite": "skip", "maximize": True, "rank": 17}, {"stochastic_rounding": True}],
+    ids=str,
+)
+def test_a_step_is_that_of_the_operations_of_torch(
+    case: Case, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """Roots of damped Gram matrices, of condition 1e6, lose a thousand eps for each of some terms.
+
+    That much of m is divided by 0.1 at least; Newton-Schulz in bfloat16 makes it some ulps of 2**-8.
+    """
+    lr, adam = 1e-2, "adam" in case.cls.__name__.lower()
+    if case.options.get("rank", 0) is None:
+        options = {key: value for key, value in options.items() if key != "rank"}
+    own: dict[str, Any] = {"eps": 0.1} if adam else {"adamw_eps": 0.1}
+    found, expected = (train(case, kind, dtype, lr=lr, **own, **options) for kind in (CGradient, Gradient))
+    error = 1e3 * 20 * EPS / 0.1 if adam else 3 * 20 * 2.0**-8
+    ulp = 0.0 if dtype == F32 else torch.finfo(dtype).eps * (2 if "stochastic_rounding" in options else 1)
+    for x, y in zip(found, expected, strict=True):
+        assert ((x - y).abs() <= 3 * (lr * error + ulp * (y.abs() + lr))).all(), (x - y).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ([torch.zeros(3, 4, dtype=torch.float64)], "no kernel for weights in torch.float64"),
+        ([torch.zeros(4, 3).mT], "the rows of a weight are not contiguous"),
+        ([torch.zeros(3, 8)[:, ::2]], "the rows of a weight are not contiguous"),
+        ([torch.zeros(1, 4).expand(3, 4)], "the rows of a weight are not contiguous"),
+        ([torch.zeros(3, 4), torch.zeros(3, 5)[:, :4]], "the weights of a group differ in stride"),
+        ([torch.zeros(3, 4), torch.zeros(3, 4, dtype=BF16)], "no kernel for weights in torch.bfloat16"),
+        ([torch.zeros(3, 4, device="meta")], "not a plain matrix on the CPU"),
+        ([torch._neg_view(torch.zeros(3, 4))], "not a plain matrix on the CPU"),
+    ],
+)
+def test_why_not(tensors: list[Tensor], reason: str) -> None:
+    assert reason in str(c.why_not(tensors, [torch.zeros(3, 4)]))
+    assert c.why_not([torch.zeros(3, 4)], [torch.zeros(3, 4)]) is None
+
+
+def test_why_not_of_memory_that_has_been_freed() -> None:
+    weight = torch.zeros(3, 4)
+    weight.untyped_storage().resize_(0)
+    assert "freed" in str(c.why_not([weight], [torch.zeros(3, 4)]))
+    assert "not a plain matrix" in str(c.why_not([torch.zeros(3, 4)], [torch.zeros(3, 5)]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"products": [Factors(torch.zeros(2, 7, 3), torch.zeros(2, 3, 10))], "a": [1.0], "c": [1.0]},
+        {"products": [Factors(torch.zeros(2, 8, 3), torch.zeros(2, 4, 10))], "a": [1.0], "c": [1.0]},
+        {"products": [Factors(torch.zeros(2, 8, 3).double(), torch.zeros(2, 3, 10))], "a": [1.0], "c": [1.0]},
+        {"row": torch.zeros(2, 9, 1), "column": torch.zeros(2, 1, 10)},
+        {"row": torch.zeros(2, 8, 1), "column": torch.zeros(1, 1, 10)},
+        {"exp_avg": Ema([torch.zeros(8, 9)] * 2, 0.5, 1.0)},
+        {"exp_avg_sq": Ema([torch.zeros(8, 10, dtype=BF16)] * 2, 0.5, 1.0)},
+        {"exp_avg_sq": Ema([torch.zeros(8, 10)], 0.5, 1.0)},
+        {"b": torch.zeros(3, 1, 1)},
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_not_handed_over(wrong: dict[str, Any]) -> None:
+    weights = [torch.ones(8, 10) for _ in range(2)]
+    T = operand([torch.ones(8, 10)] * 2, (8, 10))
+    with pytest.raises(ValueError, match=r"expected|have 2 gradients|each of 2 matrices"):
+        T.step_(weights, Moments(**wrong), lr=1.0, decay=1.0, eps=1.0)
+    with pytest.raises(ValueError, match="expected a plain tensor"):
+        T @ torch.zeros(2, 9, 3)
+    with pytest.raises(ValueError, match="expected a plain tensor"):
+        torch.zeros(2, 3, 8).double() @ T
+    with pytest.raises(ValueError, match="1 weights have 2 gradients"):
+        T.step_(weights[:1], Moments(b=1.0), lr=1.0, decay=1.0, eps=1.0)
+    assert all(bool((w == 1).all()) for w in weights)
+
+
+def test_tensors_without_memory_are_left_to_torch() -> None:
+    """As those that tools step to estimate memory."""
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.ones(70, 80))]
+        params[0].grad = torch.ones(70, 80)
+        optimizer = CASES["adam-split"].make(params, rank=6)
+        with pytest.warns(UserWarning, match="is a FakeTensor, not a plain tensor"):
+            optimizer.step()
+        assert optimizer.state[params[0]]["m_B"].shape == (70, 6)
+
+
+def test_float64_weights_keep_their_precision_in_silence() -> None:
+    params = parameters([(20, 30)], torch.float64)
+    set_gradients(params, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CASES["adam-split"].make(params).step()
+    assert params[0].dtype == torch.float64
+
+
+def test_linalg_takes_products_that_are_worth_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    products = library.products
+    monkeypatch.setattr(library, "products", lambda X, Y: called.append(X.numel()) or products(X, Y))
+    linalg.matmul(torch.randn(1, 10, 10), torch.randn(1, 10, 10))
+    assert not called
+    linalg.matmul(torch.randn(1, 100, 100), torch.randn(1, 100, 100))
+    assert called
+    assert not library.takes(torch.randn(1, 100, 100).double(), 2**30)
+    with pytest.raises(ValueError, match="cannot multiply"):
+        library.products(torch.randn(1, 100, 100), torch.randn(1, 99, 100))
