@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cases import ADAM, CASES, FACTORISED, Case, every_case
-from lorapre import LoRAPreAdamW, gradient_release, param_groups
+from lorapre import LoRAPreAdamW, LoRAPreMuon, gradient_release, param_groups
 
 SHAPE = (24, 20)
 
@@ -177,3 +177,24 @@ class Pair(Sequence[float]):
 def test_a_group_takes_a_pair_of_any_type() -> None:
     optimizer = LoRAPreAdamW([{"params": [nn.Parameter(torch.randn(SHAPE))], "betas": Pair()}], rank=3)
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+
+
+@pytest.mark.parametrize("cls", [LoRAPreAdamW, LoRAPreMuon])
+def test_a_seed_that_does_not_fit_is_refused_when_constructed(cls: Any) -> None:
+    weight = nn.Parameter(torch.randn(SHAPE))
+    cls([weight], rank=3, seed=2**62 - 1)
+    with pytest.raises(ValueError, match="seed must be"):
+        cls([weight], rank=3, seed=2**62)
+
+
+def test_release_takes_the_options_of_the_group_that_has_the_weight_then() -> None:
+    still, moving = nn.Linear(20, 24, bias=False), nn.Linear(24, 20, bias=False)
+    model = nn.Sequential(still, moving)
+    groups = [{"params": [still.weight], "lr": 0.0}, {"params": [moving.weight], "lr": 0.1}]
+    optimizer = LoRAPreAdamW(groups, rank=3)
+    before = [p.detach().clone() for p in model.parameters()]
+    with gradient_release(model, optimizer):
+        optimizer.param_groups.reverse()
+        model(torch.randn(4, 20)).sum().backward()
+    assert torch.equal(still.weight, before[0])
+    assert not torch.equal(moving.weight, before[1])
