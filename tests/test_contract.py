@@ -605,6 +605,22 @@ def test_weights_and_gradients_in_any_memory_give_the_same_result(
 
 
 @every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_stride_within_rows_of_one_number_means_nothing(case: Case, dtype: torch.dtype) -> None:
+    """torch calls a column contiguous whatever that stride is; nothing warns of slow steps."""
+    column, expected = parameters([(9, 1)], dtype), parameters([(9, 1)], dtype)
+    column[0].data = column[0].detach().clone().as_strided((9, 1), (1, 2))
+    optimizer, reference = case.make(column), case.make(expected)
+    for step in range(2):
+        set_gradients(expected, step)
+        assert expected[0].grad is not None
+        column[0].grad = expected[0].grad.as_strided((9, 1), (1, 2))
+        optimizer.step()
+        reference.step()
+    assert_same(weights(column), weights(expected))
+
+
+@every_case
 @pytest.mark.usefixtures("torch_operations")  # other sums tell where the gradient is of rank one
 def test_a_broadcast_gradient_is_that_of_its_copy(case: Case) -> None:
     broadcast, plain = parameters([(12, 20)]), parameters([(12, 20)])

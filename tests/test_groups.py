@@ -296,7 +296,8 @@ def test_bad_rank(rank):
         ),  # finds post_attention_layernorm and nothing that could have a rank
         ([("q_proj", 2), ("layers.0.self_attn.q_proj", 3)], "layers.0.self_attn.q_proj"),
         ([("(", 2)], "not a regular expression"),
-        ([("q_proj", {"params": []})], "params"),
+        ([("q_proj", {"params": []})], "there is no option 'params', which 'q_proj' sets"),
+        ([("q_proj", {"rnk": 4})], "there is no option 'rnk', which 'q_proj' sets"),
     ],
 )
 def test_bad_rules(rules, message):

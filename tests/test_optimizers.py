@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from cases import (
     train,
     weights,
 )
-from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage
+from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, options, param_groups
 
 Class = type[LoRAPreAdamW] | type[LoRAPreMuon]
 
@@ -33,7 +34,7 @@ BOTH: dict[str, list[Any]] = {
     "rank": [0, -1, 1.5, 8.0, True, "8"],
     "variant": ["adamw", "Paper", None, 1],
     "nonfinite": ["ignore", None, True],
-    "seed": [-1, 0.5, True, None],
+    "seed": [-1, 2**62, 0.5, True, None],
 }
 BAD: dict[Class, dict[str, list[Any]]] = {
     LoRAPreAdamW: BOTH
@@ -81,6 +82,43 @@ def test_the_constructor_refuses_an_option_out_of_range_and_names_it(
 ) -> None:
     with pytest.raises(ValueError, match=rf"^{name} must be .*, but is"):
         cls(parameters(), **{name: value})
+
+
+class Configured(Sequence[Any]):
+    """A list as configuration libraries have them, neither list nor tuple."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.values[i]
+
+
+@both_classes
+@pytest.mark.parametrize("own", [False, True], ids=["constructor", "group"])
+def test_numbers_and_lists_of_other_libraries_become_plain_ones(cls: Class, own: bool) -> None:
+    numpy = pytest.importorskip("numpy")
+    betas = "betas" if cls is LoRAPreAdamW else "adamw_betas"
+    pair = Configured(numpy.array([0.8, 0.9]))
+    given = {"rank": numpy.int64(3), "seed": numpy.uint32(5), betas: pair}
+    params = parameters()
+    optimizer = cls([{"params": params, **given}]) if own else cls(params, **given)
+    (group,) = optimizer.param_groups
+    found = [group["rank"], group["seed"], group[betas], *group[betas]]
+    assert found == [3, 5, (0.8, 0.9), 0.8, 0.9]
+    assert [type(x) for x in found] == [int, int, tuple, float, float]
+    rules = [("weight", numpy.int64(2))]
+    groups = param_groups(nn.Linear(20, 12), rank=numpy.int64(3), rules=rules)
+    assert type(cls(groups).param_groups[0]["rank"]) is int
+
+
+def test_rules_know_every_option() -> None:
+    taken = {"flatten", *inspect.signature(LoRAPreAdamW).parameters}
+    taken |= inspect.signature(LoRAPreMuon).parameters.keys()
+    assert taken - {"params"} == options.OPTIONS
 
 
 @bad_options

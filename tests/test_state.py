@@ -1,5 +1,6 @@
 """State that survives: its names and sizes, checkpoints, and what a checkpoint must not do."""
 
+import contextlib
 import copy
 import io
 import math
@@ -29,7 +30,7 @@ from cases import (
     train,
     weights,
 )
-from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage
+from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, gradient_release
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 
@@ -487,3 +488,272 @@ def test_saving_hooks_run(case: Case) -> None:
     optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "note": 1})
     assert optimizer.state_dict()["note"] == 1
     assert calls == ["before"]
+
+
+# --- what users do to weights, state, options and groups
+
+
+@every_case
+@pytest.mark.parametrize("shape", [(30, 20), (6, 20)], ids=["grown", "shrunk"])
+def test_a_weight_of_another_shape_is_refused_by_name_before_anything_is_written(
+    case: Case, shape: tuple[int, int]
+) -> None:
+    params = parameters([(12, 20), (7,)])
+    optimizer = case.make(named(params))
+    train(optimizer, params, 2)
+    params[0].grad = None
+    params[0].data = parameters([shape])[0].data
+    set_gradients(params, 2)
+    before = everything(optimizer)
+    with pytest.raises(RuntimeError, match=r"of parameter 'layer\.0' has shape"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+    del optimizer.state[params[0]]  # as the message says
+    train(optimizer, params, 1, start=2)
+    assert case.cls is LoRAPreMuon or len(optimizer.state[params[0]]) > 2
+    assert params[0].isfinite().all()
+
+
+@every_case
+def test_a_gradient_of_the_shape_before_is_refused_by_name(case: Case) -> None:
+    params = parameters([(12, 20)])
+    optimizer = case.make(named(params))
+    set_gradients(params, 0)
+    gradient, params[0].data = params[0].grad, parameters([(6, 20)])[0].data
+    assert gradient is not None
+    with pytest.raises(
+        RuntimeError, match=r"parameter 'layer\.0' has shape \(6, 20\), but its gradient \(12, 20\)"
+    ):
+        optimizer.step()
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_state_that_was_cast_is_cast_back(case: Case, dtype: torch.dtype) -> None:
+    params, others = parameters(), parameters()
+    optimizer, same = case.make(params), case.make(others)
+    train(optimizer, params, 3)
+    train(same, others, 3)
+    for own in optimizer.state.values():
+        own.update({name: value.to(dtype) for name, value in own.items()})
+    if dtype == torch.bfloat16:  # what is left of them
+        for own in same.state.values():
+            for value in own.values():
+                value.copy_(value.bfloat16())
+    assert_same(train(optimizer, params, 2, start=3), train(same, others, 2, start=3))
+    assert {value.dtype for own in state(optimizer) for value in own.values()} == {torch.float32}
+
+
+@every_case
+@pytest.mark.usefixtures("arithmetic")
+def test_two_parameters_that_share_storage_both_move_it(case: Case) -> None:
+    """As if each of them were stepped by itself, one after the other, in every run."""
+    for shape in ((48, 40), (5,)):
+        (whole,) = parameters([shape])
+        expected = nn.Parameter(whole.detach().clone())
+        tied = [nn.Parameter(whole.detach()) for _ in range(2)]
+        optimizer, first, second = case.make(tied), case.make([expected]), case.make([expected])
+        for step in range(3):
+            set_gradients(tied, step)
+            optimizer.step()
+            for index, one in enumerate((first, second)):
+                expected.grad = gradient(shape, step, index)
+                one.step()
+        assert_near([whole], [expected.detach()])
+
+
+@every_case
+@pytest.mark.parametrize("shape", [(12, 20), (7,)], ids=str)
+def test_an_expanded_weight_is_refused_by_name(case: Case, shape: tuple[int, ...]) -> None:
+    p = nn.Parameter(torch.zeros(shape[1:] or 1).expand(shape))
+    optimizer = case.make(named([p]))
+    p.grad = torch.ones(shape)
+    with pytest.raises(
+        RuntimeError, match=r"parameter 'layer\.0' is expanded: more than one element"
+    ):
+        optimizer.step()
+    assert not p.any()
+
+
+@every_case
+def test_tensors_that_a_wrapper_keeps_in_the_state_are_carried_saved_and_loaded(case: Case) -> None:
+    params, others, plain = parameters(), parameters(), parameters()
+    optimizer, resumed = case.make(params), case.make(others)
+    for p in params:  # before there is any state of ours, as after it
+        optimizer.state[p]["slow"] = p.detach().clone()
+    assert_same(train(optimizer, params, 2), train(case.make(plain), plain, 2))
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    for p, q in zip(params, others, strict=True):
+        assert_same(resumed.state[q]["slow"], optimizer.state[p]["slow"])
+        q.data = p.detach().clone()
+    assert_same(train(resumed, others, 2, start=2), train(optimizer, params, 2, start=2))
+
+
+@factorised
+@pytest.mark.parametrize(
+    "edit", [{"rank": 2}, {"rank": None}, {"variant": ...}, {"compress": ...}], ids=str
+)
+def test_options_that_are_edited_in_a_run_are_refused_at_the_next_step(
+    case: Case, edit: dict[str, Any]
+) -> None:
+    params = parameters([(12, 20)])
+    optimizer = case.make(named(params))
+    train(optimizer, params, 2)
+    (group,) = optimizer.param_groups
+    if "variant" in edit:
+        edit = {"variant": "paper" if group["variant"] != "paper" else "calibrated"}
+    if "compress" in edit:
+        if "compress" not in group or group["variant"] == "split":  # there is no other
+            return
+        edit = {"compress": "first" if group["compress"] != "first" else "second"}
+    held = coverage(optimizer).rows[0]
+    group.update(edit)
+    assert (coverage(optimizer).rows[0].rank, coverage(optimizer).rows[0].route) == (
+        held.rank,
+        held.route,
+    )
+    set_gradients(params, 2)
+    before = everything(optimizer)
+    with pytest.raises(
+        RuntimeError, match=r"the state of parameter 'layer\.0' was made for .*; its options now"
+    ):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+    del optimizer.state[params[0]]
+    optimizer.step()
+    assert coverage(optimizer).rows[0].rank == group["rank"]
+
+
+@every_case
+@pytest.mark.parametrize("release", [False, True], ids=["step", "release"])
+def test_groups_may_lose_gain_and_exchange_parameters(case: Case, release: bool) -> None:
+    """What counts is the parameter, its state and the group that it is in now, not where it was."""
+    params, others = parameters(), parameters()
+    optimizer = case.make([{"params": named(params)[:5]}, {"params": named(params)[5:], "lr": 0.0}])
+    one_by_one = [case.make([q], lr=0.0 if i >= 5 else 0.01) for i, q in enumerate(others)]
+    handle = gradient_release(nn.ParameterList(params), optimizer) if release else None
+
+    def step(number: int) -> None:
+        if release:
+            loss = torch.zeros(())
+            for i, p in enumerate(params):
+                loss = loss + (p * gradient(p.shape, number, i)).sum()
+            loss.backward()
+        else:
+            set_gradients(params, number)
+        optimizer.step()
+        optimizer.zero_grad()
+        for i, (q, own) in enumerate(zip(others, one_by_one, strict=True)):
+            q.grad = gradient(q.shape, number, i)
+            own.step()
+        assert_near(weights(params), weights(others), 1e-4)  # Newton-Schulz rounds to bfloat16
+
+    step(0)
+    optimizer.param_groups.reverse()  # the first has lr 0 now
+    step(1)
+    slow, fast = optimizer.param_groups
+    moved = fast["params"].pop(0)  # and its name stays behind, as in torch
+    slow["params"].insert(0, moved)
+    one_by_one[0].param_groups[0]["lr"] = 0.0
+    step(2)
+    fast["params"].reverse()
+    step(3)
+    assert len(coverage(optimizer)) == len(params)
+    gone = next(i for i, p in enumerate(params) if p is fast["params"][0])
+    fast["params"] = fast["params"][1:]
+    one_by_one[gone].param_groups[0]["lr"] = 0.0
+    one_by_one[gone].param_groups[0]["adamw_lr"] = 0.0
+    step(4)
+    assert len(coverage(optimizer)) == len(params) - 1
+    if handle is not None:
+        handle.remove()
+
+
+@every_case
+def test_messages_use_positions_where_names_no_longer_fit(case: Case) -> None:
+    params = parameters([(12, 20), (12, 20), (7,)])
+    optimizer = case.make(named(params))
+    del optimizer.param_groups[0]["params"][0]
+    assert [row.name for row in coverage(optimizer)] == ["0.0", "0.1"]
+    params[2].grad = torch.zeros(7).to_sparse()
+    with pytest.raises(RuntimeError, match="that of parameter 1 of its group is"):
+        optimizer.step()
+
+
+@every_case
+@pytest.mark.parametrize("first", ["named", "nameless"])
+def test_groups_with_and_without_names_go_together(case: Case, first: str) -> None:
+    params, others = parameters(), parameters()
+    with_names: Any = {"params": named(params)[:5]}
+    without: Any = {"params": params[5:8]}
+    groups = [with_names, without] if first == "named" else [without, with_names]
+    optimizer = case.make([groups[0]])
+    optimizer.add_param_group(groups[1])
+    optimizer.param_groups.remove(
+        optimizer.param_groups[0 if first == "nameless" else 1]
+    )  # frozen again
+    optimizer.add_param_group({"params": params[5:8]})
+    optimizer.add_param_group({"params": params[8:]})
+    names = [row.name for row in coverage(optimizer)]
+    assert len(set(names)) == len(names) == len(params)
+    assert names[:5] == [f"layer.{i}" for i in range(5)]
+    assert_same(train(optimizer, params, 2), train(case.make(others), others, 2))
+    optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+
+
+@every_case
+def test_names_in_another_order_are_matched_by_name(case: Case) -> None:
+    params, others = parameters(), parameters()
+    optimizer, resumed = case.make(named(params)), case.make(named(others)[::-1])
+    train(optimizer, params, 2)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert resumed.param_groups[0]["param_names"] == [name for name, _ in named(others)[::-1]]
+    assert_same(state(resumed), state(optimizer)[::-1])
+    for p, q in zip(params, others, strict=True):
+        q.data = p.detach().clone()
+    assert_near(train(resumed, others, 2, start=2), train(optimizer, params, 2, start=2))
+
+
+@every_case
+def test_names_in_other_groups_are_refused(case: Case) -> None:
+    params, others = parameters([(12, 20)] * 4), parameters([(12, 20)] * 4)
+    optimizer = case.make([{"params": named(params)[:2]}, {"params": named(params)[2:]}])
+    swapped = [named(others)[0], named(others)[2], named(others)[1], named(others)[3]]
+    resumed = case.make([{"params": swapped[:2]}, {"params": swapped[2:]}])
+    train(optimizer, params, 1)
+    train(resumed, others, 1)
+    before = everything(resumed)
+    with pytest.raises(
+        ValueError, match=r"has the parameter 'layer\.2', but 'layer\.1' in its place"
+    ):
+        resumed.load_state_dict(optimizer.state_dict())
+    assert_unchanged(resumed, before)
+
+
+@every_case
+def test_the_generator_of_a_gan_leaves_the_discriminator_alone(case: Case) -> None:
+    """Its loss goes through the discriminator, whose released updates rest meanwhile."""
+
+    def run(release: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        generator, discriminator = (
+            nn.Linear(8, 20),
+            nn.Sequential(nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 12)),
+        )
+        ours, theirs = case.make(generator.parameters()), case.make(discriminator.parameters())
+        handle = gradient_release(discriminator, theirs) if release else None
+        for _ in range(3):
+            z, real = torch.randn(16, 8), torch.randn(16, 20)
+            theirs.zero_grad()
+            (discriminator(generator(z).detach()).mean() - discriminator(real).mean()).backward()
+            theirs.step()
+            ours.zero_grad()
+            theirs.zero_grad()
+            before = weights(discriminator.parameters())
+            with handle.paused() if handle is not None else contextlib.nullcontext():
+                (-discriminator(generator(z)).mean()).backward()
+            ours.step()
+            assert_same(weights(discriminator.parameters()), before)
+        return weights([*generator.parameters(), *discriminator.parameters()])
+
+    assert_near(run(release=True), run(release=False))

@@ -1,7 +1,7 @@
 """Same-shaped parameters as one batch of matrices: what a variant is given, and where its results go."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorapre import rounding, sharding
 from lorapre.backends import backend
-from lorapre.gradient import TILE, Ema, Factors, Moments, Number, wide
+from lorapre.gradient import TILE, Ema, Factors, Number, wide
 from lorapre.groups import is_low_rank, matrix_shape, state_shapes
 from lorapre.variants import State, debias
 
@@ -129,7 +129,8 @@ class Batch:
             copy = x.contiguous()
             if written and copy is not x:
                 self._copies.append((x, copy))
-            matrices += copy.view(copy.shape[0] if fused else 1, p, q).unbind()
+            # Flat first: kernels want stride one within rows, also in rows of one number.
+            matrices += copy.view(-1).view(copy.shape[0] if fused else 1, p, q).unbind()
         return matrices
 
     def _read(self, name: str) -> Tensor:
@@ -191,7 +192,7 @@ def transient_bytes(matrices: int, p: int, q: int, rank: int) -> int:
         q: columns.
         rank: of the factors; zero without.
     """
-    tiles = 8 * 4 * min(TILE, matrices * p * q)
+    tiles = 16 * 4 * min(TILE, matrices * p * q)
     stacked = min(matrices, max(1, STACK // max(1, rank * (p + q))))
     return tiles + 3 * 4 * stacked * rank * (p + q)
 

@@ -1,6 +1,7 @@
 """Which parameter takes which route: low-rank momenta or dense AdamW."""
 
 import math
+import numbers
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,6 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
+
+from lorapre.options import OPTIONS
 
 __all__ = ["Rule", "is_low_rank", "matrix_shape", "param_groups", "state_shapes"]
 
@@ -218,7 +221,8 @@ def _check_coverage(routed: Sequence[_Routed], rank: int | None, strict: bool) -
 
 
 def _check_rank(rank: object, argument: str) -> None:
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+    integer = isinstance(rank, numbers.Integral) and not isinstance(rank, bool) and int(rank)
+    if rank is not None and not (integer and integer >= 1):
         raise ValueError(f"{argument} must be a positive integer or None, got {rank!r}")
 
 
@@ -227,8 +231,8 @@ def _parse_rule(
 ) -> tuple[re.Pattern[str], dict[str, Any]]:
     override = dict(options) if isinstance(options, Mapping) else {"rank": options}
     _check_rank(override.get("rank"), f"rules: rank for {pattern!r}")
-    if "params" in override:
-        raise ValueError(f"rules: options for {pattern!r} must not contain 'params'")
+    if unknown := sorted(map(str, override.keys() - OPTIONS)):
+        raise ValueError(f"rules: there is no option {unknown[0]!r}, which {pattern!r} sets")
     try:
         return re.compile(pattern), override
     except re.error as error:

@@ -1,6 +1,7 @@
 """LoRAPreAdamW and LoRAPreMuon: options, state and the order of a step."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,8 +25,9 @@ class LoRAPreOptimizer(Optimizer):
     algorithm: str
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        own = {"algorithm": self.algorithm, "state_format": checkpoints.STATE_FORMAT}
-        super().__init__(params, {**defaults, **own, "flatten": False, "made_for": None})
+        own: dict[str, Any] = {"algorithm": self.algorithm, "flatten": False, "made_for": None}
+        own["state_format"] = checkpoints.STATE_FORMAT
+        super().__init__(params, {**options.plain(defaults), **own})
         keep_freed_memory()
         self._prepare()
 
@@ -162,9 +164,22 @@ class LoRAPreOptimizer(Optimizer):
                 )
             if isinstance(p, Tensor) and p.is_leaf and (why := sharding.refusal(p, group["flatten"])):
                 raise ValueError(f"{name} {why}")
+        # torch wants names for all parameters or for none.
+        if "param_names" in param_group or any(isinstance(item, tuple) for item in params):
+            for number, group in enumerate(self.param_groups):
+                group.setdefault("param_names", self._new_names(number, len(group["params"])))
+        elif any("param_names" in group for group in self.param_groups):
+            param_group["param_names"] = self._new_names(len(self.param_groups), len(params))
         super().add_param_group({**param_group, "params": params})
         added = self.param_groups[-1]
         added["matrices"] = any(p.ndim > 1 for p in added["params"])
+
+    def _new_names(self, number: int, count: int) -> list[str]:
+        """Names that no parameter has, for `count` nameless ones of a group."""
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        taken = {name.rpartition(".")[0] for name in names}
+        prefix = next(x for k in itertools.count(number) if (x := f"unnamed.{k}") not in taken)
+        return [f"{prefix}.{index}" for index in range(count)]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied optimizer; options it did not know take their defaults."""

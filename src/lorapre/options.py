@@ -10,6 +10,11 @@ from lorapre.variants import VARIANTS
 
 PAIRS = {"betas": 2, "adamw_betas": 2, "ns_coefficients": 3}  # sequences, and their lengths
 INTEGERS = ("rank", "seed", "ns_steps")
+OPTIONS = {  # of a group
+    "lr", "betas", "eps", "weight_decay", "rank", "scale", "variant", "compress", "maximize",
+    "nonfinite", "stochastic_rounding", "seed", "momentum", "nesterov", "ns_coefficients",
+    "ns_steps", "adjust_lr_fn", "adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay", "flatten",
+}  # fmt: skip
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,8 +24,8 @@ def plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     changed: dict[str, Any] = {}
     for name, value in options.items():
-        if name in PAIRS and isinstance(value, Sequence) and not isinstance(value, str | tuple):
-            changed[name] = tuple(value)
+        if name in PAIRS and isinstance(value, Sequence) and not isinstance(value, str):
+            changed[name] = tuple(float(x) if isinstance(x, numbers.Real) else x for x in value)
         elif (
             name in INTEGERS and isinstance(value, numbers.Integral) and not isinstance(value, bool)
         ):

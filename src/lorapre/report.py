@@ -131,7 +131,9 @@ def coverage(optimizer: torch.optim.Optimizer) -> Coverage:
     """
     rows = []
     for number, group in enumerate(optimizer.param_groups):
-        names = group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
+        names = group.get("param_names") or ()
+        if len(names) != len(group["params"]):  # there are none, or a parameter has been taken out
+            names = [f"{number}.{index}" for index in range(len(group["params"]))]
         for name, weight in zip(names, group["params"], strict=True):
             state = optimizer.state.get(weight, {})
             tensors = {
@@ -147,6 +149,10 @@ def _row(name: str, weight: Tensor, group: Mapping[str, Any], state: Mapping[str
     rank = group.get("rank")
     low_rank = is_low_rank(weight.shape, rank, group.get("flatten", False))
     note = _NOT_SMALLER if rank is not None and weight.ndim > 1 and not low_rank else ""
+    if "step" in state:  # what is held counts, where options have been edited
+        factor = state.get("m_B", state.get("v_B"))
+        low_rank = factor is not None
+        rank = factor.shape[-1] if factor is not None else rank
     trainable = weight.requires_grad
     local = sharding.local(weight.detach())
     return Row(

@@ -144,7 +144,9 @@ def row_space(A: Tensor, T: Gradient) -> tuple[Tensor, Tensor]:
 def follow_ema(f: Factors, T: Gradient, beta: Tensor | float) -> Factors:
     """One subspace iteration on the EMA beta B A + (1 - beta) T, seen from the rows of A."""
     W, AWt = row_space(f.A, T)
-    return project(f, T, beta, matmul(f.B, AWt).lerp_(T @ W.mT, 1 - beta))
+    Y = matmul(f.B, AWt).lerp_(T @ W.mT, 1 - beta)
+    del W  # of the size of A, of which `project` makes two
+    return project(f, T, beta, Y)
 
 
 def project(f: Factors, T: Gradient, beta: Tensor | float, Y: Tensor) -> Factors:

@@ -54,7 +54,7 @@ def why_not(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> str | None:
             return f"the {name}s of a group differ in stride"
         ((row, column),) = strides
         p, q = first.shape
-        if (column != 1 and q > 1) or (row < q and p > 1):
+        if (column != 1 and first.numel()) or (row < q and p > 1):
             return f"the rows of a {name} are not contiguous"
     return None
 
