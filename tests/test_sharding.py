@@ -29,8 +29,7 @@ import lorapre.linalg
 import lorapre.optimizers
 from cases import CASES, assert_same, gradient, parameters
 from distributed import run
-from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, sharding
-from lorapre.gradient import Shards
+from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage
 
 STEPS = 20
 VARIANTS = ["adam-paper", "adam-calibrated", "adam-subspace", "adam-split"]
