@@ -178,6 +178,17 @@ def test_of_a_masked_member_nothing_changes(dtype: torch.dtype, name: str) -> No
     assert not columns[1].any()
 
 
+@dtypes
+def test_a_column_of_a_wider_matrix(dtype: torch.dtype) -> None:
+    """Whose one column has a stride."""
+    problem = CProblem((131, 1), 2, dtype, products=2, rest=True)
+    problem.T.grads = [x.repeat(1, 3)[:, ::2][:, 1:] for x in problem.grads]
+    problem.weights = [x.repeat(1, 3)[:, ::2][:, 1:] for x in problem.weights]
+    assert {x.stride() for x in (*problem.weights, *problem.T.grads)} == {(3, 2)}
+    check_products(problem.T, stacked(problem.T.grads, (131, 1)))
+    problem.check()
+
+
 def test_without_means_the_weights_are_the_same() -> None:
     first, second = (copy.deepcopy(x) for x in [CProblem((131, 97), 2, products=2)] * 2)
     assert first.step(means=False) is None

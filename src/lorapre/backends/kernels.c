@@ -135,12 +135,13 @@ static void load_turned(const float *from, int64_t row, int64_t column, int64_t 
 }
 
 /* (h, w) numbers of matrix n from row i and column j on, times `scale`, in lines that zeros fill
-   up. Only float32 may have columns that are not next to each other. */
+   up. Numbers of a row lie next to each other, but for float32. */
 static void load(const Matrices *x, int64_t n, int64_t i, int64_t h, int64_t j, int64_t w,
                  float scale, float *to, int64_t line) {
     const void *const from = element(x, n, i, j);
     const uint32_t keep = x->absolute ? 0x7FFFFFFF : 0xFFFFFFFF;
-    if (x->column != 1) load_turned(from, x->row, x->column, h, w, to, line);
+    if (x->column != 1 && x->dtype == FLOAT32)
+        load_turned(from, x->row, x->column, h, w, to, line);
     else if (x->dtype == FLOAT32) load_any(FLOAT32, w, from, x->row, h, scale, keep, to, line);
     else if (x->dtype == BFLOAT16) load_any(BFLOAT16, w, from, x->row, h, scale, keep, to, line);
     else load_any(FLOAT16, w, from, x->row, h, scale, keep, to, line);
