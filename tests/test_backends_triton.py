@@ -20,7 +20,8 @@ from cases import ADAM, CASES, assert_same, gradient, parameters
 from lorapre import rounding
 from lorapre.backends import triton as backend
 from lorapre.backends.triton import TritonGradient
-from lorapre.gradient import Ema, Factors, Gradient, Moments, Number, Shards
+from lorapre.gradient import Ema, Factors, Gradient, Moments, Number
+from lorapre.shards import Shards
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")

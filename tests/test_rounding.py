@@ -292,7 +292,7 @@ def test_the_option_is_one_of_the_group_and_checked(cls: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch:FutureWarning", "ignore:`torch:DeprecationWarning")
-@pytest.mark.usefixtures("torch_operations")  # which a compiled step takes; C rounds more operands to bfloat16
+@pytest.mark.usefixtures("torch_operations")  # as a compiled step has; C rounds more to bfloat16
 @pytest.mark.parametrize("name", ["adam-split", "muon-dense"])
 def test_a_compiled_step_rounds_with_new_noise_at_every_step(name: str) -> None:
     torch._dynamo.reset()

@@ -1,5 +1,7 @@
-"""Same-shaped parameters as one batch of matrices: what a variant is given, and where its results go."""
+"""Same-shaped parameters as one batch of matrices: what a variant takes and returns."""
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,12 +11,12 @@ from torch import Tensor
 
 from lorapre import rounding, sharding
 from lorapre.backends import backend
-from lorapre.gradient import TILE, Ema, Factors, Number, wide
+from lorapre.gradient import TILE, Ema, Factors, Number, state_dtype, wide
 from lorapre.groups import is_low_rank, matrix_shape, state_shapes
-from lorapre.variants import State, debias
+from lorapre.variants import VARIANTS, State, debias, first_A
 
-# Elements of the factors that a batch stacks; those of one weight may be more. On GPUs, where calls cost more
-# than memory, all weights of a shape share the launches of a step.
+# Elements of the factors that a batch stacks; those of one weight may be more. On GPUs, where calls
+# cost more than memory, all weights of a shape share the launches of a step.
 STACK, GPU_STACK = 2**18, 2**24
 SHARED = 2**18  # elements of sharded matrices that Muon orthogonalises together, for each process
 
@@ -29,7 +31,7 @@ class Member(NamedTuple):
 
 
 class Batch:
-    """Same-shaped parameters, stepped together as N = n E matrices (p, q); E of each, one but for experts.
+    """Same-shaped parameters, stepped together as N = n E matrices (p, q), E of each.
 
     Of sharded parameters it holds what is local.
 
@@ -48,6 +50,7 @@ class Batch:
         self.rank: int = group["rank"] if is_low_rank(weight.shape, group["rank"], flatten) else 0
         self.experts = sharding.experts(weight, flatten)
         self.E, p, q = matrix_shape(sharding.local(weight).shape, flatten)
+        self.dtype = weight.dtype
         self._matrix = (p, q), weight.ndim == 3 and not flatten
         self._tensors = {
             name: [sharding.local(m.state[name]) for m in members] for name in members[0].state
@@ -64,23 +67,31 @@ class Batch:
     def begin(self, betas: tuple[float, float] = (0.0, 0.0)) -> None:
         """Count the step, and read the state; `betas` are those of moments kept in full."""
         steps = self._tensors["step"]
-        self.t = self._per_matrix(torch.stack(steps) + 1).to(torch.float32 if self.rank else self.T.dtype)
+        self.t = self._per_matrix(torch.stack(steps) + 1).to(
+            torch.float32 if self.rank else self.T.dtype
+        )
         if self.group["nonfinite"] == "skip":
             finite = self._finite()
             self.T.finite = self._per_matrix(finite).view(-1)
             torch._foreach_add_(steps, list(finite.to(steps[0].dtype).unbind()))
-            torch._foreach_add_(self._tensors["skipped"], list((~finite).to(steps[0].dtype).unbind()))
+            torch._foreach_add_(
+                self._tensors["skipped"], list((~finite).to(steps[0].dtype).unbind())
+            )
         else:
             torch._foreach_add_(steps, 1)
-        rounds = self.group["stochastic_rounding"] and self.weights and self.weights[0].dtype == torch.bfloat16
-        self.keys = rounding.keys(self.group["seed"], self.positions, steps, self.experts) if rounds else None
+        self.keys: Tensor | None = None
+        if self.group["stochastic_rounding"] and self.dtype == torch.bfloat16:
+            self.keys = rounding.keys(self.group["seed"], self.positions, steps, self.experts)
         fields: dict[str, Any] = {
             name: Factors(self._read(f"{name}_B"), self._read(f"{name}_A"))
             for name in ("m", "v")
             if f"{name}_B" in self._tensors
         }
         if "v_row" in self._tensors:
-            fields |= {"v_row": self._read("v_row")[..., None], "v_col": self._read("v_col")[:, None]}
+            fields |= {
+                "v_row": self._read("v_row")[..., None],
+                "v_col": self._read("v_col")[:, None],
+            }
         for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True):
             if name in self._tensors:
                 E = self._matrices(self._tensors[name], written=True)
@@ -109,7 +120,8 @@ class Batch:
     def _finite(self) -> Tensor:
         """(n,) whether the gradient of a parameter is finite, on all processes."""
         E, zero = self.E, torch.zeros((), dtype=torch.float32, device=self.T.device)
-        sizes = [torch.linalg.vector_norm(g, ord=math.inf).float() if g.numel() else zero for g in self.T.grads]
+        largest = functools.partial(torch.linalg.vector_norm, ord=math.inf)
+        sizes = [largest(g).float() if g.numel() else zero for g in self.T.grads]
         bad = ~torch.stack(sizes).isfinite() if sizes else zero.expand(0).bool()
         bad = bad.view(-1, E).any(1) if E else zero.expand(len(self.positions)).bool()
         return self.T.shards.sum_all(bad.float()) == 0
@@ -119,7 +131,10 @@ class Batch:
         return x[:, None].expand(-1, self.E).reshape(-1, 1, 1)
 
     def _matrices(self, tensors: list[Tensor], written: bool = False) -> list[Tensor]:
-        """N matrices (p, q), with contiguous rows; copies, written back by `store`, where memory has another order."""
+        """N matrices (p, q) with contiguous rows, copies where memory has another order.
+
+        `store` writes back those that are `written`.
+        """
         (p, q), fused = self._matrix
         matrices: list[Tensor] = []
         for x in tensors:
@@ -134,7 +149,7 @@ class Batch:
         return matrices
 
     def _read(self, name: str) -> Tensor:
-        """A state tensor of the whole batch, (N, ...); that of a single parameter shares its memory."""
+        """A state tensor of the batch, (N, ...); that of one parameter shares its memory."""
         fused = self._matrix[1]
         tensors = [x if fused else x[None] for x in self._tensors[name]]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
@@ -147,13 +162,13 @@ class Batch:
 
 
 def batches(
-    group: dict[str, Any], weights: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Tensor],
-    positions: Sequence[int],
+    group: dict[str, Any], weights: Sequence[Tensor], grads: Sequence[Tensor],
+    state: Sequence[Tensor], positions: Sequence[int],
 ) -> Iterator[Batch]:  # fmt: skip
-    """Sort parameters by shape, dtype and device into batches whose factors have STACK elements, or of one.
+    """Sort parameters by shape, dtype and device into batches of STACK elements, or of one.
 
-    `state` has the tensors of every parameter in the order of `state_shapes`; `positions` are those of the
-    parameters among all of the optimizer.
+    `state` has the tensors of every parameter in the order of `state_shapes`; `positions` are those
+    of the parameters among all of the optimizer.
     """
     kinds: dict[Any, list[Member]] = {}
     rest = iter(state)
@@ -176,7 +191,7 @@ def _batch_size(group: dict[str, Any], weight: Tensor) -> int:
     stacked = sum(math.prod(shape) for name, shape in shapes.items() if name.endswith(("_B", "_A")))
     limit = GPU_STACK if weight.is_cuda else STACK
     count = sharding.shards(weight, group["flatten"]).count
-    if group["algorithm"] == "muon" and count > 1:  # Muon deals sharded matrices out, and wants one for each process
+    if group["algorithm"] == "muon" and count > 1:  # it deals matrices out, one to each process
         stacked, limit = max(stacked, weight.numel()), SHARED
     return max(count, limit * count // max(1, stacked))
 
@@ -206,13 +221,33 @@ def _overlap(weights: Sequence[Tensor]) -> bool:
         last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
         spans.append((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
     spans.sort()
-    return any(end > start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    return any(end > start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory of a tile for the next one; else every tile may page its memory in anew.
+    """Let glibc keep the memory of a tile for the next one, instead of paging it in anew.
 
-    From then on: it gives back what is free above twice the largest block that the process has mapped and
+    From then on: it gives back what is free above twice the largest block that the process has
+        mapped and
     unmapped so far. This one, never touched, is of the size of all tiles that a step has at a time.
     """
     torch.empty(2**23 - 2**12, dtype=torch.uint8, device="cpu")
+
+
+def start_state(
+    p: Tensor, group: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """The state before the first step: zeros, and in A what the variant starts from."""
+    flatten, start = group["flatten"], VARIANTS[group["variant"]].start
+    state = {
+        name: sharding.zeros(p, flatten, name, shape, state_dtype(p, name))
+        for name, shape in shapes.items()
+    }
+    for stream, name in enumerate(("m_A", "v_A")):
+        if name in shapes and p.numel():
+            T = Batch(group, [Member(p, sharding.gradient(p), {}, 0)]).T
+            A = first_A(
+                start, abs(T) if name == "v_A" else T, shapes[name][-2], 4 * group["seed"] + stream
+            )
+            sharding.local(state[name]).copy_(A.view_as(sharding.local(state[name])))
+    return state

@@ -1,7 +1,7 @@
-"""State and what is saved of it: whether it fits a parameter and its options, and how it is loaded.
+"""State and what is saved of it: whether it fits a parameter and its options, how it is loaded.
 
-Names, shapes and meaning of the state tensors are those of `groups.state_shapes`. A wrapper may keep tensors of
-its own beside them, which are carried along.
+Names, shapes and meaning of the state tensors are those of `groups.state_shapes`. A wrapper may
+keep tensors of its own beside them, which are carried along.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,27 +11,27 @@ import torch
 from torch import Tensor
 
 from lorapre import sharding
-from lorapre.gradient import wide
+from lorapre.gradient import state_dtype
 from lorapre.groups import is_low_rank, state_shapes
 
-# What state_dict saves. A release that changes it counts this up and reads the older ones; tests/data has a
-# checkpoint of each. It is an option of every group, since torch.distributed.checkpoint keeps those too.
+# What state_dict saves. A release that changes it counts this up and reads the older ones;
+# tests/data has a checkpoint of each. It is an option of every group, since
+# torch.distributed.checkpoint keeps those too.
 STATE_FORMAT = 1
 
-OURS = frozenset(("step", "skipped", "m_B", "m_A", "v_B", "v_A", "v_row", "v_col", "exp_avg", "exp_avg_sq"))
-
-
-def state_dtype(p: Tensor, name: str) -> torch.dtype:
-    """float32, whatever the weight has; only a moment that is kept in full of a float64 weight is float64."""
-    return wide(p.dtype) if name in ("exp_avg", "exp_avg_sq") else torch.float32
+OURS = frozenset(
+    ("step", "skipped", "m_B", "m_A", "v_B", "v_A", "v_row", "v_col", "exp_avg", "exp_avg_sq")
+)
 
 
 def meaning(group: Mapping[str, Any], shape: torch.Size | None = None) -> str:
-    """What the state of a weight means: variants fill the same names and shapes with different numbers."""
+    """What the state of a weight means: variants fill the same names differently."""
     rule = {"adam": "Adam", "muon": "Muon"}[group["algorithm"]]
     if shape is not None and not is_low_rank(shape, group.get("rank"), group.get("flatten", False)):
         return f"{rule} (dense)"
-    options = [f"{name}={group[name]!r}" for name in ("rank", "variant", "compress") if name in group]
+    options = [
+        f"{name}={group[name]!r}" for name in ("rank", "variant", "compress") if name in group
+    ]
     return f"{rule} ({', '.join(options)})"
 
 
@@ -40,32 +40,35 @@ def check_format(saved: Sequence[Mapping[str, Any]]) -> None:
     found = max((group.get("state_format", STATE_FORMAT) for group in saved), default=STATE_FORMAT)
     if found > STATE_FORMAT:
         raise ValueError(
-            f"state_dict has state format {found}, of a newer lorapre; this one reads formats up to {STATE_FORMAT}: "
-            "update lorapre"
+            f"state_dict has state format {found}, of a newer lorapre; this one reads formats up "
+            f"to {STATE_FORMAT}: update lorapre"
         )
 
 
 def check_weight(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name: str) -> None:
-    """Raise a RuntimeError unless p can be stepped: gradient, memory and state fit it and its options.
+    """Raise a RuntimeError unless gradient, memory and state of p fit it and its options.
 
-    Kernels take addresses: memory of another size or type must never get that far. State of another dtype or
+    Kernels take addresses: memory of another size or type must never get that far. State of another
+        dtype or
     device is mended.
     """
     if p.grad is not None and p.grad.layout is not torch.strided:
         raise RuntimeError(
-            f"LoRA-Pre needs dense gradients, but that of {name} is {p.grad.layout}; nn.Embedding gives dense "
-            "ones with sparse=False"
+            f"LoRA-Pre needs dense gradients, but that of {name} is {p.grad.layout}; nn.Embedding "
+            "gives dense ones with sparse=False"
         )
     if why := sharding.refusal(p, group["flatten"]):
         raise RuntimeError(f"{name} {why}")
     if p.grad is None:
         return
     if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
-        raise RuntimeError(f"{name} is expanded: more than one element of it refers to a single memory location")
+        raise RuntimeError(
+            f"{name} is expanded: more than one element of it refers to a single memory location"
+        )
     if p.grad.shape != p.shape:
         raise RuntimeError(
-            f"{name} has shape {tuple(p.shape)}, but its gradient {tuple(p.grad.shape)}: the weight has been replaced "
-            "since the backward pass"
+            f"{name} has shape {tuple(p.shape)}, but its gradient {tuple(p.grad.shape)}: the "
+            "weight has been replaced since the backward pass"
         )
     if "step" in own:
         _check_state(p, own, group, name)
@@ -73,7 +76,9 @@ def check_weight(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name:
 
 def _check_state(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name: str) -> None:
     if group["made_for"] is not None and group["made_for"] != meaning(group):
-        raise RuntimeError(f"the state of {name} was made for {group['made_for']}; {_remedy(group)}")
+        raise RuntimeError(
+            f"the state of {name} was made for {group['made_for']}; {_remedy(group)}"
+        )
     for key, shape in state_shapes(group, p.shape).items():
         value = own.get(key)
         if value is None and key == "skipped":  # `nonfinite` has been edited: the count starts now
@@ -81,17 +86,21 @@ def _check_state(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name:
         elif value is None or value.shape != shape:
             found = "is missing" if value is None else f"has shape {tuple(value.shape)}"
             raise RuntimeError(
-                f"the state {key!r} of {name} {found}, but a weight of shape {tuple(p.shape)} needs {shape}; "
-                f"{_remedy(group)}"
+                f"the state {key!r} of {name} {found}, but a weight of shape {tuple(p.shape)} "
+                f"needs {shape}; {_remedy(group)}"
             )
-        elif value.dtype != state_dtype(p, key) or value.device != p.device or not value.is_contiguous():
+        elif (
+            value.dtype != state_dtype(p, key)
+            or value.device != p.device
+            or not value.is_contiguous()
+        ):
             own[key] = value.to(device=p.device, dtype=state_dtype(p, key)).contiguous()
 
 
 def _remedy(group: Mapping[str, Any]) -> str:
     return (
-        f"its options now ask for {meaning(group)}. Where the weight or its options have changed, delete the state "
-        "(`del optimizer.state[weight]`), which starts it anew"
+        f"its options now ask for {meaning(group)}. Where the weight or its options have changed, "
+        "delete the state (`del optimizer.state[weight]`), which starts it anew"
     )
 
 
@@ -105,37 +114,53 @@ def matched(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict
     everywhere = {name for group in saved for name in group.get("param_names") or ()}
     for theirs, ours in zip(saved, own, strict=True):
         names, wanted = theirs.get("param_names"), ours.get("param_names")
-        if names and wanted and len(names) == len(theirs["params"]) == len(wanted) and names != wanted:
+        if (
+            names
+            and wanted
+            and len(names) == len(theirs["params"]) == len(wanted)
+            and names != wanted
+        ):
             if sorted(names) == sorted(wanted) and len(set(names)) == len(names):
                 key_of = dict(zip(names, theirs["params"], strict=True))
-                theirs = {**theirs, "params": [key_of[name] for name in wanted], "param_names": wanted}
+                theirs = {
+                    **theirs,
+                    "params": [key_of[name] for name in wanted],
+                    "param_names": wanted,
+                }
             else:
                 for name, position in zip(wanted, names, strict=True):
                     if name != position and name in everywhere:
                         raise ValueError(
-                            f"state_dict has the parameter {name!r}, but {position!r} in its place; make the optimizer "
-                            "with the same groups in the same order"
+                            f"state_dict has the parameter {name!r}, but {position!r} in its "
+                            "place; make the optimizer with the same groups in the same order"
                         )
         result.append(theirs)
     return result
 
 
 def merged(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The options to go on with: those saved, where they are ours; of torch.optim.AdamW, what we know."""
+    """The options to go on with: those saved; of torch.optim.AdamW, those that we know."""
     if "rank" not in saved:
         if own["algorithm"] == "muon":  # it has options of the same names for its matrices
             theirs = ("betas", "eps") if own["rank"] is None else ("betas", "eps", "weight_decay")
-            saved = {f"adamw_{k}" if k in theirs else k: v for k, v in saved.items()} | {"dense_ratio": 1.0}
+            saved = {f"adamw_{k}" if k in theirs else k: v for k, v in saved.items()} | {
+                "dense_ratio": 1.0
+            }
         saved = {k: v for k, v in saved.items() if k in own or k == "initial_lr"}
     return {**own, **saved, "state_format": STATE_FORMAT}
 
 
-def check_fit(saved: Mapping[str, Any], state: Mapping[str, Any] | None, group: Mapping[str, Any], p: Tensor, name: str) -> None:
-    """Raise a ValueError unless what was saved of p is what its group would make, and means the same."""
-    found_kind, wanted_kind = meaning({"algorithm": group["algorithm"], **saved}, p.shape), meaning(group, p.shape)
+def check_fit(
+    saved: Mapping[str, Any], state: Mapping[str, Any] | None, group: Mapping[str, Any], p: Tensor,
+    name: str,
+) -> None:  # fmt: skip
+    """Raise a ValueError unless what was saved of p is what its group would make."""
+    found_kind = meaning({"algorithm": group["algorithm"], **saved}, p.shape)
+    wanted_kind = meaning(group, p.shape)
     wanted = found = state_shapes(group, p.shape)
     if state is not None:
-        found = {key: tuple(getattr(value, "shape", ())) for key, value in state.items() if key in wanted or key in OURS}
+        ours = {key: value for key, value in state.items() if key in OURS}
+        found = {key: tuple(getattr(value, "shape", ())) for key, value in ours.items()}
     kinds_fit = found_kind == wanted_kind or "rank" not in saved
     if not kinds_fit or {**found, "skipped": ()} != {**wanted, "skipped": ()}:
         raise ValueError(
@@ -144,8 +169,12 @@ def check_fit(saved: Mapping[str, Any], state: Mapping[str, Any] | None, group: 
         )
 
 
-def restored(p: Tensor, flatten: bool, saved: Mapping[str, Any], cast: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of p from what was saved: ours in its own dtype, where torch has cast all but "step" to that of p.
+def restored(
+    p: Tensor, flatten: bool, saved: Mapping[str, Any], cast: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The state of p from what was saved, ours in its own dtype.
+
+    torch has cast all but "step" to the dtype of p.
 
     Args:
         p: the weight.
@@ -153,11 +182,9 @@ def restored(p: Tensor, flatten: bool, saved: Mapping[str, Any], cast: Mapping[s
         saved: as it is in the state_dict.
         cast: as torch has loaded it; the keys of others are left like that.
     """
-    ours = {
-        name: sharding.place(
-            p, flatten, name, torch.as_tensor(value).to(device=p.device, dtype=state_dtype(p, name), copy=True)
-        )
-        for name, value in saved.items()
-        if name in OURS
-    }  # fmt: skip
-    return {**cast, **ours}
+    state = dict(cast)
+    for name in OURS.intersection(saved):
+        value = torch.as_tensor(saved[name])
+        value = value.to(device=p.device, dtype=state_dtype(p, name), copy=True)
+        state[name] = sharding.place(p, flatten, name, value)
+    return state

@@ -1,8 +1,8 @@
 """The gradient as an operand, and the update that it takes part in: all that touches a gradient.
 
-N same-shaped gradients are one operand T (N, p, q) with three primitives: `T @ X`, `L @ T` and `T.step_`. Here
-they are operations of torch on a few rows at a time, so that nothing of the size of a weight is ever formed.
-`lorapre.backends` has the same three in C and in Triton, `lorapre.sharding` over processes.
+N same-shaped gradients are one operand T (N, p, q) with three primitives: `T @ X`, `L @ T` and
+`T.step_`. Here they are operations of torch on a few rows at a time, so that nothing of the size of
+a weight is ever formed. `lorapre.backends` has the same three in C and in Triton.
 """
 
 import copy
@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lorapre import rounding
+from lorapre.shards import WHOLE, Shards
 
-# Elements of a tile: of the gradient, and of each of some temporaries of its size that an update holds.
+# Elements of a tile: of the gradient, and of each of some temporaries of its size that an update
+# holds.
 TILE = 2**17
 TINY = torch.finfo(torch.float32).tiny
 SMALL = 2**16  # elements of matrices that are not worth a call each
@@ -42,7 +44,8 @@ class Ema(NamedTuple):
 class Moments(NamedTuple):
     """m = sum a_i P_i + b g and v = sum c_i P_i**2 + d g**2 + row column, with P_i = B_i A_i.
 
-    An `Ema` in `exp_avg` is all of m instead, in `exp_avg_sq` all of v. A product that is None counts nothing.
+    An `Ema` in `exp_avg` is all of m instead, in `exp_avg_sq` all of v. A product that is None
+    counts nothing.
     """
 
     products: Sequence[Factors | None] = ()
@@ -56,50 +59,14 @@ class Moments(NamedTuple):
     exp_avg_sq: Ema | None = None
 
 
-class Shards:
-    """The part of its matrices that a process holds: all of it. `lorapre.sharding` has the other kind."""
-
-    count = 1  # processes that hold parts of the same parameters
-
-    def size(self, p: int, q: int) -> tuple[int, int]:
-        """Size of a whole matrix, of which (p, q) is held here."""
-        return p, q
-
-    def rows(self, p: int) -> range | Tensor:
-        """Which rows of the whole are the p held here."""
-        return range(p)
-
-    def columns(self, q: int) -> range | Tensor:
-        """Which columns of the whole are the q held here."""
-        return range(q)
-
-    def sum_rows(self, x: Tensor) -> Tensor:
-        """Sum over the processes that hold other rows of the same matrices."""
-        return x
-
-    def sum_columns(self, x: Tensor) -> Tensor:
-        """Sum over the processes that hold other columns of the same matrices."""
-        return x
-
-    def sum_all(self, x: Tensor) -> Tensor:
-        """Sum over the processes that hold other parts of the same parameters."""
-        return x
-
-    def whole(self, function: Callable[[Tensor], Tensor], M: Tensor) -> Tensor:
-        """What is held here of `function` of whole matrices, of which M (N, p, q) is held here."""
-        return function(M)
-
-
-WHOLE = Shards()
-
-
 class Gradient:
     """N same-shaped gradients as one read-only operand T (N, p, q): the backend of plain torch.
 
     Attributes:
         grads: N of (p, q), of the part of T that is held here.
         scale: T is the gradient times this.
-        finite: (N,), False where T is zero, because the gradient is not finite; None is True everywhere.
+        finite: (N,), False where T is zero, because the gradient is not finite; None is True
+            everywhere.
         p, q: size of the whole matrices.
         rows, columns: which of them are held here.
         spread: whether other processes hold other parts.
@@ -107,8 +74,9 @@ class Gradient:
     """
 
     def __init__(
-        self, grads: Sequence[Tensor], shape: tuple[int, int], device: torch.device, *, scale: float = 1.0,
-        finite: Tensor | None = None, dtype: torch.dtype = torch.float32, shards: Shards = WHOLE,
+        self, grads: Sequence[Tensor], shape: tuple[int, int], device: torch.device, *,
+        scale: float = 1.0, finite: Tensor | None = None, dtype: torch.dtype = torch.float32,
+        shards: Shards = WHOLE,
     ) -> None:  # fmt: skip
         self.grads, self.held, self.device, self.scale = grads, shape, device, scale
         self.finite, self.dtype, self.shards, self.absolute = finite, dtype, shards, False
@@ -147,7 +115,8 @@ class Gradient:
     ) -> Any:
         """`L @ T` of a tensor L."""
         L, T = args
-        # torch.compile comes here for `T @ X` too, with the two turned around; X has q rows, L has r < q.
+        # torch.compile comes here for `T @ X` too, with the two turned around; X has q rows, L has
+        # r < q.
         if torch.compiler.is_compiling() and L.shape[-2] == T.q:
             return T.__matmul__(L)
         return T.__rmatmul__(L)
@@ -172,14 +141,15 @@ class Gradient:
             lr: the learning rate with all its factors; zero where a step is skipped.
             decay: what w keeps, 1 - lr weight_decay; one where a step is skipped.
             eps: as in Adam.
-            keys: (N,), of `rounding.keys`: bfloat16 weights are rounded stochastically. None: to nearest.
+            keys: (N,), of `rounding.keys`: bfloat16 weights are rounded stochastically. None: to
+                nearest.
             means: whether the means are wanted.
 
         Returns:
             The means of T**2 over the rows (N, p, 1) and over the columns (N, 1, q).
         """
         sums = self._step_(weights, M, lr, decay, max(eps, TINY), keys, means)
-        if not torch.compiler.is_compiling():  # autograd refuses a graph of the old weights, whoever wrote the new
+        if not torch.compiler.is_compiling():  # autograd then refuses a graph of the old weights
             torch.autograd.graph.increment_version(weights)
         return sums and (self.sum_q(sums[0].div_(self.q)), self.sum_p(sums[1].div_(self.p)))
 
@@ -189,11 +159,16 @@ class Gradient:
     ) -> None:  # fmt: skip
         """w <- decay w - lr NewtonSchulz(m), in place, one matrix at a time, or some small ones.
 
-        Of sharded matrices each process orthogonalises its share of the N. See `step_` for the arguments.
+        Of sharded matrices each process orthogonalises its share of the N. See `step_` for the
+        arguments.
         """
         (p, q), N = self.held, len(self)
-        if N == 0:  # a process that holds no expert takes its part in what is dealt out all the same
-            self.shards.whole(newton_schulz, torch.empty(0, p, q, dtype=self.dtype, device=self.device))
+        if (
+            N == 0
+        ):  # a process that holds no expert takes its part in what is dealt out all the same
+            self.shards.whole(
+                newton_schulz, torch.empty(0, p, q, dtype=self.dtype, device=self.device)
+            )
         some = N if self.spread else max(1, SMALL // max(1, p * q))
         for start in range(0, N, max(1, some)):
             n, i = slice(start, start + some), slice(0, p)
@@ -225,8 +200,8 @@ class Gradient:
         return out
 
     def _step_(
-        self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float, keys: Tensor | None,
-        sums: bool,
+        self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float,
+        keys: Tensor | None, sums: bool,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """`step_`, with the sums of T**2 over what is held here."""
         if not sums and keys is None and self._fused_step_(weights, M, lr, decay, eps):
@@ -250,7 +225,7 @@ class Gradient:
     def _fused_step_(
         self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float
     ) -> bool:
-        """AdamW in the one pass of torch's kernel for CPUs; False, and nothing, where it cannot take it."""
+        """AdamW in one pass by torch's own kernel; False, and nothing, where it cannot."""
         if M.exp_avg is None or M.exp_avg_sq is None or self.absolute or abs(self.scale) != 1:
             return False
         tensors = [*weights, *self.grads, *M.exp_avg.E, *M.exp_avg_sq.E]
@@ -261,8 +236,11 @@ class Gradient:
             if self.finite is not None and not self.finite[k]:
                 continue
             numbers = (lr, decay, *M.exp_avg[1:], *M.exp_avg_sq[1:])
-            own_lr, keep, rate1, scale1, rate2, scale2 = (float(at(x, slice(k, k + 1))) for x in numbers)
-            # The scales become part of lr and eps; after infinite time torch has no correction of its own.
+            own_lr, keep, rate1, scale1, rate2, scale2 = (
+                float(at(x, slice(k, k + 1))) for x in numbers
+            )
+            # The scales become part of lr and eps; after infinite time torch has no correction of
+            # its own.
             root, forever = scale2**0.5, torch.full((), math.inf, dtype=torch.float32, device="cpu")
             size = own_lr * scale1 / root
             if size == 0:
@@ -277,10 +255,14 @@ class Gradient:
     @property
     def _as_it_is(self) -> bool:
         """Whether products need no copy of the gradient."""
-        return self.finite is None and not self.absolute and all(g.dtype == torch.float32 for g in self.grads)
+        return (
+            self.finite is None
+            and not self.absolute
+            and all(g.dtype == torch.float32 for g in self.grads)
+        )
 
     def _tiles(self, whole: bool = False) -> Iterator[tuple[slice, slice]]:
-        """(members, rows): some small matrices, or some rows of a large one, all of them if `whole`."""
+        """(members, rows): some small matrices, or some rows of a large one, all if `whole`."""
         (p, q), N = self.held, len(self)
         if torch.compiler.is_compiling() or p * q <= SMALL:
             some = N if torch.compiler.is_compiling() else max(1, SMALL // max(1, p * q))
@@ -288,7 +270,9 @@ class Gradient:
             return
         height = p if whole else max(1, TILE // q)
         for n in range(N):
-            yield from ((slice(n, n + 1), slice(i, min(i + height, p))) for i in range(0, p, height))
+            yield from (
+                (slice(n, n + 1), slice(i, min(i + height, p))) for i in range(0, p, height)
+            )
 
     def _tile(self, n: slice, i: slice) -> Tensor:
         """Rows i of members n of T / scale, (n, i, q), zero where the gradient is not finite."""
@@ -304,7 +288,9 @@ class Gradient:
             w.mul_(decay)
         add_(w, -lr, update)
 
-    def _store_(self, weights: Sequence[Tensor], n: slice, i: slice, w: Tensor, keys: Tensor | None) -> None:
+    def _store_(
+        self, weights: Sequence[Tensor], n: slice, i: slice, w: Tensor, keys: Tensor | None
+    ) -> None:
         """Write back rows i of members n, `read` before and changed, rounded as `keys` say."""
         if keys is not None:
             rows, columns = (_indices(x, self.device) for x in (self.rows, self.columns))
@@ -342,7 +328,7 @@ def _moved(ema: Ema, n: slice, i: slice, x: Tensor) -> Tensor:
 
 
 def add_(out: Tensor, weight: Number, x: Tensor, y: Tensor | None = None) -> None:
-    """out += weight x, or (weight x) y: weighed before it is squared, which may be infinite where weight is zero."""
+    """out += weight x, or (weight x) y: a square may be infinite where its weight is zero."""
     if isinstance(weight, Tensor):
         out.addcmul_(x, weight) if y is None else out.addcmul_(weight * x, y)
     elif weight:
@@ -350,8 +336,13 @@ def add_(out: Tensor, weight: Number, x: Tensor, y: Tensor | None = None) -> Non
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of dense arithmetic and of dense moments: float32, or float64 for float64 weights."""
+    """The dtype of dense arithmetic and dense moments: float32, of float64 weights float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def state_dtype(p: Tensor, name: str) -> torch.dtype:
+    """float32; of a float64 weight a moment that is kept in full is float64."""
+    return wide(p.dtype) if name in ("exp_avg", "exp_avg_sq") else torch.float32
 
 
 def read(tensors: Sequence[Tensor], n: slice, i: slice) -> Tensor:
@@ -367,7 +358,7 @@ def write_(tensors: Sequence[Tensor], n: slice, i: slice, new: Tensor) -> None:
 
 
 def at(x: Number, n: slice) -> Number:
-    """x of members n. On a CPU that of one member is a number, with which operations take fewer passes."""
+    """x of members n; of one member, on a CPU, a number: operations then take fewer passes."""
     if not isinstance(x, Tensor) or x.ndim < 3:
         return x
     x = x[n]
@@ -375,7 +366,7 @@ def at(x: Number, n: slice) -> Number:
 
 
 def at_hand(x: Tensor) -> bool:
-    """Whether the host may look at numbers: it waits for a GPU's, fake ones have none, a graph would break."""
+    """Whether the host may look at numbers, without a wait for a GPU or a break of a graph."""
     return type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
 
 
@@ -390,4 +381,6 @@ def _product(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def _indices(places: range | Tensor, device: torch.device) -> Tensor:
-    return places.to(device) if isinstance(places, Tensor) else torch.arange(places.start, places.stop, device=device)
+    if isinstance(places, Tensor):
+        return places.to(device)
+    return torch.arange(places.start, places.stop, device=device)

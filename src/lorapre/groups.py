@@ -25,16 +25,20 @@ _CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-_PIXEL_CHANNELS = 4  # a convolution that reads at most this many channels reads the input: grey, RGB, RGBA
+_PIXEL_CHANNELS = (
+    4  # a convolution that reads at most this many channels reads the input: grey, RGB, RGBA
+)
 _NORM = re.compile(r"[Nn]orm(\dd)?$")  # LlamaRMSNorm, BatchNorm2d, but not a fused LayerNormLinear
 
 
 def matrix_shape(shape: Sequence[int], flatten: bool = False) -> tuple[int, int, int]:
     """Shape (E, p, q) of a parameter seen as a batch of E matrices.
 
-    A scalar is (1, 1, 1), a vector (n,) is (1, 1, n), a matrix (p, q) is (1, p, q). Three dimensions are E
-    fused experts, unless `flatten` says that they are the weight (out, in, k) of a one-dimensional
-    convolution: that is the matrix (1, out, in * k). Four and more dimensions are always a convolution.
+    A scalar is (1, 1, 1), a vector (n,) is (1, 1, n), a matrix (p, q) is (1, p, q). Three
+    dimensions are E fused experts, unless `flatten` says that they are the weight (out, in, k) of a
+    one-dimensional
+    convolution: that is the matrix (1, out, in * k). Four and more dimensions are always a
+        convolution.
     """
     if len(shape) < 2:
         return 1, 1, math.prod(shape)
@@ -44,7 +48,7 @@ def matrix_shape(shape: Sequence[int], flatten: bool = False) -> tuple[int, int,
 
 
 def is_low_rank(shape: Sequence[int], rank: int | None, flatten: bool = False) -> bool:
-    """Whether a weight gets factors: it is a matrix, and rank (p + q) numbers are fewer than p q."""
+    """Whether a weight gets factors: it is a matrix, and rank (p + q) is less than p q."""
     if rank is None or len(shape) < 2:
         return False
     _, p, q = matrix_shape(shape, flatten)
@@ -52,10 +56,10 @@ def is_low_rank(shape: Sequence[int], rank: int | None, flatten: bool = False) -
 
 
 def state_shapes(group: Mapping[str, Any], shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the state tensors that a weight of `shape` holds under the options of `group`.
+    """Names and shapes of the state tensors of a weight under the options of `group`.
 
-    Factors are (p, r) and (r, q), with E in front for fused experts. `exp_avg` and `exp_avg_sq` have the
-    shape of the weight, counters none.
+    Factors are (p, r) and (r, q), with E in front for fused experts. `exp_avg` and `exp_avg_sq`
+    have the shape of the weight, counters none.
     """
     rank, flatten = group.get("rank"), group.get("flatten", False)
     names = ["step", "skipped"] if group.get("nonfinite") == "skip" else ["step"]
@@ -70,14 +74,16 @@ def state_shapes(group: Mapping[str, Any], shape: Sequence[int]) -> dict[str, tu
         return shapes | m_factors
     v_factors = {"v_B": (*batch, p, rank), "v_A": (*batch, rank, q)}
     means = {"v_row": (*batch, p), "v_col": (*batch, q)}
-    second = {"subspace": v_factors | means, "split": means}.get(group.get("variant", ""), v_factors)
+    second = {"subspace": v_factors | means, "split": means}.get(
+        group.get("variant", ""), v_factors
+    )
     compress = group.get("compress")
     shapes |= {"exp_avg": moment} if compress == "second" else m_factors
     return shapes | ({"exp_avg_sq": moment} if compress == "first" else second)
 
 
 def names_of(group: Mapping[str, Any]) -> list[str]:
-    """What messages call the parameters of a group: their names, or positions where the names do not fit."""
+    """What messages call the parameters of a group: names, or positions where they do not fit."""
     names, count = group.get("param_names") or (), len(group["params"])
     if len(names) != count:  # a parameter has been taken out, or put in
         return [f"parameter {index} of its group" for index in range(count)]
@@ -89,47 +95,53 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Sort a model's parameters into groups for `LoRAPreAdamW` or `LoRAPreMuon`.
 
-    Low rank are the matrices inside the network: attention and MLP weights (of `nn.Linear`, of transformers'
-    `Conv1D`, of any module that keeps a matrix under a name with "weight"), fused experts (E, p, q),
-    convolutions.
+    Low rank are the matrices inside the network: attention and MLP weights (of `nn.Linear`, of
+        transformers'
+    `Conv1D`, of any module that keeps a matrix under a name with "weight"), fused experts (E, p,
+    q), convolutions.
 
     Dense (`rank=None` in the group) are
 
-    * the ends of the network: embedding tables (tokens, positions), patch embeddings and convolutions that
-      read pixels, the output head, tied or not, and the classification head of a transformers model. In a
-      plain PyTorch model the last `nn.Linear` is the head if it has the shape of an embedding table and lies
-      in no `nn.ModuleList`; another head cannot be told from a hidden matrix and goes low rank: give a rule.
-    * routers (beside the experts, one row per expert) and depthwise convolutions (filters, not a matrix
+    * the ends of the network: embedding tables (tokens, positions), patch embeddings and
+        convolutions that
+      read pixels, the output head, tied or not, and the classification head of a transformers
+      model. In a plain PyTorch model the last `nn.Linear` is the head if it has the shape of an
+      embedding table and lies in no `nn.ModuleList`; another head cannot be told from a hidden
+      matrix and goes low rank: give a rule.
+    * routers (beside the experts, one row per expert) and depthwise convolutions (filters, not a
+    matrix
       product);
     * class tokens and other parameters that are not applied as a matrix;
-    * norms, biases and all else with fewer than two dimensions. These also get `weight_decay=0.0`, as
+    * norms, biases and all else with fewer than two dimensions. These also get `weight_decay=0.0`,
+    as
       transformers' Trainer does; every other group keeps the optimizer's.
 
-    Frozen parameters are routed like the others, so that they can be unfrozen later; they hold no state until
-    then. Shared parameters appear once, under their first name.
+    Frozen parameters are routed like the others, so that they can be unfrozen later; they hold no
+    state until then. Shared parameters appear once, under their first name.
 
     Args:
         model: the model, wrapped (DDP, FSDP2, torch.compile, PEFT) or not.
         rank: rank of the momenta, a positive integer, or None for dense AdamW everywhere.
-        rules: (regular expression, options) pairs that override the above. The expression is searched in the
-            name of the parameter; the first match wins. Options are a rank, None (dense) or a dict of group
-            options, for instance `("lm_head", {"rank": 64, "lr": 1e-4})`; what a rule leaves open keeps its
-            default.
-        strict: raise where the default only warns, and where a trainable matrix that a rule or the default
-            sent to low rank stays dense because its factors would not be smaller, rank (p + q) >= p q.
+        rules: (regular expression, options) pairs that override the above. The expression is
+            searched in the name of the parameter; the first match wins. Options are a rank, None
+            (dense) or a dict of group options, for instance `("lm_head", {"rank": 64, "lr":
+            1e-4})`; what a rule leaves open keeps its default.
+        strict: raise where the default only warns, and where a trainable matrix that a rule or the
+            default sent to low rank stays dense because its factors would not be smaller, rank (p +
+            q) >= p q.
 
     Returns:
-        Groups `{"params": [(name, parameter), ...], "rank": ..., ...}`. Parameters with equal options share
-        one.
+        Groups `{"params": [(name, parameter), ...], "rank": ..., ...}`. Parameters with equal
+        options share one.
 
     Raises:
         TypeError: `model` is no `nn.Module`.
-        ValueError: a rank that is neither None nor a positive integer, a malformed rule, a rule that no
-            parameter reaches, or what `strict` forbids.
+        ValueError: a rank that is neither None nor a positive integer, a malformed rule, a rule
+            that no parameter reaches, or what `strict` forbids.
 
     Warns:
-        UserWarning: no trainable parameter becomes low rank, or a matrix goes dense because its use is
-            unknown.
+        UserWarning: no trainable parameter becomes low rank, or a matrix goes dense because its use
+            is unknown.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -173,7 +185,9 @@ def _route(model: nn.Module, rank: int | None, rules: Sequence[_ParsedRule]) -> 
         options: dict[str, Any] = {"rank": rank if use == "matrix" else None}
         if use == "vector":
             options["weight_decay"] = 0.0
-        rule = next((index for index, (pattern, _) in enumerate(rules) if pattern.search(name)), None)
+        rule = next(
+            (index for index, (pattern, _) in enumerate(rules) if pattern.search(name)), None
+        )
         if rule is not None:
             options |= rules[rule][1]
         if parameter.ndim < 2:
@@ -205,14 +219,19 @@ def _check_coverage(routed: Sequence[_Routed], rank: int | None, strict: bool) -
         elif not known and is_low_rank(parameter.shape, rank):
             unknown.append(name)
     if strict and not_smaller:
-        raise ValueError(f"rank: factors would not be smaller than the matrix for {_listed(not_smaller)}")
+        raise ValueError(
+            f"rank: factors would not be smaller than the matrix for {_listed(not_smaller)}"
+        )
     problems = []
     if unknown:
-        problems.append(f"matrices of unknown use go dense, give a rule for them: {_listed(unknown)}")
+        problems.append(
+            f"matrices of unknown use go dense, give a rule for them: {_listed(unknown)}"
+        )
     if rank is not None and trainable and not low_rank:
         problems.append(
-            f"no trainable parameter gets low-rank momenta at rank {rank}: all state is AdamW's. A matrix "
-            "(p, q) needs rank (p + q) < p q; the factors of a LoRA adapter, for one, are too thin for it"
+            f"no trainable parameter gets low-rank momenta at rank {rank}: all state is AdamW's. A "
+            "matrix (p, q) needs rank (p + q) < p q; the factors of a LoRA adapter, for one, are "
+            "too thin for it"
         )
     for problem in problems:
         if strict:
@@ -244,7 +263,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _use(owner: nn.Module, attribute: str, parameter: nn.Parameter) -> str:
-    """What a module does with a parameter: "matrix", "vector" (norms, biases), "dense" or "unknown"."""
+    """What a module does with a parameter: "matrix", "vector", "dense" or "unknown"."""
     if parameter.ndim < 2 or _NORM.search(type(owner).__name__) or attribute.endswith("bias"):
         return "vector"
     token = parameter.shape[0] == 1  # class tokens (1, 1, d), position embeddings (1, n, d)
@@ -261,12 +280,20 @@ def _ends(model: nn.Module) -> set[nn.Parameter]:
     """Parameters of the layers that read the input or write the output."""
     modules = list(model.modules())
     tables = [module for module in modules if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
-    pixels = [m for m in modules if isinstance(m, _CONVOLUTIONS) and m.in_channels <= _PIXEL_CHANNELS]
+    pixels = [
+        m for m in modules if isinstance(m, _CONVOLUTIONS) and m.in_channels <= _PIXEL_CHANNELS
+    ]
     ends: list[nn.Module] = [*tables, *pixels]
     for module in modules:  # not of the root alone, which may be a wrapper
         ends += _transformers_ends(module)
-    # A hidden layer of a small model can have the shape of a table by chance, but lies in a list of layers.
-    listed = {layer for module in modules if isinstance(module, nn.ModuleList) for layer in module.modules()}
+    # A hidden layer of a small model can have the shape of a table by chance, but lies in a list of
+    # layers.
+    listed = {
+        layer
+        for module in modules
+        if isinstance(module, nn.ModuleList)
+        for layer in module.modules()
+    }
     shapes = {table.weight.shape for table in tables}
     last = [module for module in modules if isinstance(module, nn.Linear)][-1:]
     ends += [layer for layer in last if layer.weight.shape in shapes and layer not in listed]
@@ -295,7 +322,7 @@ def _transformers_ends(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _routers(model: nn.Module) -> set[nn.Parameter]:
-    """Layers of mixture-of-experts blocks, beside the experts, that hold one matrix with one row per expert.
+    """Layers beside the experts of a block that hold one matrix with one row per expert.
 
     One matrix, because a shared expert can be as wide as there are experts, but it holds several.
     """
@@ -310,8 +337,10 @@ def _routers(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _expert_count(module: nn.Module) -> int | None:
-    """How many experts a module holds, as a list of modules or fused (E, p, q); None if it has neither."""
+    """How many experts a module holds, in a list or fused (E, p, q); None without any."""
     if isinstance(module, nn.ModuleList):
         return len(module)
-    fused = [parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
+    fused = [
+        parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3
+    ]
     return fused[0] if fused and not isinstance(module, _CONVOLUTIONS) else None

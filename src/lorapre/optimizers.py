@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lorapre import backends, checkpoints, options, sharding
-from lorapre.batch import Batch, Member, batches, keep_freed_memory
+from lorapre.batch import Batch, batches, keep_freed_memory, start_state
 from lorapre.gradient import Moments
 from lorapre.groups import names_of, state_shapes
 from lorapre.linalg import exact_products, lr_factor, newton_schulz
-from lorapre.variants import VARIANTS, dense, first_A, muon
+from lorapre.variants import VARIANTS, dense, muon
 
 __all__ = ["LoRAPreAdamW", "LoRAPreMuon"]
 
@@ -33,7 +33,7 @@ class LoRAPreOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient, but for one that `gradient_release` has updated.
+        """Update every parameter that has a gradient which `gradient_release` has not used.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -42,9 +42,9 @@ class LoRAPreOptimizer(Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, a weight is sharded in a way that cannot be stepped (flat pieces
-                of FSDP1 or DeepSpeed ZeRO), or a state does not fit its weight, or options that were edited. The
-                message names it; nothing has changed then.
+            RuntimeError: a gradient is sparse, a weight is sharded in a way that cannot be stepped
+                (flat pieces of FSDP1 or DeepSpeed ZeRO), or a state does not fit its weight, or
+                options that were edited. The message names it; nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -83,8 +83,8 @@ class LoRAPreOptimizer(Optimizer):
         raise NotImplementedError
 
     def _adam(
-        self, batch: Batch, *, lr: float | Tensor, scale: float, betas: tuple[float, float], eps: float,
-        weight_decay: float,
+        self, batch: Batch, *, lr: float | Tensor, scale: float, betas: tuple[float, float],
+        eps: float, weight_decay: float,
     ) -> None:  # fmt: skip
         """Algorithm 1, or AdamW where there are no factors."""
         batch.begin(betas)
@@ -94,7 +94,9 @@ class LoRAPreOptimizer(Optimizer):
         means = batch.state.v_row is not None
 
         def apply(M: Moments) -> tuple[Tensor, Tensor] | None:
-            return batch.T.step_(batch.weights, M, lr=rate, decay=decay, eps=eps, keys=batch.keys, means=means)
+            return batch.T.step_(
+                batch.weights, M, lr=rate, decay=decay, eps=eps, keys=batch.keys, means=means
+            )
 
         variant = VARIANTS[batch.group["variant"]].adam if batch.rank else dense
         batch.store(variant(batch.state, batch.T, batch.t, *betas, apply))
@@ -102,10 +104,11 @@ class LoRAPreOptimizer(Optimizer):
     def _check_step(self, group: dict[str, Any]) -> None:
         """Raise a RuntimeError for what cannot be stepped, before anything is written."""
         if group["matrices"] and all(p.ndim < 2 for p in group["params"]):
-            # Between construction and here, DeepSpeed puts one vector in the place of all weights of a group.
+            # Between construction and here, DeepSpeed puts one vector in the place of all weights
+            # of a group.
             raise RuntimeError(
-                "the matrices of a group have been replaced by flat vectors, as DeepSpeed ZeRO does; "
-                f"{sharding.REMEDY}"
+                "the matrices of a group have been replaced by flat vectors, as DeepSpeed ZeRO "
+                f"does; {sharding.REMEDY}"
             )
         for p, name in zip(group["params"], names_of(group), strict=True):
             checkpoints.check_weight(p, self.state.get(p, {}), group, name)
@@ -113,10 +116,12 @@ class LoRAPreOptimizer(Optimizer):
     def _init_group(
         self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], state: list[Tensor]
     ) -> bool:
-        """Append what has a gradient, and its state in the order of `state_shapes`; create what is missing.
+        """Append what has a gradient, and its state in the order of `state_shapes`.
 
-        torch.compile runs the method of this name by itself, outside the graph, and takes the lists it has
-        filled as the graph's inputs.
+        State that is missing is created.
+
+        torch.compile runs the method of this name by itself, outside the graph, and takes the lists
+        it has filled as the graph's inputs.
         """
         shapes_of: dict[Any, dict[str, tuple[int, ...]]] = {}
         for p in group["params"]:
@@ -128,7 +133,7 @@ class LoRAPreOptimizer(Optimizer):
             shapes = shapes_of[p.shape]
             if "step" not in own:
                 with exact_products(p.device):
-                    own.update(_start(p, group, shapes))
+                    own.update(start_state(p, group, shapes))
                 group["made_for"] = checkpoints.meaning(group)
             weights.append(p)
             grads.append(sharding.gradient(p))
@@ -139,8 +144,8 @@ class LoRAPreOptimizer(Optimizer):
         """Add a group, which may set any option of the constructor for itself.
 
         Args:
-            param_group: `params` (tensors or (name, tensor) pairs) and options; `rank=None` means dense
-                AdamW.
+            param_group: `params` (tensors or (name, tensor) pairs) and options; `rank=None` means
+                dense AdamW.
 
         Raises:
             ValueError: an option is out of range, or a parameter is complex; the message names it.
@@ -148,22 +153,7 @@ class LoRAPreOptimizer(Optimizer):
         param_group = options.plain(param_group)
         group = {**self.defaults, **param_group}
         options.check(group)
-        params = group["params"]
-        if isinstance(params, set):
-            raise TypeError(
-                "params must be ordered, but is a set: a checkpoint finds parameters by their order"
-            )
-        params = [params] if isinstance(params, Tensor) else list(params)
-        for item in params:
-            p = item[1] if isinstance(item, tuple) else item
-            name = f"parameter {item[0]!r}" if isinstance(item, tuple) else "a parameter"
-            if isinstance(p, Tensor) and not (p.is_floating_point() and p.layout is torch.strided):
-                raise ValueError(
-                    f"params must be dense tensors of real floating point numbers, but {name} is {p.dtype}, "
-                    f"{p.layout}"
-                )
-            if isinstance(p, Tensor) and p.is_leaf and (why := sharding.refusal(p, group["flatten"])):
-                raise ValueError(f"{name} {why}")
+        params = options.checked_params(group)
         # torch wants names for all parameters or for none.
         if "param_names" in param_group or any(isinstance(item, tuple) for item in params):
             for number, group in enumerate(self.param_groups):
@@ -191,35 +181,41 @@ class LoRAPreOptimizer(Optimizer):
         self._prepare()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict`: one of this class, or of torch.optim.AdamW where all it holds is dense.
+        """Continue from `state_dict`: of this class, or of torch.optim.AdamW where all is dense.
 
-        Parameters are matched by their names where both sides have them, else by their order, as in torch. The
-        factors keep their float32 whatever the weights' dtype.
+        Parameters are matched by their names where both sides have them, else by their order, as in
+        torch. The factors keep their float32 whatever the weights' dtype.
 
         Raises:
-            ValueError: the state of a parameter does not fit it, its rank or its variant, or a newer lorapre
-                has written it. The message names the parameter and what was found and expected, and the
-                optimizer is as it was.
+            ValueError: the state of a parameter does not fit it, its rank or its variant, or a
+                newer lorapre has written it. The message names the parameter and what was found and
+                expected, and the optimizer is as it was.
         """
         loaded: list[tuple[Tensor, dict[str, Any]]] = []
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             saved_groups = state_dict["param_groups"]
             checkpoints.check_format(saved_groups)
-            if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
+            if [len(g["params"]) for g in saved_groups] != [
+                len(g["params"]) for g in self.param_groups
+            ]:
                 return state_dict  # torch refuses, with its own message
             saved_groups = checkpoints.matched(saved_groups, self.param_groups)
             for saved, group in zip(saved_groups, self.param_groups, strict=True):
-                for p, key, name in zip(group["params"], saved["params"], names_of(group), strict=True):
+                for p, key, name in zip(
+                    group["params"], saved["params"], names_of(group), strict=True
+                ):
                     state = state_dict["state"].get(key)
                     checkpoints.check_fit(saved, state, group, p, name)
                     if state is not None:
                         loaded.append((p, state))
-            groups = [checkpoints.merged(x, own) for x, own in zip(saved_groups, self.param_groups, strict=True)]
-            return {**state_dict, "param_groups": groups}
+            pairs = zip(saved_groups, self.param_groups, strict=True)
+            return {**state_dict, "param_groups": [checkpoints.merged(*pair) for pair in pairs]}
 
         def restore(_: Optimizer) -> None:
-            flatten_of = {p: group["flatten"] for group in self.param_groups for p in group["params"]}
+            flatten_of = {
+                p: group["flatten"] for group in self.param_groups for p in group["params"]
+            }
             for p, saved in loaded:
                 self.state[p] = checkpoints.restored(p, flatten_of[p], saved, self.state[p])
 
@@ -235,10 +231,10 @@ class LoRAPreOptimizer(Optimizer):
                 hook.remove()
 
     def _prepare(self) -> None:
-        """Compile the kernels before the first step, in whose collectives others would wait for the compiler."""
-        if any(p.is_cpu for group in self.param_groups for p in group["params"]):
-            if (reason := backends.library.prepare()) is not None:
-                self._say(reason)
+        """Compile the kernels now: collectives of the first step would wait for the compiler."""
+        on_cpu = any(p.is_cpu for group in self.param_groups for p in group["params"])
+        if on_cpu and (reason := backends.library.prepare()) is not None:
+            self._say(reason)
 
     def _say(self, reason: str) -> None:
         """Warn, once for each optimizer and reason."""
@@ -254,38 +250,42 @@ class LoRAPreOptimizer(Optimizer):
 class LoRAPreAdamW(LoRAPreOptimizer):
     r"""AdamW whose moments live as low-rank factors, B (p, r) and A (r, q) (paper, Algorithm 1).
 
-    The state of a (p, q) weight takes (p + q) (r + 1) float32 numbers instead of 2 p q, or 2 (p + q) r in
-    variants that keep factors for both moments. Weights for which that would not be less, and groups with
-    `rank=None`, take AdamW; `lorapre.coverage` shows which took what.
+    The state of a (p, q) weight takes (p + q) (r + 1) float32 numbers instead of 2 p q, or 2 (p +
+    q) r in variants that keep factors for both moments. Weights for which that would not be less,
+    and groups with `rank=None`, take AdamW; `lorapre.coverage` shows which took what.
     `lorapre.param_groups` sends embeddings, output head, norms and biases there, as the paper does.
 
     Args:
-        params: parameters, (name, parameter) pairs or groups of either; every option may be set per group.
+        params: parameters, (name, parameter) pairs or groups of either; every option may be set per
+            group.
         lr: learning rate, a number or a tensor of one element.
         betas: decay of the first and the second moment, in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in AdamW.
         rank: r, or None for dense AdamW.
         scale: factor on the update of the factorised weights alone (the paper trains with 0.25).
-        variant: "split", "subspace", "calibrated" or "paper" (as printed); docs/maths.md has the differences.
+        variant: "split", "subspace", "calibrated" or "paper" (as printed); docs/maths.md has the
+            differences.
         compress: which moments are factorised: "both" or, but for "split", "first" or "second".
         maximize: ascend instead.
-        nonfinite: what a NaN or infinite gradient does: "propagate" as in torch, or "skip" the step of that
-            weight, which is counted in its state as `skipped` without waiting for the device.
-        stochastic_rounding: round bfloat16 weights up or down at random with the right mean, so that updates
-            too small for bfloat16 are not lost. Takes no memory; the same seed gives the same weights, in a
-            resumed run too. Weights of other dtypes are not affected.
-        seed: of the random start, which depends on it and on the shape of the weight, on nothing else, and of
-            the stochastic rounding.
+        nonfinite: what a NaN or infinite gradient does: "propagate" as in torch, or "skip" the step
+            of that weight, which is counted in its state as `skipped` without waiting for the
+            device.
+        stochastic_rounding: round bfloat16 weights up or down at random with the right mean, so
+            that updates too small for bfloat16 are not lost. Takes no memory; the same seed gives
+            the same weights, in a resumed run too. Weights of other dtypes are not affected.
+        seed: of the random start, which depends on it and on the shape of the weight, on nothing
+            else, and of the stochastic rounding.
 
     Raises:
         ValueError: an option is out of range; the message names it.
 
-    State of a factorised weight, all float32: `step`, `m_B` (p, r), `m_A` (r, q), `v_row` (p) and `v_col`
-    (q); in the other variants `v_B` and `v_A`, in the subspace variant beside `v_row` and `v_col`; of an
-    uncompressed moment `exp_avg` or `exp_avg_sq`.
-    Fused experts (E, p, q) are E matrices, and their factors have E in front; a convolution is the matrix
-    (out, in * k * k).
+    State of a factorised weight, all float32: `step`, `m_B` (p, r), `m_A` (r, q), `v_row` (p) and
+        `v_col`
+    (q); in the other variants `v_B` and `v_A`, in the subspace variant beside `v_row` and `v_col`;
+    of an uncompressed moment `exp_avg` or `exp_avg_sq`.
+    Fused experts (E, p, q) are E matrices, and their factors have E in front; a convolution is the
+    matrix (out, in * k * k).
     """
 
     algorithm = "adam"
@@ -308,8 +308,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         seed: int = 0,
     ) -> None:
         defaults = dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, scale=scale, variant=variant,
-            compress=compress, maximize=maximize, nonfinite=nonfinite,
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, scale=scale,
+            variant=variant, compress=compress, maximize=maximize, nonfinite=nonfinite,
             stochastic_rounding=stochastic_rounding, seed=seed,
         )  # fmt: skip
         super().__init__(params, defaults)
@@ -325,11 +325,13 @@ class LoRAPreAdamW(LoRAPreOptimizer):
 class LoRAPreMuon(LoRAPreOptimizer):
     """Muon whose momentum lives as low-rank factors B (p, r), A (r, q) (paper, Algorithm 2).
 
-    The state of a (p, q) weight takes (p + q) r float32 numbers instead of p q. Groups with `rank=None` and
-    weights too small for factors take AdamW; `lorapre.param_groups` makes the groups of a model.
+    The state of a (p, q) weight takes (p + q) r float32 numbers instead of p q. Groups with
+    `rank=None` and weights too small for factors take AdamW; `lorapre.param_groups` makes the
+    groups of a model.
 
     Args:
-        params: parameters, (name, parameter) pairs or groups of either; every option may be set per group.
+        params: parameters, (name, parameter) pairs or groups of either; every option may be set per
+            group.
         lr: learning rate, a number or a tensor of one element.
         weight_decay: decoupled, as in torch.optim.Muon.
         momentum: decay of the momentum, in [0, 1).
@@ -337,17 +339,19 @@ class LoRAPreMuon(LoRAPreOptimizer):
         ns_coefficients: of the Newton-Schulz iteration, three numbers.
         eps: least norm of a matrix in the Newton-Schulz iteration.
         ns_steps: Newton-Schulz iterations, 1 to 99.
-        adjust_lr_fn: factor on lr by shape, as in torch.optim.Muon: None or "original" is sqrt(max(1, p /
-            q)), "match_rms_adamw" is 0.2 sqrt(max(p, q)), with which AdamW's learning rates carry over.
+        adjust_lr_fn: factor on lr by shape, as in torch.optim.Muon: None or "original" is
+            sqrt(max(1, p / q)), "match_rms_adamw" is 0.2 sqrt(max(p, q)), with which AdamW's
+            learning rates carry over.
         rank: r, or None for dense AdamW.
-        variant: "calibrated", "paper" (as printed) or "subspace"; docs/maths.md has the differences.
-        adamw_lr: learning rate of the dense weights, None for lr. A group with `rank=None` takes it as its lr
-            unless it names its own. Dense weights inside a factorised group keep the ratio adamw_lr / lr that
-            they start with, so that one schedule serves both.
+        variant: "calibrated", "paper" (as printed) or "subspace"; docs/maths.md has the
+            differences.
+        adamw_lr: learning rate of the dense weights, None for lr. A group with `rank=None` takes it
+            as its lr unless it names its own. Dense weights inside a factorised group keep the
+            ratio adamw_lr / lr that they start with, so that one schedule serves both.
         adamw_betas: of the dense weights.
         adamw_eps: of the dense weights.
-        adamw_weight_decay: of the dense weights, None for weight_decay. A group with `rank=None` takes it
-            unless it names its own, as `lorapre.param_groups` does for norms and biases.
+        adamw_weight_decay: of the dense weights, None for weight_decay. A group with `rank=None`
+            takes it unless it names its own, as `lorapre.param_groups` does for norms and biases.
         maximize: ascend instead.
         nonfinite: as in `LoRAPreAdamW`.
         stochastic_rounding: as in `LoRAPreAdamW`.
@@ -386,9 +390,10 @@ class LoRAPreMuon(LoRAPreOptimizer):
     ) -> None:
         defaults = dict(
             lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
-            ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn, rank=rank,
-            variant=variant, adamw_lr=adamw_lr, adamw_betas=adamw_betas, adamw_eps=adamw_eps,
-            adamw_weight_decay=adamw_weight_decay, maximize=maximize, nonfinite=nonfinite,
+            ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn,
+            rank=rank, variant=variant, adamw_lr=adamw_lr, adamw_betas=adamw_betas,
+            adamw_eps=adamw_eps, adamw_weight_decay=adamw_weight_decay, maximize=maximize,
+            nonfinite=nonfinite,
             stochastic_rounding=stochastic_rounding, seed=seed, dense_ratio=1.0,
         )  # fmt: skip
         super().__init__(params, defaults)
@@ -413,37 +418,26 @@ class LoRAPreMuon(LoRAPreOptimizer):
             if group["rank"] is not None and group["adamw_weight_decay"] is not None:
                 weight_decay = group["adamw_weight_decay"]
             self._adam(
-                batch, lr=lr * group["dense_ratio"], scale=1.0, betas=group["adamw_betas"], eps=group["adamw_eps"],
-                weight_decay=weight_decay,
+                batch, lr=lr * group["dense_ratio"], scale=1.0, betas=group["adamw_betas"],
+                eps=group["adamw_eps"], weight_decay=weight_decay,
             )  # fmt: skip
             return
         batch.begin()
-        rate = batch.unless_skipped(lr * lr_factor(group["adjust_lr_fn"], batch.T.p, batch.T.q), 0.0)
+        rate = batch.unless_skipped(
+            lr * lr_factor(group["adjust_lr_fn"], batch.T.p, batch.T.q), 0.0
+        )
         decay = batch.unless_skipped(1 - lr * group["weight_decay"], 1.0)
 
         def orthogonalise(X: Tensor) -> Tensor:
             return newton_schulz(X, group["ns_coefficients"], group["ns_steps"], group["eps"])
 
         def apply(M: Moments) -> None:
-            batch.T.orthogonal_step_(batch.weights, M, orthogonalise, lr=rate, decay=decay, keys=batch.keys)
+            batch.T.orthogonal_step_(
+                batch.weights, M, orthogonalise, lr=rate, decay=decay, keys=batch.keys
+            )
 
         follow = VARIANTS[group["variant"]].follow
         batch.store(muon(batch.state, batch.T, group["momentum"], group["nesterov"], follow, apply))
-
-
-def _start(p: Tensor, group: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The state before the first step: zeros, and in A what the variant starts from."""
-    flatten, start = group["flatten"], VARIANTS[group["variant"]].start
-    state = {
-        name: sharding.zeros(p, flatten, name, shape, checkpoints.state_dtype(p, name))
-        for name, shape in shapes.items()
-    }
-    for stream, name in enumerate(("m_A", "v_A")):
-        if name in shapes and p.numel():
-            T = Batch(group, [Member(p, sharding.gradient(p), {}, 0)]).T
-            A = first_A(start, abs(T) if name == "v_A" else T, shapes[name][-2], 4 * group["seed"] + stream)
-            sharding.local(state[name]).copy_(A.view_as(sharding.local(state[name])))
-    return state
 
 
 def _waits(p: Tensor) -> bool:

@@ -4,8 +4,10 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lorapre import sharding
 from lorapre.variants import VARIANTS
 
 PAIRS = {"betas": 2, "adamw_betas": 2, "ns_coefficients": 3}  # sequences, and their lengths
@@ -13,7 +15,8 @@ INTEGERS = ("rank", "seed", "ns_steps")
 OPTIONS = {  # of a group
     "lr", "betas", "eps", "weight_decay", "rank", "scale", "variant", "compress", "maximize",
     "nonfinite", "stochastic_rounding", "seed", "momentum", "nesterov", "ns_coefficients",
-    "ns_steps", "adjust_lr_fn", "adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay", "flatten",
+    "ns_steps", "adjust_lr_fn", "adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay",
+    "flatten",
 }  # fmt: skip
 
 
@@ -54,6 +57,35 @@ def check(group: Mapping[str, Any]) -> None:
         group, "variant", *(name for name in VARIANTS if not (muon and name == "split"))
     )
     (_check_muon if muon else _check_adam)(group)
+
+
+def checked_params(group: Mapping[str, Any]) -> list[Any]:
+    """The parameters, or (name, parameter) pairs, of a new group as a list.
+
+    Raises:
+        TypeError: they have no order.
+        ValueError: one is no dense tensor of real numbers, or is sharded in a way that cannot be
+            stepped.
+    """
+    params = group["params"]
+    if isinstance(params, set):
+        raise TypeError(
+            "params must be ordered, but is a set: a checkpoint finds parameters by their order"
+        )
+    params = [params] if isinstance(params, Tensor) else list(params)
+    for item in params:
+        name, p = item if isinstance(item, tuple) else (None, item)
+        name = "a parameter" if name is None else f"parameter {name!r}"
+        if not isinstance(p, Tensor):
+            continue  # torch says so
+        if not (p.is_floating_point() and p.layout is torch.strided):
+            raise ValueError(
+                f"params must be dense tensors of real floating point numbers, but {name} is "
+                f"{p.dtype}, {p.layout}"
+            )
+        if p.is_leaf and (why := sharding.refusal(p, group["flatten"])):
+            raise ValueError(f"{name} {why}")
+    return params
 
 
 def _check_adam(group: Mapping[str, Any]) -> None:

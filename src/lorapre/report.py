@@ -32,8 +32,8 @@ class Row:
         rank: rank of its factors; None on the dense route.
         state_bytes: state held now; 0 before the first step that has a gradient.
         planned_bytes: state held after that step; 0 for a frozen parameter.
-        adamw_bytes: what `torch.optim.AdamW` would hold, two moments in the weight's dtype and a step; 0 for
-            a frozen parameter.
+        adamw_bytes: what `torch.optim.AdamW` would hold, two moments in the weight's dtype and a
+            step; 0 for a frozen parameter.
         note: "factors not smaller" for a matrix that has a rank and is dense, "frozen", or empty.
         skipped: steps skipped for non-finite gradients; None where they are not counted.
     """
@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Rows of `coverage`; `str()` is a table of at most 80 columns, repeated layers folded into one line."""
+    """Rows of `coverage`; `str()` is a table of at most 80 columns, a line for alike layers."""
 
     rows: tuple[Row, ...]
 
@@ -98,7 +98,9 @@ class Coverage:
     def _remarks(self, total: int) -> Iterator[str]:
         low_rank = [row for row in self.rows if row.route == "low-rank"]
         numel = sum(math.prod(row.shape) for row in self.rows)
-        share = sum(math.prod(row.shape) for row in low_rank) / max(1, numel)  # empty weights have none
+        share = sum(math.prod(row.shape) for row in low_rank) / max(
+            1, numel
+        )  # empty weights have none
         ratio = total / max(1, self.adamw_bytes)  # AdamW holds nothing where everything is frozen
         yield f"{len(low_rank)} low-rank weights hold {share:.1%} of the parameters."
         yield f"State is {ratio:.1%} of AdamW's."
@@ -107,7 +109,7 @@ class Coverage:
             yield "No state is held yet; the first step allocates the planned bytes."
         elif waiting:
             more = _bytes(sum(row.planned_bytes for row in waiting))
-            yield f"{len(waiting)} parameters have had no gradient yet; their state will add {more}."
+            yield f"{len(waiting)} parameters have had no gradient yet, and will add {more}."
         if any(row.note == _NOT_SMALLER for row in self.rows):
             yield "* dense although the group has a rank: the factors would not be smaller."
         if skipped := max(row.skipped or 0 for row in self.rows):
@@ -115,13 +117,14 @@ class Coverage:
 
 
 def coverage(optimizer: torch.optim.Optimizer) -> Coverage:
-    """Route, rank and bytes of state of every parameter, beside what `torch.optim.AdamW` would hold.
+    """Route, rank and bytes of state of every parameter, beside those of AdamW.
 
-    Before the first step there is no state; `planned_bytes` is what that step will allocate. It is exact for
-    `LoRAPreAdamW` and `LoRAPreMuon`. Any other optimizer is planned as if it were AdamW; its `state_bytes`
-    are right.
+    Before the first step there is no state; `planned_bytes` is what that step will allocate. It is
+    exact for `LoRAPreAdamW` and `LoRAPreMuon`. Any other optimizer is planned as if it were AdamW;
+    its `state_bytes` are right.
 
-    Reads the counters of skipped steps and so waits for the device: a report, not for the training loop.
+    Reads the counters of skipped steps and so waits for the device: a report, not for the training
+        loop.
 
     Args:
         optimizer: any torch optimizer.
@@ -179,7 +182,7 @@ def _planned_bytes(weight: Tensor, group: Mapping[str, Any]) -> int:
 
 
 def _folded(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that share a line of the table: one weight of every layer, or all vectors and scalars."""
+    """Rows that share a line of the table: a weight of every layer, or all vectors."""
     lines: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         alike = (_INDEX.sub("#", row.name), row.shape) if len(row.shape) > 1 else ()
@@ -200,7 +203,9 @@ def _described(rows: Sequence[Row]) -> tuple[str, str, str, str]:
 def _pattern(names: Sequence[str]) -> str:
     """Names that differ in their numbers as one: h.0.weight and h.1.weight as h.0-1.weight."""
     parts = list(zip(*(_INDEX.split(name) for name in names), strict=False))
-    return "".join(_ranges({int(x) for x in part}) if i % 2 else part[0] for i, part in enumerate(parts))
+    return "".join(
+        _ranges({int(x) for x in part}) if i % 2 else part[0] for i, part in enumerate(parts)
+    )
 
 
 def _ranges(numbers: set[int]) -> str:
@@ -228,7 +233,7 @@ def _table(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _shorten(name: str, width: int) -> str:
-    """Leading parts of a dotted name give way to their first letters, then the middle to two dots."""
+    """Leading parts of a name give way to their first letters, then the middle to dots."""
     name = name.removesuffix(".weight")
     parts = name.split(".")
     for i, part in enumerate(parts[:-1]):

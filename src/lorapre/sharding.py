@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lorapre.gradient import WHOLE, Shards
+from lorapre.shards import WHOLE, Shards
 
 REMEDY = "shard the model with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps the matrices"
 ROWS, COLUMNS, EXPERTS = "rows", "columns", "experts"

@@ -1,7 +1,7 @@
 """The three primitives of `lorapre.gradient.Gradient` in C, for CPUs: what `kernels.c` is given.
 
-Everything is checked before its address is handed over. All buffers are float32 on the CPU, whatever the
-default of torch.
+Everything is checked before its address is handed over. All buffers are float32 on the CPU,
+whatever the default of torch.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ class _Step(ctypes.Structure):
         ("row", c_void_p), ("column", c_void_p),
         ("ema", Matrices * 2), ("rate", c_void_p * 2), ("unbias", c_void_p * 2),
         ("lr", c_void_p), ("decay", c_void_p), ("scale", c_float), ("eps", c_float),
-        ("finite", c_void_p), ("keys", c_void_p), ("row_index", c_void_p), ("column_index", c_void_p),
+        *((name, c_void_p) for name in ("finite", "keys", "row_index", "column_index")),
         ("row_sums", c_void_p), ("column_sums", c_void_p),
     )  # fmt: skip
 
@@ -96,9 +96,10 @@ class CGradient(Gradient):
         if len(weights) != N:
             raise ValueError(f"{len(weights)} weights have {N} gradients")
         s = _Step(
-            N, p, q, height, torch.get_num_threads(), held.matrices(weights), held.matrices(self.grads),
-            scale=self.scale, eps=eps, finite=held.finite(self.finite, N),
-            row_sums=rows.data_ptr() if sums else None, column_sums=columns.data_ptr(),
+            N, p, q, height, torch.get_num_threads(), held.matrices(weights),
+            held.matrices(self.grads), scale=self.scale, eps=eps,
+            finite=held.finite(self.finite, N), row_sums=rows.data_ptr() if sums else None,
+            column_sums=columns.data_ptr(),
         )  # fmt: skip
         s.grads.absolute = self.absolute
         numbers: list[Number] = [lr, decay, 0.0 if M.exp_avg else M.b, 0.0 if M.exp_avg_sq else M.d]
@@ -187,7 +188,9 @@ class _Held:
 def _checked(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     if type(x) not in (Tensor, Parameter) or x.shape != shape or x.dtype != dtype or not x.is_cpu:
         found = f"{type(x).__name__} {tuple(x.shape)} in {x.dtype} on {x.device}"
-        raise ValueError(f"expected a plain tensor {shape} in {dtype} on the CPU, but found a {found}")
+        raise ValueError(
+            f"expected a plain tensor {shape} in {dtype} on the CPU, but found a {found}"
+        )
     return x
 
 

@@ -1,8 +1,8 @@
-"""The compiled C library: where it comes from, and the products that `lorapre.linalg` takes from it.
+"""The compiled C library, and the products that `lorapre.linalg` takes from it.
 
-`kernels.c` is compiled once for each machine and user, in some seconds, by the compiler that $CC names, or
-cc. The library is kept under $LORAPRE_CACHE, or lorapre under $XDG_CACHE_HOME or ~/.cache. It is optional:
-without it torch's operations do the same, slower.
+`kernels.c` is compiled once for each machine and user, in some seconds, by the compiler that $CC
+names, or cc. The library is kept under $LORAPRE_CACHE, or lorapre under $XDG_CACHE_HOME or
+~/.cache. It is optional: without it torch's operations do the same, slower.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = (
-    "-O3 -march=native -fopenmp -fPIC -shared -lm -fno-math-errno -fno-trapping-math -ffp-contract=fast "
+    "-O3 -march=native -fopenmp -fPIC -shared -lm -fno-math-errno -fno-trapping-math "
+    "-ffp-contract=fast "
     "-fno-strict-aliasing "
     "-fno-tree-loop-distribute-patterns"  # rows of a tile are too short for calls of memcpy
 )
@@ -44,12 +45,13 @@ class Matrices(ctypes.Structure):
     """The struct of the same name: the address of an array of addresses, strides in elements."""
 
     _fields_ = (
-        ("data", c_void_p), ("row", c_int64), ("column", c_int64), ("dtype", c_int64), ("absolute", c_int64),
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("row", "column", "dtype", "absolute")),
     )  # fmt: skip
 
 
 def prepare() -> str | None:
-    """Load the library, compiled first where it is missing; what is amiss, for a warning, or None."""
+    """Load the library, compiled where it is missing; what is amiss, for a warning, or None."""
     global _loaded
     _loaded, complaint = _library()
     return complaint
@@ -61,7 +63,7 @@ def loaded() -> Any:
 
 
 def takes(X: Tensor, operations: int) -> bool:
-    """Whether the library is there, and this product, of so many multiplications, is worth a call."""
+    """Whether the library is there, and so many multiplications are worth a call."""
     return (
         operations >= LEAST
         and not torch.compiler.is_compiling()
@@ -75,7 +77,13 @@ def takes(X: Tensor, operations: int) -> bool:
 
 def products(X: Tensor, Y: Tensor) -> Tensor:
     """X Y (N, a, c) of X (N, a, b), which the library `takes`, and Y (N, b, c)."""
-    if not (type(Y) is Tensor and Y.dtype == torch.float32 and Y.is_cpu and Y.ndim == 3 and len(X) == len(Y)):
+    if not (
+        type(Y) is Tensor
+        and Y.dtype == torch.float32
+        and Y.is_cpu
+        and Y.ndim == 3
+        and len(X) == len(Y)
+    ):
         return X @ Y
     (N, a, b), c = X.shape, Y.shape[2]
     if Y.shape[1] != b:
@@ -85,13 +93,21 @@ def products(X: Tensor, Y: Tensor) -> Tensor:
     array = (c_int64 * len(matrices))(*matrices)
     left.data, right.data = ctypes.addressof(array), ctypes.addressof(array) + 8 * N
     _loaded.products(
-        N, a, b, c, ctypes.byref(left), ctypes.byref(right), None, out.data_ptr(), torch.get_num_threads()
+        N,
+        a,
+        b,
+        c,
+        ctypes.byref(left),
+        ctypes.byref(right),
+        None,
+        out.data_ptr(),
+        torch.get_num_threads(),
     )
     return out
 
 
 def inverse_roots(G: Tensor) -> Tensor:
-    """R, lower triangular, with R^T R = G^-1 of positive definite G (N, r, r), which the library `takes`.
+    """R (N, r, r), lower triangular, with R^T R = G^-1 of positive definite G.
 
     Where rounding has left nothing of a direction, its row of R is zero.
     """
@@ -109,8 +125,10 @@ def _addresses(x: Tensor) -> list[int]:
 
 
 def warn(message: str) -> None:
-    """Warn in the name of the line that called lorapre: the first one outside of lorapre and torch."""
-    inside = tuple(f"{Path(file).parent}{os.sep}" for file in (Path(__file__).parent, torch.__file__))
+    """Warn in the name of the line outside of lorapre and torch that called them."""
+    inside = tuple(
+        f"{Path(file).parent}{os.sep}" for file in (Path(__file__).parent, torch.__file__)
+    )
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
@@ -168,7 +186,7 @@ def _processor() -> str:
 
 
 def _kept(folder: Path, name: str) -> Path | None:
-    """The library that was compiled before: its name ends with its hash. A damaged one is removed."""
+    """The library compiled before, whose name ends with its hash; a damaged one is removed."""
     for path in folder.glob(f"{name}-*.so"):
         if path.name == _named(name, path.read_bytes()):
             return path
@@ -186,7 +204,9 @@ def _compiled(compiler: list[str], folder: Path, name: str) -> Path:
     os.close(descriptor)
     try:
         command = [*compiler, str(SOURCE), *FLAGS.split(), "-o", temporary]
-        subprocess.run(command, capture_output=True, check=True, timeout=LIMIT, stdin=subprocess.DEVNULL)
+        subprocess.run(
+            command, capture_output=True, check=True, timeout=LIMIT, stdin=subprocess.DEVNULL
+        )
         path = folder / _named(name, Path(temporary).read_bytes())
         os.replace(temporary, path)
         return path
@@ -244,4 +264,6 @@ def _folder() -> Path | str:
 def _complaint(message: bytes) -> str:
     """The first error among what a compiler prints."""
     lines = message.decode(errors="replace").strip().splitlines()
-    return next((line for line in lines if "error" in line), lines[0] if lines else "without a message")
+    return next(
+        (line for line in lines if "error" in line), lines[0] if lines else "without a message"
+    )
