@@ -234,7 +234,8 @@ def storage_bytes(*tensors: torch.Tensor) -> int:
     for tensor in tensors:
         if hasattr(tensor, "__tensor_flatten__"):
             names, _ = tensor.__tensor_flatten__()
-            storages[id(tensor)] = storage_bytes(*(getattr(tensor, name) for name in names))
+            parts = [getattr(tensor, name) for name in names]  # of a DTensor its mesh, too
+            storages[id(tensor)] = storage_bytes(*(x for x in parts if isinstance(x, torch.Tensor)))
         else:
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
