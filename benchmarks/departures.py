@@ -11,44 +11,51 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lorapre import LoRAPreAdamW, factors
-from lorapre.factors import DAMPING, Newton, Printed, Subspace, Tracker, track
+from lorapre import LoRAPreAdamW
+from lorapre.gradient import Factors, Gradient
+from lorapre.linalg import DAMPING, damped_root, gauge_, matmul, probe
+from lorapre.variants import Follow, follow_ema, newton, norm_p, printed
 
 BETA = 0.9
 
 
-class BothAtOnce(Printed):
+def both_at_once(f: Factors, T: Gradient, beta: float) -> Factors:
     """Both steps from the old factors, as printed, but with relative damping, probe and gauge (a, d, g)."""
+    (B, A), gamma, size = f, 1 - beta**0.5, norm_p(f.B, T)
+    R = damped_root(matmul(A, A.mT))
+    new_B = B.lerp(matmul(T @ matmul(R, probe(A, T)).mT, R), gamma)
+    L = B / size
+    R = damped_root(matmul(L.mT, L))
+    new_A = A.lerp(matmul(R.mT, matmul(R, L.mT) @ T).div_(size), gamma)
+    return Factors(*gauge_(new_B, new_A, T))
 
-    probes = True
-    absolute = False
 
-    def _finish(self) -> None:
-        super()._finish()
-        factors.gauge_(self.B, self.A, self.shards)
-
-
-TRACKERS = {"printed": Printed, "both at once": BothAtOnce, "newton": Newton, "subspace": Subspace}
+TRACKERS = {
+    "printed": printed,
+    "both at once": both_at_once,
+    "newton": newton,
+    "subspace": follow_ema,
+}
 
 
 def follow(
-    tracker: type[Tracker], targets: Iterator[Tensor], rank: int, beta: float = BETA
+    tracker: Follow, targets: Iterator[Tensor], rank: int, beta: float = BETA
 ) -> Iterator[Tensor]:
     """The product B A after each target."""
     generator = torch.Generator().manual_seed(1)
-    B = A = None
-    for t, T in enumerate(targets, start=1):
-        if A is None:
-            p, q = T.shape
-            B = torch.zeros(p, rank)
-            fallback = torch.randn(rank, q, generator=generator)
-            if tracker is Printed:
-                A = 0.02 * fallback
-            else:
-                A = factors.start(torch.randn(p, rank, generator=generator).mT @ T, fallback)
+    f = None
+    for t, target in enumerate(targets, start=1):
+        p, q = target.shape
+        T = Gradient([target], (p, q), target.device)
+        if f is None:
+            A = 0.02 * torch.randn(1, rank, q, generator=generator)
+            f = Factors(torch.zeros(1, p, rank), A)
+            if tracker is not printed:
+                A = torch.randn(1, rank, p, generator=generator) @ T
+                f = Factors(*gauge_(f.B, A, T))
         debiased = beta * (1 - beta ** (t - 1)) / (1 - beta**t)
-        B, A = track(tracker, B, A, T, debiased if tracker is Subspace else 1 - math.sqrt(beta))
-        yield B @ A
+        f = tracker(f, T, debiased if tracker is follow_ema else beta)
+        yield (f.B @ f.A)[0]
 
 
 def low_rank(p: int, q: int, k: int, seed: int = 0) -> Tensor:

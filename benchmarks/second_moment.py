@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorapre.factors import Subspace, track
+from lorapre.gradient import Factors, Gradient
+from lorapre.variants import follow_ema
 
 BETA1, EPS, LENGTH, TINY = 0.9, 1e-8, 256, 1e-30
 FACTORS = ("subspace", "power", "residual", "geo", "mix", "floor")
@@ -71,7 +72,8 @@ class Low:
         return self.B @ self.A
 
     def follow(self, target: Tensor, t: int) -> None:
-        self.B, self.A = track(Subspace, self.B, self.A, target, rate(self.beta, t))
+        T = Gradient(list(target), (target.shape[1], target.shape[2]), target.device)
+        self.B, self.A = follow_ema(Factors(self.B, self.A), T, rate(self.beta, t))
 
 
 class Divergence(Low):

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, set_seed
 
-from lorapre import LoRAPreAdamW, param_groups, steps
+from lorapre import LoRAPreAdamW, param_groups
+from lorapre.variants import VARIANTS
 from lorapre_recipes.config import Precision
 from lorapre_recipes.console import quieten
 from lorapre_recipes.data.stream import load_data
@@ -71,12 +72,12 @@ class Shadow:
     @contextlib.contextmanager
     def other_start(self) -> Iterator[None]:
         """The variant's start replaced, where this one has another; it counts at the first step."""
-        known = dict(steps.VARIANTS)
+        known = dict(VARIANTS)
         if self.start is not None:
             variant = self.optimizer.param_groups[0]["variant"]
-            steps.VARIANTS[variant] = known[variant]._replace(start=self.start)
+            VARIANTS[variant] = known[variant]._replace(start=self.start)
         yield
-        steps.VARIANTS.update(known)
+        VARIANTS.update(known)
 
     def product(self, name: str) -> Tensor | None:
         """B A of the first moment, where it is low rank."""
@@ -195,7 +196,7 @@ def main(
 def shadows_of(matrices: dict[str, nn.Parameter], **options: Any) -> dict[str, Shadow]:
     """One for each variant, with both moments compressed and, but for split, one; and with other starts."""
     shadows = {}
-    for variant in steps.VARIANTS:
+    for variant in VARIANTS:
         shadows[variant] = Shadow(matrices, variant=variant, **options)
         for compress in ("first", "second") if variant != "split" else ():
             shadows[f"{variant}/{compress}"] = Shadow(matrices, variant=variant, compress=compress, **options)
