@@ -1,4 +1,4 @@
-"""Why the variants depart from the printed algorithm: the measurements that docs/maths.md quotes.
+"""Why the trackers depart from the printed algorithm: the measurements that docs/maths.md quotes.
 
     python benchmarks/departures.py
 
@@ -7,54 +7,54 @@ Prints one table per departure, on synthetic gradients, in about a minute on one
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorapre import LoRAPreAdamW
 from lorapre.gradient import Factors, Gradient
-from lorapre.linalg import DAMPING, damped_root, gauge_, probe
-from lorapre.variants import Follow, debiased, first_A, follow_ema, newton, norm_p, printed
+from lorapre.linalg import DAMPING, damped_root, gauge_, matmul, probe
+from lorapre.variants import Follow, follow_ema, newton, norm_p, printed
 
 BETA = 0.9
 
 
 def both_at_once(f: Factors, T: Gradient, beta: float) -> Factors:
     """Both steps from the old factors, as printed, but with relative damping, probe and gauge (a, d, g)."""
-    (B, A), gamma = f, 1 - beta**0.5
-    R = damped_root(A @ A.mT)
-    new_B = B.lerp((T @ (R @ probe(A, T)).mT) @ R, gamma)
-    size = norm_p(B, T)
+    (B, A), gamma, size = f, 1 - beta**0.5, norm_p(f.B, T)
+    R = damped_root(matmul(A, A.mT))
+    new_B = B.lerp(matmul(T @ matmul(R, probe(A, T)).mT, R), gamma)
     L = B / size
-    R = damped_root(L.mT @ L)
-    return Factors(*gauge_(new_B, A.lerp(R.mT @ ((R @ L.mT) @ T) / size, gamma), T))
+    R = damped_root(matmul(L.mT, L))
+    new_A = A.lerp(matmul(R.mT, matmul(R, L.mT) @ T).div_(size), gamma)
+    return Factors(*gauge_(new_B, new_A, T))
 
 
-class Kind(NamedTuple):
-    """How factors follow their targets, and where A starts."""
-
-    step: Follow
-    start: str
-
-
-KINDS = {
-    "printed": Kind(printed, "printed"),
-    "both at once": Kind(both_at_once, "sketch"),
-    "newton": Kind(newton, "sketch"),
-    "subspace": Kind(follow_ema, "random"),
+TRACKERS = {
+    "printed": printed,
+    "both at once": both_at_once,
+    "newton": newton,
+    "subspace": follow_ema,
 }
 
 
-def follow(kind: Kind, targets: Iterator[Tensor], rank: int, beta: float = BETA) -> Iterator[Tensor]:
+def follow(
+    tracker: Follow, targets: Iterator[Tensor], rank: int, beta: float = BETA
+) -> Iterator[Tensor]:
     """The product B A after each target."""
+    generator = torch.Generator().manual_seed(1)
     f = None
     for t, target in enumerate(targets, start=1):
-        T = Gradient([target], (target.shape[0], target.shape[1]), target.device)
+        p, q = target.shape
+        T = Gradient([target], (p, q), target.device)
         if f is None:
-            f = Factors(torch.zeros(1, target.shape[0], rank), first_A(kind.start, T, rank, 0))
-        rate = float(debiased(beta, torch.tensor(float(t)))) if kind.step is follow_ema else beta
-        f = kind.step(f, T, rate)
+            A = 0.02 * torch.randn(1, rank, q, generator=generator)
+            f = Factors(torch.zeros(1, p, rank), A)
+            if tracker is not printed:
+                A = torch.randn(1, rank, p, generator=generator) @ T
+                f = Factors(*gauge_(f.B, A, T))
+        debiased = beta * (1 - beta ** (t - 1)) / (1 - beta**t)
+        f = tracker(f, T, debiased if tracker is follow_ema else beta)
         yield (f.B @ f.A)[0]
 
 
@@ -87,7 +87,7 @@ def scales() -> None:
     sizes, signal = [1.0, 1e-5, 1e-6, 1e-8], low_rank(512, 1376, 8)
     rows = {}
     for name in ("printed", "newton", "subspace"):
-        ends = [last(follow(KINDS[name], (s * T for T in noisy(signal, 1.0, 150)), 32)) for s in sizes]
+        ends = [last(follow(TRACKERS[name], (s * T for T in noisy(signal, 1.0, 150)), 32)) for s in sizes]
         shares = [
             ((m * signal).sum() / signal.square().sum() / s).item() for m, s in zip(ends, sizes, strict=True)
         ]
@@ -149,9 +149,9 @@ def zeros() -> None:
     signal, at = low_rank(96, 160, 4), [1, 10, 100]
     for pause in (50, 300, 3000):
         rows = {}
-        for name, kind in KINDS.items():
+        for name, tracker in TRACKERS.items():
             targets = [signal] * 60 + [torch.zeros_like(signal)] * pause + [signal] * 100
-            found = errors(follow(kind, iter(targets), 8), signal, 60 + pause, at)
+            found = errors(follow(tracker, iter(targets), 8), signal, 60 + pause, at)
             rows[name] = [f"{error:.2g}" for error in found]
         table(
             f"d, f. |B A - T| / |T| in the steps after {pause} zero gradients, rank 4, r = 8",
@@ -164,12 +164,12 @@ def switch() -> None:
     at, draws = [1, 10, 50, 100], 8
     for k, rank in ((4, 8), (8, 8)):
         rows = {}
-        for name, kind in KINDS.items():
+        for name, tracker in TRACKERS.items():
             found = []
             for draw in range(draws):
                 before, after = orthogonal(96, 160, k, draw)
                 targets = iter([before] * 60 + [after] * 100)
-                found.append(errors(follow(kind, targets, rank), after, 60, at))
+                found.append(errors(follow(tracker, targets, rank), after, 60, at))
             rows[name] = [f"{max(column):.2g}" for column in zip(*found, strict=True)]
         table(
             f"f. |B A - T| / |T| after a switch to orthogonal gradients, rank {k}, r = {rank}, by step;\n"
@@ -190,7 +190,7 @@ def noise() -> None:
     """How well B A follows the dense EMA of noisy gradients."""
     signal, steps, rank = low_rank(256, 384, 8), 200, 32
     for title, target in (("g", lambda g: g), ("|g|", torch.abs)):
-        columns, rows = [], {name: [] for name in [*KINDS, "best rank r"]}
+        columns, rows = [], {name: [] for name in [*TRACKERS, "best rank r"]}
         for strength in (1.0, 3.0, 10.0):
             compare(signal, strength, steps, rank, target, columns, rows)
         table(
@@ -209,8 +209,8 @@ def compare(
     columns.append(f"{(target(g).norm() / ema.norm()).item():.1f}")
     U, S, Vh = torch.linalg.svd(ema, full_matrices=False)
     best = (U[:, :rank] * S[:rank]) @ Vh[:rank]
-    ends = {name: last(follow(kind, map(target, noisy(signal, strength, steps)), rank))
-            for name, kind in KINDS.items()}  # fmt: skip
+    ends = {name: last(follow(tracker, map(target, noisy(signal, strength, steps)), rank))
+            for name, tracker in TRACKERS.items()}  # fmt: skip
     for name, m in {**ends, "best rank r": best}.items():
         rows[name].append(f"{((m * ema).sum() / m.norm() / ema.norm()).item():.3f}")
 

@@ -95,18 +95,12 @@ class Problem:
         self.alive = torch.arange(N, device=DEVICE) > (0 if finite else -1)
         if finite:
             self.grads[0][-1, -1] = torch.nan
-        self.T = TritonGradient(
-            self.grads, (p, q), DEVICE, finite=self.alive if finite else None, **options
-        )
-        factors: list[Factors | None] = [
-            Factors(randn(N, p, r), randn(N, r, q)) for _ in range(products)
-        ]
+        self.T = TritonGradient(self.grads, (p, q), DEVICE, finite=self.alive if finite else None, **options)
+        factors: list[Factors | None] = [Factors(randn(N, p, r), randn(N, r, q)) for _ in range(products)]
         alive = self.alive[:, None, None]
         self.lr, self.decay = torch.where(alive, number(), 0), torch.where(alive, number(), 1)
         emas = {
-            x: Ema(
-                [randn(p, q).square() for _ in range(N)], torch.where(alive, number(), 0), number()
-            )
+            x: Ema([randn(p, q).square() for _ in range(N)], torch.where(alive, number(), 0), number())
             for x in ema
         }
         sides = (randn(N, p, 1).square(), randn(N, 1, q).square()) if rest else (None, None)
@@ -169,12 +163,8 @@ def check_step(x: Problem, T: Gradient, **changes: Any) -> None:
     W, g, M, grad = torch.stack(x.weights).double(), x.target(), x.M, x.types[1]
     rows, columns = x.step(T, **changes)
     (p, q), square = x.T.held, g * g
-    assert_within(
-        rows, square.mean(-1, keepdim=True), (q + 4) * EPS * square.mean(-1, keepdim=True)
-    )
-    assert_within(
-        columns, square.mean(-2, keepdim=True), (p + 4) * EPS * square.mean(-2, keepdim=True)
-    )
+    assert_within(rows, square.mean(-1, keepdim=True), (q + 4) * EPS * square.mean(-1, keepdim=True))
+    assert_within(columns, square.mean(-2, keepdim=True), (p + 4) * EPS * square.mean(-2, keepdim=True))
     m, v = M.b * g, M.d * square
     m_error, v_error = 2 * EPS * m.abs(), 3 * EPS * v
     if M.row is not None and M.column is not None:
@@ -204,11 +194,7 @@ def check_step(x: Problem, T: Gradient, **changes: Any) -> None:
     update, least = m / (root + 1e-3), (root - root_error).clamp(min=0) + 1e-3
     update_error = (m_error + update.abs() * root_error) / least + 4 * EPS * update.abs()
     expected = x.decay * W - x.lr * update
-    error = (
-        x.lr * update_error
-        + 2 * EPS * (x.decay * W).abs()
-        + (EPS + unit(x.types[0])) * expected.abs()
-    )
+    error = x.lr * update_error + 2 * EPS * (x.decay * W).abs() + (EPS + unit(x.types[0])) * expected.abs()
     assert_within(torch.stack(x.weights), expected, error * (1 + 1e-6))
     for n in range(len(x.weights)):
         if not x.alive[n]:
@@ -234,9 +220,7 @@ def test_updates(size: tuple[int, int, int], types: Types, kind: type[Gradient])
     dict(products=0, ema="v", strided=True, scale=-1.0),
     dict(products=2, ema="m", finite=True, strided=True),
 ], ids="-".join)  # fmt: skip
-def test_options_of_updates(
-    options: dict[str, Any], dtype: torch.dtype, kind: type[Gradient]
-) -> None:
+def test_options_of_updates(options: dict[str, Any], dtype: torch.dtype, kind: type[Gradient]) -> None:
     x = Problem(33, 70, 5, (dtype, dtype), **options)
     assert backend.why_not(x.weights, x.grads) is None
     check_step(x, x.T if kind is TritonGradient else x.as_torch())
@@ -253,9 +237,7 @@ def test_numbers_are_floats_or_tensors() -> None:
     plain = run(0.5, 0.25, 0.75)
     each = [torch.full((2, 1, 1), x, device=DEVICE, dtype=torch.float64) for x in (0.5, 0.25, 0.75)]
     assert torch.equal(plain, run(*each))
-    assert torch.equal(
-        plain, run(torch.tensor(0.5), torch.tensor(0.25, device=DEVICE), each[2].float())
-    )
+    assert torch.equal(plain, run(torch.tensor(0.5), torch.tensor(0.25, device=DEVICE), each[2].float()))
 
 
 @pytest.mark.parametrize("none", [None, 0.0], ids=["no-product", "weight-zero"])
@@ -293,9 +275,7 @@ def test_what_lies_between_strided_rows_is_not_touched() -> None:
 def test_moments_in_another_order_take_torch() -> None:
     x = Problem(9, 12, 4, products=1, ema="v")
     assert x.M.exp_avg_sq is not None
-    x.M = x.M._replace(
-        exp_avg_sq=x.M.exp_avg_sq._replace(E=[E.mT.contiguous().mT for E in x.M.exp_avg_sq.E])
-    )
+    x.M = x.M._replace(exp_avg_sq=x.M.exp_avg_sq._replace(E=[E.mT.contiguous().mT for E in x.M.exp_avg_sq.E]))
     check_step(x, x.T)
 
 
@@ -368,9 +348,7 @@ def rounded(x: Problem, keys: Tensor) -> Tensor:
 def test_stochastic_rounding_has_the_bits_of_its_definition(size: tuple[int, int, int]) -> None:
     x = Problem(*size, (BF16, BF16))
     largest = torch.finfo(BF16).max
-    edges = torch.tensor(
-        [torch.inf, -torch.inf, torch.nan, 0.0, largest, -largest, 1e-37], device=DEVICE
-    )
+    edges = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, largest, -largest, 1e-37], device=DEVICE)
     x.weights[0][0, :7] = edges.to(BF16)
     keys = torch.tensor([2**32 - 1, 12345], device=DEVICE)
     exact = torch.stack(x.weights).float() * torch.tensor(0.99)
@@ -418,20 +396,12 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
         return backend.why_not(weights, grads) or ""
 
     assert reason([x[:1, :1]] * 2**16, [x]) == "there are more than 65535 matrices"
-    assert "a weight is a Buffer, not a plain tensor" in reason(
-        [nn.Buffer(x).as_subclass(nn.Buffer)], [x]
-    )
+    assert "a weight is a Buffer, not a plain tensor" in reason([nn.Buffer(x).as_subclass(nn.Buffer)], [x])
     assert "no kernel for weights in torch.float64" in reason([x.double()], [x])
     assert "no kernel for gradients in torch.int32" in reason([x], [x.int()])
-    assert "rows of a gradient are not contiguous" in reason(
-        [x], [torch.zeros(12, 8, device=DEVICE).mT]
-    )
-    assert "rows of a weight are not contiguous" in reason(
-        [torch.zeros(8, 24, device=DEVICE)[:, ::2]], [x]
-    )
-    assert "gradients of a batch differ" in reason(
-        [x, x], [x, torch.zeros(8, 20, device=DEVICE)[:, :12]]
-    )
+    assert "rows of a gradient are not contiguous" in reason([x], [torch.zeros(12, 8, device=DEVICE).mT])
+    assert "rows of a weight are not contiguous" in reason([torch.zeros(8, 24, device=DEVICE)[:, ::2]], [x])
+    assert "gradients of a batch differ" in reason([x, x], [x, torch.zeros(8, 20, device=DEVICE)[:, :12]])
     assert "weights of a batch differ" in reason([x, x.bfloat16()], [x, x])
     far = torch.empty(2**25 + 2, dtype=BF16, device=DEVICE).as_strided((2, 2), (2**25, 1))
     assert "more than 16777216 elements apart" in reason([far], [far])
@@ -542,8 +512,7 @@ def check(
 ) -> Run:  # fmt: skip
     """Triton and torch take steps alike, up to twice what errors in the size of their bounds do."""
     ours, torch_, *shaken = (
-        Run(name, kind, types, **options)
-        for kind in (TritonGradient, Gradient, Shaken, Shaken, Shaken)
+        Run(name, kind, types, **options) for kind in (TritonGradient, Gradient, Shaken, Shaken, Shaken)
     )
     for step, bad in enumerate(poison):
         for run in (ours, torch_, *shaken):
@@ -595,9 +564,7 @@ def test_options_of_steps(name: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", SOME)
 def test_a_gradient_that_is_not_finite_is_skipped(name: str) -> None:
     # One of two of a shape, experts.
-    check(
-        name, shapes=[*Run.SHAPES[:2], Run.SHAPES[3]], nonfinite="skip", poison=(None, 1, 2, None)
-    )
+    check(name, shapes=[*Run.SHAPES[:2], Run.SHAPES[3]], nonfinite="skip", poison=(None, 1, 2, None))
 
 
 @pytest.mark.parametrize("name", ["adam-split", "muon-calibrated"])
@@ -613,9 +580,7 @@ def test_stochastic_rounding_draws_the_same_bits() -> None:
     assert all((x != y).any() for x, y in zip(ours.weights(), nearest.weights(), strict=True))
 
 
-@pytest.mark.parametrize(
-    "name", ["adam-calibrated", "adam-calibrated-first", "adam-calibrated-second"]
-)
+@pytest.mark.parametrize("name", ["adam-calibrated", "adam-calibrated-first", "adam-calibrated-second"])
 def test_a_column_without_gradient_stays_where_it_is(name: str) -> None:
     x = Run(name, TritonGradient, (BF16, BF16), shapes=[(37, 71)], weight_decay=0.0, eps=1e-30)
     before = x.weights()[0]
@@ -665,9 +630,7 @@ def compile_all() -> None:
             return self.launch
 
         def launch(self, *args: Any, **rest: Any) -> None:
-            options = {
-                name: rest.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")
-            }
+            options = {name: rest.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
             signature, constants, hints = {}, {}, {}
             for i, name in enumerate(self.function.arg_names):
                 x = args[i] if i < len(args) else rest[name]
@@ -681,9 +644,7 @@ def compile_all() -> None:
                     hints[(i,)] = [["tt.divisibility", 16]]
             source = ASTSource(self.function, signature, constants, hints)
             for capability in (80, 90) if "update" in self.function.__name__ else (80,):
-                program = triton.compile(
-                    source, target=GPUTarget("cuda", capability, 32), options=options
-                )
+                program = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
                 assert program.metadata.shared <= 99 * 1024
                 print(capability, self.function.__name__, program.metadata.shared)
 
@@ -719,9 +680,7 @@ def test_no_call_waits_for_the_device() -> None:
     backend._upload.cache_clear()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        x.step(
-            decay=0.99, lr=torch.tensor(0.1), keys=torch.zeros(2, dtype=torch.int64, device=DEVICE)
-        )
+        x.step(decay=0.99, lr=torch.tensor(0.1), keys=torch.zeros(2, dtype=torch.int64, device=DEVICE))
         x.T @ X, X.mT @ x.T
     finally:
         torch.cuda.set_sync_debug_mode("default")

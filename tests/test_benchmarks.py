@@ -126,12 +126,10 @@ def transformers_model(config: Any) -> torch.nn.Module:
 def test_scaling(bench: Bench, options: tuple[str, ...]) -> None:
     sizes = ("--sizes", "32", "48", "64", "--ranks", "2", "4", "8", "200", "--size", "48", "--rank", "4")
     result, printed = bench("scaling", *sizes, "--fit-from", "32", "2", "--rounds", "2", *options)
-    check(result, printed, "ms", "spread", "factor", "gram", "small")
+    check(result, printed, "ms", "spread")
     assert set(result["settings"]["exponents"]) == {"p q", "r"}
     assert all(isinstance(power, float) for power in result["settings"]["exponents"].values())
     assert result["rows"][-1]["reason"].startswith("factors not smaller")
-    shares = [row["factor"] + row["gram"] + row["small"] for row in result["rows"][:-1]]
-    assert all(0 < share < 1 for share in shares)
 
 
 def test_exponents_are_those_of_a_power(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,9 +91,7 @@ def test_names_of_parameters_are_kept_and_change_nothing(case: Case) -> None:
 def test_unknown_keys_of_a_group_are_kept_and_change_nothing(case: Case) -> None:
     theirs: dict[str, Any] = {"nesterov": True, "momentum": 0.5, "betas": (0.1, 0.2), "scale": 9.0}
     theirs |= {"compress": "first", "dampening": 0, "lr_scale": 0.1, "name": "decoder"}
-    theirs = {
-        key: value for key, value in theirs.items() if key not in case.make(parameters()).defaults
-    }
+    theirs = {key: value for key, value in theirs.items() if key not in case.make(parameters()).defaults}
     params, expected = parameters(), parameters()
     optimizer = case.make([{"params": params, **theirs}])
     assert_same(train(optimizer, params, 3), train(case.make(expected), expected, 3))
@@ -202,9 +200,7 @@ def test_a_closure_runs_once_with_gradients_enabled_and_its_loss_is_returned(cas
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_made_mid_run_continues_alike_and_on_its_own(
-    case: Case, clone: Callable[[Any], Any]
-) -> None:
+def test_a_copy_made_mid_run_continues_alike_and_on_its_own(case: Case, clone: Callable[[Any], Any]) -> None:
     params = parameters()
     optimizer = case.make([{"params": params[:4], "rank": 2}, {"params": params[4:], "lr": 0.003}])
     train(optimizer, params, 2)
@@ -257,9 +253,7 @@ def test_a_step_inside_autocast_equals_one_outside(case: Case) -> None:
 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_weights_of_other_types_follow_float32_with_float32_state(
-    case: Case, dtype: torch.dtype
-) -> None:
+def test_weights_of_other_types_follow_float32_with_float32_state(case: Case, dtype: torch.dtype) -> None:
     narrow, exact = parameters(dtype=dtype), parameters(dtype=dtype)
     exact = [nn.Parameter(p.detach().float()) for p in exact]
     optimizer, reference = case.make(narrow), case.make(exact)
@@ -413,9 +407,7 @@ def test_an_all_zero_first_gradient_gives_no_nan_and_later_ones_are_followed(cas
 
 @every_case
 @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
-def test_a_first_step_of_zero_gradients_and_zero_lr_makes_the_state_alone(
-    case: Case, lr: Any
-) -> None:
+def test_a_first_step_of_zero_gradients_and_zero_lr_makes_the_state_alone(case: Case, lr: Any) -> None:
     # torch.distributed.checkpoint and torchtitan make the state so, and load into it.
     params, stepped = parameters(dtype=torch.bfloat16), parameters(dtype=torch.bfloat16)
     initial = weights(params)
@@ -461,9 +453,7 @@ def test_a_rank_for_which_factors_are_not_smaller_makes_the_matrix_dense(case: C
     # 4 (6 + 12) = 6 x 12: equal is not smaller.
     params, dense = parameters([(6, 12), (12, 6)]), parameters([(6, 12), (12, 6)])
     optimizer = (
-        case.make(params, rank=4, scale=0.25)
-        if case.cls is LoRAPreAdamW
-        else case.make(params, rank=4)
+        case.make(params, rank=4, scale=0.25) if case.cls is LoRAPreAdamW else case.make(params, rank=4)
     )
     reference = case.make(dense, rank=None)
     assert_same(train(optimizer, params, 2), train(reference, dense, 2))
@@ -541,9 +531,7 @@ def reversed_order(x: Tensor) -> Tensor:
 
 def padded(x: Tensor) -> Tensor:
     """Rows in a larger matrix."""
-    return torch.full((*x.shape[:-1], x.shape[-1] + 3), 7.0, dtype=x.dtype)[
-        ..., : x.shape[-1]
-    ].copy_(x)
+    return torch.full((*x.shape[:-1], x.shape[-1] + 3), 7.0, dtype=x.dtype)[..., : x.shape[-1]].copy_(x)
 
 
 def strided(x: Tensor) -> Tensor:
@@ -565,12 +553,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     ("weight_layout", "grad_layout", "dtype"),
     [
-        *[
-            (x, y, torch.float32)
-            for x in LAYOUTS
-            for y in LAYOUTS
-            if x == y or "contiguous" in (x, y)
-        ],
+        *[(x, y, torch.float32) for x in LAYOUTS for y in LAYOUTS if x == y or "contiguous" in (x, y)],
         ("transposed", "reversed", torch.float32),
         ("padded", "transposed", torch.bfloat16),
         ("reversed", "strided", torch.bfloat16),
@@ -786,9 +769,7 @@ def test_skip_leaves_a_weight_and_its_state_alone_and_counts(
         else:
             assert_same(after[index], expected[index].detach())
             assert_same(after_state[index], reference.state[expected[index]])
-    assert [row.skipped for row in coverage(optimizer)] == [
-        int(i in poisoned) for i in range(len(params))
-    ]
+    assert [row.skipped for row in coverage(optimizer)] == [int(i in poisoned) for i in range(len(params))]
     # Then all go on, with their own step counts.
     assert finite(train(optimizer, params, 2, start=3))
     steps = [int(optimizer.state[p]["step"]) for p in params]
@@ -804,9 +785,7 @@ def test_skip_survives_a_first_gradient_that_is_not_finite(case: Case) -> None:
         p.grad = torch.full_like(p, math.nan)
     optimizer.step()
     assert_same(weights(params), initial)
-    assert [(int(own["step"]), int(own["skipped"])) for own in state(optimizer)] == [(0, 1)] * len(
-        SHAPES
-    )
+    assert [(int(own["step"]), int(own["skipped"])) for own in state(optimizer)] == [(0, 1)] * len(SHAPES)
     assert finite(train(optimizer, params, 3))
     assert all(not torch.equal(p, old) for p, old in zip(params, initial, strict=True))
 
@@ -942,9 +921,7 @@ class DenseReference:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.double()
-        self.optimizer = torch.optim.AdamW(
-            [self.weight], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1
-        )
+        self.optimizer = torch.optim.AdamW([self.weight], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
 
     def step(self, g: Tensor) -> None:
         self.weight.grad = g.double()
@@ -1002,9 +979,7 @@ def test_a_model_may_move_to_its_device_after_the_optimizer_was_made_and_stepped
             p.grad = gradient(p.shape, step, index).to(device)
         optimizer.step()
     assert {value.device.type for own in state(optimizer) for value in own.values()} == {device}
-    assert_near(
-        [p.cpu() for p in weights(model)], weights(expected), 1e-4 if device == "cpu" else 1e-3
-    )
+    assert_near([p.cpu() for p in weights(model)], weights(expected), 1e-4 if device == "cpu" else 1e-3)
 
 
 def test_the_table_has_a_row_for_every_variant_of_both_classes() -> None:

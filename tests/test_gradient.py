@@ -53,17 +53,13 @@ def operand(
 
 def stacked(tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
     """(N, p, q) in float64."""
-    return (
-        torch.stack([x.double() for x in tensors]) if tensors else torch.zeros(0, *shape).double()
-    )
+    return torch.stack([x.double() for x in tensors]) if tensors else torch.zeros(0, *shape).double()
 
 
 # --- products
 
 
-def check_products(
-    T: Gradient, exact: Tensor, r: int = 5, dtype: torch.dtype = torch.float32
-) -> None:
+def check_products(T: Gradient, exact: Tensor, r: int = 5, dtype: torch.dtype = torch.float32) -> None:
     """`T @ X` and `L @ T` of what T stands for, (N, p, q) in float64."""
     N, p, q = exact.shape
     X, L = normal(N, q, r, dtype=dtype), normal(N, r, p, dtype=dtype)
@@ -242,9 +238,7 @@ class Problem:
         new = decay * w - lr * m / root
         eps = torch.finfo(self.dtype).eps
         allowed = (
-            lr * error
-            + 4 * EPS * (w.abs() + lr * (m / root).abs())
-            + (eps * new.abs() if eps > EPS else 0)
+            lr * error + 4 * EPS * (w.abs() + lr * (m / root).abs()) + (eps * new.abs() if eps > EPS else 0)
         )
         return (
             new,
@@ -279,9 +273,7 @@ class Problem:
         for name, E in zip("mv", self.E, strict=True):
             if name in self.emas:
                 new_E = self.new_m if name == "m" else self.new_v
-                torch.testing.assert_close(
-                    stacked(E, self.shape), new_E, rtol=16 * EPS, atol=8 * EPS
-                )
+                torch.testing.assert_close(stacked(E, self.shape), new_E, rtol=16 * EPS, atol=8 * EPS)
 
 
 @shapes

@@ -71,12 +71,8 @@ def home(name: str) -> str:
 
 def below(of: str) -> set[str]:
     """The units that a unit imports."""
-    names = {
-        name for module, path in MODULES.items() if unit(module) == of for name in imports(path)
-    }
-    return {unit(home(name)) for name in names if within(name, "lorapre") and name != "lorapre"} - {
-        of
-    }
+    names = {name for module, path in MODULES.items() if unit(module) == of for name in imports(path)}
+    return {unit(home(name)) for name in names if within(name, "lorapre") and name != "lorapre"} - {of}
 
 
 UNITS_HERE = sorted({unit(module) for module in MODULES} - {"__init__"})
@@ -103,9 +99,7 @@ def test_packages_that_are_slow_or_optional_have_one_home_each(module: str) -> N
     names = imports(MODULES[module])
     assert not any(within(name, "lorapre_recipes") for name in names)
     for package, only in ONLY_IN.items():
-        assert module == only or not any(within(name, package) for name in names), (
-            f"{package} is for {only}"
-        )
+        assert module == only or not any(within(name, package) for name in names), f"{package} is for {only}"
     if not within(module, "integrations"):  # loaded on demand, for the package that it integrates
         packages = {name.split(".")[0] for name in names}
         assert packages <= {"lorapre", "torch", *ONLY_IN, *sys.stdlib_module_names}

@@ -81,9 +81,7 @@ def test_damped_root_adds_a_millionth_of_the_trace(r: int, size: float) -> None:
     torch.testing.assert_close(R[0, 1, 1].item(), (1e-6 * size) ** -0.5, rtol=8 * EPS, atol=0)
 
 
-@pytest.mark.parametrize(
-    "least", [1e-5, torch.tensor([1e-5, 1e-7]).view(2, 1, 1)], ids=["one", "each"]
-)
+@pytest.mark.parametrize("least", [1e-5, torch.tensor([1e-5, 1e-7]).view(2, 1, 1)], ids=["one", "each"])
 def test_damped_root_damps_by_the_least_that_is_given_where_that_is_more(least: Any) -> None:
     """G is the identity, with a lambda of 5e-6, and a thousandth of it."""
     R = linalg.damped_root(torch.stack([torch.eye(5), 1e-3 * torch.eye(5)]), least)
@@ -254,9 +252,7 @@ def test_orth_of_a_batch_is_orth_of_each_matrix() -> None:
     torch.testing.assert_close(together[0], orth(kinds[0]))
 
 
-@pytest.mark.parametrize(
-    "name", ["full rank", "square", "rank 1", "zero", "graded columns", "tiny"]
-)
+@pytest.mark.parametrize("name", ["full rank", "square", "rank 1", "zero", "graded columns", "tiny"])
 def test_orth_without_a_look_at_the_condition_is_a_basis_of_the_same_columns(name: str) -> None:
     """It takes a pass more: where rows are spread, on GPUs and in compiled graphs."""
     Y = difficult(torch.float32)[name]
@@ -315,9 +311,7 @@ def torch_muon(gradient: Tensor, **options: Any) -> Tensor:
     """The update of torch.optim.Muon from this gradient alone, without its learning rate."""
     weight = torch.zeros_like(gradient, requires_grad=True)
     weight.grad = gradient.clone()
-    torch.optim.Muon(
-        [weight], lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0, **options
-    ).step()
+    torch.optim.Muon([weight], lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0, **options).step()
     return -weight.detach()
 
 
@@ -327,9 +321,7 @@ def test_newton_schulz_is_that_of_torch_optim_muon(shape: tuple[int, int]) -> No
     got = linalg.newton_schulz(gradient[None], COEFFICIENTS, 5, 1e-7)[0]
     assert got.dtype == torch.bfloat16
     expected = torch_muon(gradient) / math.sqrt(max(1, shape[0] / shape[1]))
-    torch.testing.assert_close(
-        got.float(), expected, rtol=2e-2, atol=2e-3
-    )  # a few units of bfloat16
+    torch.testing.assert_close(got.float(), expected, rtol=2e-2, atol=2e-3)  # a few units of bfloat16
 
 
 def test_newton_schulz_takes_coefficients_steps_and_eps() -> None:

@@ -24,9 +24,7 @@ LLAMA_60M = [*[(512, 512)] * 32, *[(1376, 512)] * 16, *[(512, 1376)] * 8, *[(320
 every_adam = pytest.mark.parametrize("name", [name for name in ADAM if name != "adam-dense"])
 
 
-def weights(
-    shapes: Iterable[Sequence[int]], dtype: torch.dtype = torch.float32
-) -> list[nn.Parameter]:
+def weights(shapes: Iterable[Sequence[int]], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     params = [nn.Parameter(torch.randn(tuple(shape)).to(dtype)) for shape in shapes]
     for p in params:
         p.grad = torch.randn(p.shape).to(dtype)
@@ -109,9 +107,7 @@ def test_a_whole_model_takes_no_more_than_one_weight(name: str) -> None:
 )
 @pytest.mark.usefixtures("arithmetic")
 def test_options_take_no_more(options: dict[str, Any]) -> None:
-    check(
-        transient(weights([(2048, 2048)], torch.bfloat16), rank=64, **options), [(2048, 2048)], 64
-    )
+    check(transient(weights([(2048, 2048)], torch.bfloat16), rank=64, **options), [(2048, 2048)], 64)
 
 
 @pytest.mark.usefixtures("arithmetic")

@@ -25,11 +25,7 @@ VARIANTS = ["paper", "calibrated", "subspace"]
 def gradients(noise: float, steps: int) -> list[Tensor]:
     """A signal of rank 8 in noise of `noise` times its size, float32."""
     generator = torch.Generator().manual_seed(0)
-    signal = (
-        torch.randn(P, 8, generator=generator)
-        @ torch.randn(8, Q, generator=generator)
-        / math.sqrt(8)
-    )
+    signal = torch.randn(P, 8, generator=generator) @ torch.randn(8, Q, generator=generator) / math.sqrt(8)
     return [signal + noise * torch.randn(P, Q, generator=generator) for _ in range(steps)]
 
 
@@ -43,17 +39,13 @@ class Rounding(Gradient):
         return super()._left(L.bfloat16().float())
 
 
-def products(
-    grads: list[Tensor], variant: str, kind: type[Gradient]
-) -> Iterator[dict[str, Tensor]]:
+def products(grads: list[Tensor], variant: str, kind: type[Gradient]) -> Iterator[dict[str, Tensor]]:
     """B A of both moments after each step, with this kind of gradient."""
     weight = nn.Parameter(torch.zeros(P, Q, dtype=grads[0].dtype))
     optimizer = LoRAPreAdamW([weight], lr=0.0, betas=(BETA, 0.95), rank=RANK, variant=variant)
     for g in grads:
         weight.grad = g
-        optimizer._init_group(
-            optimizer.param_groups[0], [], [], []
-        )  # the same start for every kind
+        optimizer._init_group(optimizer.param_groups[0], [], [], [])  # the same start for every kind
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lorapre.batch, "backend", lambda *_, **__: (kind, None))
             optimizer.step()
@@ -74,13 +66,10 @@ def compare(variant: str, noise: float, steps: int = 100) -> dict[str, list[floa
     """
     full = gradients(noise, steps)
     grads = [g.bfloat16() for g in full]
-    found: dict[str, list[float]] = {
-        name: [] for name in ("m", "v", "gradient", "rounded", "exact")
-    }
+    found: dict[str, list[float]] = {name: [] for name in ("m", "v", "gradient", "rounded", "exact")}
     ema = torch.zeros(P, Q, dtype=torch.float64)
     runs = [
-        products(run, variant, kind)
-        for run, kind in ((grads, Rounding), (grads, Gradient), (full, Gradient))
+        products(run, variant, kind) for run, kind in ((grads, Rounding), (grads, Gradient), (full, Gradient))
     ]
     for t, (g, rounded, exact, better) in enumerate(zip(grads, *runs, strict=True), start=1):
         ema.lerp_(g.double(), 1 - BETA)
@@ -93,9 +82,7 @@ def compare(variant: str, noise: float, steps: int = 100) -> dict[str, list[floa
     return found
 
 
-@pytest.mark.parametrize(
-    ("variant", "largest"), [("paper", 1e-2), ("calibrated", 1e-3), ("subspace", 2e-3)]
-)
+@pytest.mark.parametrize(("variant", "largest"), [("paper", 1e-2), ("calibrated", 1e-3), ("subspace", 2e-3)])
 def test_rounding_the_factors_changes_the_products_little_where_gradients_lack_rank(
     variant: str, largest: float
 ) -> None:
@@ -120,9 +107,7 @@ def test_with_rounded_factors_the_distance_to_the_ema_of_noisy_gradients_is_the_
 
 
 @pytest.mark.parametrize(("r", "k"), [(32, 8), (256, 16), (256, 64)])
-def test_two_products_with_the_root_are_as_accurate_as_a_solve_and_an_inverse_is_not(
-    r: int, k: int
-) -> None:
+def test_two_products_with_the_root_are_as_accurate_as_a_solve_and_an_inverse_is_not(r: int, k: int) -> None:
     """T A^T (A A^T + lambda I)^-1 A where A has rank k < r; large roots are found by halves."""
     A = torch.randn(r, k) @ torch.randn(k, 300)
     T = torch.randn(200, k) @ torch.randn(k, 300)

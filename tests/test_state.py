@@ -568,9 +568,7 @@ def test_an_expanded_weight_is_refused_by_name(case: Case, shape: tuple[int, ...
     p = nn.Parameter(torch.zeros(shape[1:] or 1).expand(shape))
     optimizer = case.make(named([p]))
     p.grad = torch.ones(shape)
-    with pytest.raises(
-        RuntimeError, match=r"parameter 'layer\.0' is expanded: more than one element"
-    ):
+    with pytest.raises(RuntimeError, match=r"parameter 'layer\.0' is expanded: more than one element"):
         optimizer.step()
     assert not p.any()
 
@@ -590,9 +588,7 @@ def test_tensors_that_a_wrapper_keeps_in_the_state_are_carried_saved_and_loaded(
 
 
 @factorised
-@pytest.mark.parametrize(
-    "edit", [{"rank": 2}, {"rank": None}, {"variant": ...}, {"compress": ...}], ids=str
-)
+@pytest.mark.parametrize("edit", [{"rank": 2}, {"rank": None}, {"variant": ...}, {"compress": ...}], ids=str)
 def test_options_that_are_edited_in_a_run_are_refused_at_the_next_step(
     case: Case, edit: dict[str, Any]
 ) -> None:
@@ -689,9 +685,7 @@ def test_groups_with_and_without_names_go_together(case: Case, first: str) -> No
     groups = [with_names, without] if first == "named" else [without, with_names]
     optimizer = case.make([groups[0]])
     optimizer.add_param_group(groups[1])
-    optimizer.param_groups.remove(
-        optimizer.param_groups[0 if first == "nameless" else 1]
-    )  # frozen again
+    optimizer.param_groups.remove(optimizer.param_groups[0 if first == "nameless" else 1])  # frozen again
     optimizer.add_param_group({"params": params[5:8]})
     optimizer.add_param_group({"params": params[8:]})
     names = [row.name for row in coverage(optimizer)]
@@ -723,9 +717,7 @@ def test_names_in_other_groups_are_refused(case: Case) -> None:
     train(optimizer, params, 1)
     train(resumed, others, 1)
     before = everything(resumed)
-    with pytest.raises(
-        ValueError, match=r"has the parameter 'layer\.2', but 'layer\.1' in its place"
-    ):
+    with pytest.raises(ValueError, match=r"has the parameter 'layer\.2', but 'layer\.1' in its place"):
         resumed.load_state_dict(optimizer.state_dict())
     assert_unchanged(resumed, before)
 

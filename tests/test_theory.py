@@ -121,11 +121,7 @@ def test_subspace_product_is_the_ema_projected_on_what_the_old_rows_see_of_it() 
 @pytest.mark.parametrize("name", FOLLOW)
 def test_product_does_not_depend_on_the_gauge_of_the_factors(name: str) -> None:
     B, A, T = (torch.randn(shape, dtype=torch.float64) for shape in ((20, 4), (4, 30), (20, 30)))
-    S = (
-        orthonormal(4, 4)
-        @ torch.diag(torch.tensor([0.5, 1, 2, 3], dtype=torch.float64))
-        @ orthonormal(4, 4)
-    )
+    S = orthonormal(4, 4) @ torch.diag(torch.tensor([0.5, 1, 2, 3], dtype=torch.float64)) @ orthonormal(4, 4)
     one = follow(name, B, A, T, DECAY)
     other = follow(name, B @ S, torch.linalg.solve(S, A), T, DECAY)
     assert close(other.product, one.product, 1e-9)
@@ -192,12 +188,8 @@ def test_ramp_is_the_scalar_recursion(beta: float) -> None:
     for t in range(1, 200):
         b = (1 - gamma) * b + gamma / a
         a = (1 - gamma) * a + gamma / b
-        assert variants.debias(beta, torch.tensor(float(t))).item() == pytest.approx(
-            a * b, rel=2e-6
-        )
-        assert variants.debias(beta, torch.tensor(float(t))).item() == pytest.approx(
-            1 - beta**t, rel=2e-6
-        )
+        assert variants.debias(beta, torch.tensor(float(t))).item() == pytest.approx(a * b, rel=2e-6)
+        assert variants.debias(beta, torch.tensor(float(t))).item() == pytest.approx(1 - beta**t, rel=2e-6)
 
 
 @pytest.mark.parametrize("r", [1, 8])
@@ -327,11 +319,7 @@ def printed_after_zeros(dtype: torch.dtype, zeros: int) -> tuple[float, float]:
     B, A = begin("printed", signal, 8)
     largest = 0.0
     for t in range(30 + zeros + 100):
-        T = (
-            signal + torch.randn_like(signal)
-            if not 30 <= t < 30 + zeros
-            else torch.zeros_like(signal)
-        )
+        T = signal + torch.randn_like(signal) if not 30 <= t < 30 + zeros else torch.zeros_like(signal)
         B, A = follow("printed", B, A, T, BETA)
         if t >= 30 + zeros:
             largest = max(largest, ((B @ A).norm() / T.norm()).item())

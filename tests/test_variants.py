@@ -227,9 +227,7 @@ def test_the_rest_of_split_is_nothing_where_squares_are_infinite_or_all_taken() 
         assert row is not None
         assert col is not None
         assert s.m is not None
-        taken = s._replace(
-            v_row=row, v_col=col, m=Factors(s.m.B * (1e25 if row.any() else 1), s.m.A)
-        )
+        taken = s._replace(v_row=row, v_col=col, m=Factors(s.m.B * (1e25 if row.any() else 1), s.m.A))
         told = Told(g)
         variants.split(taken, operand(g), torch.full((1, 1, 1), 9.0), 0.9, 0.95, told)
         assert told.rest.isfinite().all()
@@ -262,9 +260,7 @@ def test_rank_one_targets_are_followed_at_any_rank(name: str, r: int) -> None:
 @pytest.mark.parametrize("kind", ["noise", "rank 1", "one entry", "one row", "one column", "ones"])
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e10, 1e20])
 @followers
-def test_factors_stay_finite_for_targets_of_any_size_and_rank(
-    name: str, size: float, kind: str
-) -> None:
+def test_factors_stay_finite_for_targets_of_any_size_and_rank(name: str, size: float, kind: str) -> None:
     """Ten steps, a zero and a sudden change to noise included."""
     T = torch.randn(48, 64)
     if kind == "rank 1":
@@ -288,9 +284,7 @@ def test_factors_stay_finite_for_targets_of_any_size_and_rank(
 
 @pytest.mark.parametrize("zeros", [1500, 2000, 3000])
 @followers
-def test_factors_stay_finite_through_thousands_of_zero_targets_and_after(
-    name: str, zeros: int
-) -> None:
+def test_factors_stay_finite_through_thousands_of_zero_targets_and_after(name: str, zeros: int) -> None:
     """On their way to zero the factors pass through the numbers whose inverse is infinite."""
     T = torch.randn(12, 16)
     B, A = begin(name, T, 4)
