@@ -38,9 +38,7 @@ TRACKERS = {
 }
 
 
-def follow(
-    tracker: Follow, targets: Iterator[Tensor], rank: int, beta: float = BETA
-) -> Iterator[Tensor]:
+def follow(tracker: Follow, targets: Iterator[Tensor], rank: int, beta: float = BETA) -> Iterator[Tensor]:
     """The product B A after each target."""
     generator = torch.Generator().manual_seed(1)
     f = None
