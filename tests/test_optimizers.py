@@ -176,7 +176,7 @@ def test_parameters_come_as_a_tensor_a_list_or_a_generator_but_not_as_a_set(cls:
 
 @both_classes
 def test_mistakes_in_params_are_refused_as_by_any_optimizer(cls: Class) -> None:
-    p, q = parameters([(4, 4), (4, 4)])
+    p, q, r = parameters([(4, 4)] * 3)
     with pytest.raises(ValueError, match="empty"):
         cls([])
     with pytest.raises(TypeError, match="Tensor"):
@@ -189,7 +189,7 @@ def test_mistakes_in_params_are_refused_as_by_any_optimizer(cls: Class) -> None:
         cls([p, p])
     optimizer = cls([("p", p)])
     with pytest.raises(ValueError, match="names"):
-        optimizer.add_param_group({"params": [q]})
+        optimizer.add_param_group({"params": [("q", q), r]})
 
 
 @both_classes
