@@ -23,7 +23,8 @@ from cases import (
     train,
     weights,
 )
-from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, options, param_groups
+from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, param_groups
+from lorapre.groups import OPTIONS
 
 Class = type[LoRAPreAdamW] | type[LoRAPreMuon]
 
@@ -118,7 +119,7 @@ def test_numbers_and_lists_of_other_libraries_become_plain_ones(cls: Class, own:
 def test_rules_know_every_option() -> None:
     taken = {"flatten", *inspect.signature(LoRAPreAdamW).parameters}
     taken |= inspect.signature(LoRAPreMuon).parameters.keys()
-    assert taken - {"params"} == options.OPTIONS
+    assert taken - {"params"} == OPTIONS
 
 
 @bad_options

@@ -8,6 +8,7 @@ a weight is ever formed. `lorapre.backends` has the same three in C and in Trito
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from ctypes import c_float
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -229,7 +230,7 @@ class Gradient:
         if M.exp_avg is None or M.exp_avg_sq is None or self.absolute or abs(self.scale) != 1:
             return False
         tensors = [*weights, *self.grads, *M.exp_avg.E, *M.exp_avg_sq.E]
-        if torch.compiler.is_compiling() or not all(map(_plain, tensors)):
+        if not (all(map(_plain, tensors)) and all(map(at_hand, self.grads))):
             return False
         members = zip(weights, self.grads, M.exp_avg.E, M.exp_avg_sq.E, strict=True)
         for k, (w, g, m, v) in enumerate(members):
@@ -237,7 +238,7 @@ class Gradient:
                 continue
             numbers = (lr, decay, *M.exp_avg[1:], *M.exp_avg_sq[1:])
             own_lr, keep, rate1, scale1, rate2, scale2 = (
-                float(at(x, slice(k, k + 1))) for x in numbers
+                c_float(float(at(x, slice(k, k + 1)))).value for x in numbers
             )
             # The scales become part of lr and eps; after infinite time torch has no correction of
             # its own.

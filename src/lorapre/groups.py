@@ -10,13 +10,17 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lorapre.options import OPTIONS
-
 __all__ = ["Rule", "is_low_rank", "matrix_shape", "param_groups", "state_shapes"]
 
 Rule: TypeAlias = tuple[str, int | Mapping[str, Any] | None]
 """(regular expression, a rank, None for dense, or a dict of group options)."""
 
+OPTIONS = {  # of a group
+    "lr", "betas", "eps", "weight_decay", "rank", "scale", "variant", "compress", "maximize",
+    "nonfinite", "stochastic_rounding", "seed", "momentum", "nesterov", "ns_coefficients",
+    "ns_steps", "adjust_lr_fn", "adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay",
+    "flatten",
+}  # fmt: skip
 _CONVOLUTIONS = (
     nn.Conv1d,
     nn.Conv2d,

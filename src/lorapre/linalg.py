@@ -50,7 +50,8 @@ def exact_products(device: torch.device) -> Iterator[None]:
         with torch.autocast(device.type, enabled=False):
             yield
         return
-    settings: tuple[Any, ...] = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    backends: tuple[Any, ...] = torch.backends.mkldnn, torch.backends.cuda
+    settings = [x.matmul for x in backends]
     before = [x.fp32_precision for x in settings]
     try:
         for x in settings:

@@ -12,12 +12,6 @@ from lorapre.variants import VARIANTS
 
 PAIRS = {"betas": 2, "adamw_betas": 2, "ns_coefficients": 3}  # sequences, and their lengths
 INTEGERS = ("rank", "seed", "ns_steps")
-OPTIONS = {  # of a group
-    "lr", "betas", "eps", "weight_decay", "rank", "scale", "variant", "compress", "maximize",
-    "nonfinite", "stochastic_rounding", "seed", "momentum", "nesterov", "ns_coefficients",
-    "ns_steps", "adjust_lr_fn", "adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay",
-    "flatten",
-}  # fmt: skip
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def refusal(p: Any, flatten: bool) -> str | None:
         if dim is None and not placement.is_replicate():
             return f"is placed as {placement!r}; weights can be replicated or sharded"
         if pixels and dim is not None and dim > 1:
-            return f"is a convolution placed as {placement!r}; shard dimension 0 or 1"
+            return f"is a convolution placed as {placement!r}; shard its outputs or its inputs"
         # The columns of A, inputs times pixels, must split where a DTensor of their number does.
         count = p.device_mesh.size(i)
         if pixels and dim == 1 and p.shape[1] % count:
