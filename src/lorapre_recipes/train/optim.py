@@ -157,6 +157,8 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
             "adafactor": (Adafactor, {}),
             "sgd": (SGD, {"momentum": momentum}),
         }
+        if name == "muon-8bit":  # it holds its momentum in a type of torchao's
+            package("torchao.optim.subclass_8bit", "OptimState8bit", "torchao")
         make, options = own[name]
         chosen = make(matrices, **options, **decay)
     return WithAdamW(chosen, AdamW(rest, **adam)) if rest else chosen
