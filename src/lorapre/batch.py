@@ -17,7 +17,7 @@ from lorapre.variants import VARIANTS, State, debias, first_A
 
 # Elements of the factors that a batch stacks; those of one weight may be more. On GPUs, where calls
 # cost more than memory, all weights of a shape share the launches of a step.
-STACK, GPU_STACK = 2**18, 2**24
+STACK, GPU_STACK = 2**19, 2**24
 SHARED = 2**18  # elements of sharded matrices that Muon orthogonalises together, for each process
 
 
