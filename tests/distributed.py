@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = 150  # a hang is a failure
+SECONDS = 1800  # a hang is a failure, a busy machine is none
 PRELOAD = [
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
@@ -66,7 +66,7 @@ def _enter(rank: int, world: int, folder: str, function: Callable[..., None], ar
     torch.manual_seed(0)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=SECONDS / 2),
     )  # fmt: skip
     try:
         function(*args)

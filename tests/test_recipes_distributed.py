@@ -21,7 +21,7 @@ from tiny_runs import Interrupt, losses, write_corpus
 
 ROOT = Path(__file__).parent.parent
 MAIN = str(Path(__file__).parent / "recipes_main.py")
-SECONDS = 300  # a hang is a failure, a busy machine is none
+SECONDS = 1800  # a hang is a failure, a busy machine is none
 
 # The last bit of a float32 loss is 1.2e-7 of it; sums in another order differ in the last few bits.
 ROUNDING = dict(rel=3e-6)

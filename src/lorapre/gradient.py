@@ -149,7 +149,10 @@ class Gradient:
         Returns:
             The means of T**2 over the rows (N, p, 1) and over the columns (N, 1, q).
         """
-        sums = self._step_(weights, M, lr, decay, max(eps, TINY), keys, means)
+        eps = max(eps, TINY)
+        if not means and keys is None and self._fused_step_(weights, M, lr, decay, eps):
+            return None
+        sums = self._step_(weights, M, lr, decay, eps, keys, means)
         if not torch.compiler.is_compiling():  # autograd then refuses a graph of the old weights
             torch.autograd.graph.increment_version(weights)
         return sums and (self.sum_q(sums[0].div_(self.q)), self.sum_p(sums[1].div_(self.p)))
@@ -164,12 +167,9 @@ class Gradient:
         arguments.
         """
         (p, q), N = self.held, len(self)
-        if (
-            N == 0
-        ):  # a process that holds no expert takes its part in what is dealt out all the same
-            self.shards.whole(
-                newton_schulz, torch.empty(0, p, q, dtype=self.dtype, device=self.device)
-            )
+        if N == 0:  # a process without an expert takes part in what others deal out all the same
+            none = torch.empty(0, p, q, dtype=self.dtype, device=self.device)
+            self.shards.whole(newton_schulz, none)
         some = N if self.spread else max(1, SMALL // max(1, p * q))
         for start in range(0, N, max(1, some)):
             n, i = slice(start, start + some), slice(0, p)
@@ -205,8 +205,6 @@ class Gradient:
         keys: Tensor | None, sums: bool,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """`step_`, with the sums of T**2 over what is held here."""
-        if not sums and keys is None and self._fused_step_(weights, M, lr, decay, eps):
-            return None
         rows = torch.zeros(len(self), self.held[0], 1, dtype=torch.float32, device=self.device)
         columns = torch.zeros(len(self), 1, self.held[1], dtype=torch.float32, device=self.device)
         for n, i in self._tiles():

@@ -87,8 +87,6 @@ class CGradient(Gradient):
         self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float,
         keys: Tensor | None, sums: bool,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        if not sums and keys is None and self._fused_step_(weights, M, lr, decay, eps):
-            return None
         (N, p, q), held = (len(self), *self.held), _Held()
         height = max(HEIGHT, -(-p // (PARTS * HEIGHT)) * HEIGHT)
         rows = torch.zeros(N, p, 1, dtype=torch.float32, device="cpu")
