@@ -150,9 +150,8 @@ class Gradient:
             The means of T**2 over the rows (N, p, 1) and over the columns (N, 1, q).
         """
         eps = max(eps, TINY)
-        if not means and keys is None and self._fused_step_(weights, M, lr, decay, eps):
-            return None
-        sums = self._step_(weights, M, lr, decay, eps, keys, means)
+        fused = not means and keys is None and self._fused_step_(weights, M, lr, decay, eps)
+        sums = None if fused else self._step_(weights, M, lr, decay, eps, keys, means)
         if not torch.compiler.is_compiling():  # autograd then refuses a graph of the old weights
             torch.autograd.graph.increment_version(weights)
         return sums and (self.sum_q(sums[0].div_(self.q)), self.sum_p(sums[1].div_(self.p)))

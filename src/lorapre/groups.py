@@ -309,11 +309,7 @@ def _transformers_ends(module: nn.Module) -> Iterator[nn.Module]:
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             end = getattr(module, getter)()
-        except (
-            AttributeError,
-            NotImplementedError,
-            TypeError,
-        ):  # absent, abstract, not this one
+        except (AttributeError, NotImplementedError, TypeError):  # absent, abstract, not this one
             continue
         if isinstance(end, nn.Module):
             yield end

@@ -13,7 +13,16 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from lorapre_recipes.console import one_line
 
@@ -79,7 +88,9 @@ def user_errors(message: str, *kinds: type[Exception]) -> Iterator[None]:
     except UserError:
         raise
     except kinds as error:
-        raise UserError(f"{message} ({getattr(error, 'strerror', None) or one_line(error)})") from error
+        raise UserError(
+            f"{message} ({getattr(error, 'strerror', None) or one_line(error)})"
+        ) from error
 
 
 def flag(name: str) -> str:
@@ -92,14 +103,20 @@ def kinds_of(config: Any) -> dict[str, tuple[Any, ...]]:
     """The types that each field of a config may have: the parts of a union, the union itself."""
     hints = get_type_hints(config)
     return {
-        field.name: (*get_args(hints[field.name]), hints[field.name]) for field in dataclasses.fields(config)
+        field.name: (*get_args(hints[field.name]), hints[field.name])
+        for field in dataclasses.fields(config)
     }
 
 
 def choices_of(config: Any) -> dict[str, tuple[str, ...]]:
     """The fields that take one of a few words, with these words."""
     fields = kinds_of(config).items()
-    return {name: get_args(kind) for name, kinds in fields for kind in kinds if get_origin(kind) is Literal}
+    return {
+        name: get_args(kind)
+        for name, kinds in fields
+        for kind in kinds
+        if get_origin(kind) is Literal
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,19 +157,26 @@ class OptimizerConfig(Checked):
     GROUP: ClassVar[str] = "Optimizer"
     METHODS: ClassVar[tuple[str, ...]] = get_args(OptimizerName)
 
-    optimizer: Annotated[OptimizerName, "what to train with. Default: lorapre-adamw."] = "lorapre-adamw"
+    optimizer: Annotated[OptimizerName, "what to train with. Default: lorapre-adamw."] = (
+        "lorapre-adamw"
+    )
     rank: Annotated[int | None, "of the momenta, of a projection or of adapters."] = None
-    variant: Annotated[Variant | None, "of the algorithm. Default: split, of lorapre-muon calibrated."] = None
+    variant: Annotated[
+        Variant | None, "of the algorithm. Default: split, of lorapre-muon calibrated."
+    ] = None
     compress: Annotated[Compress | None, "which moments are low rank. Default: both."] = None
     dtype: Annotated[Precision, "of weights and gradients; factors are float32."] = "fp32"
-    release: Annotated[bool, "update each weight in the backward pass and free its gradient."] = False
+    release: Annotated[bool, "update each weight in the backward pass and free its gradient."] = (
+        False
+    )
     rules: Annotated[
         tuple[str, ...],
         "PATTERN=RANK or PATTERN=dense, for parameters in whose names the regular expression is found: "
         "embed_tokens=8. May be repeated; the first match wins.",
     ] = ()
     freeze: Annotated[
-        tuple[str, ...], "parameters with this regular expression in their names do not train; repeatable."
+        tuple[str, ...],
+        "parameters with this regular expression in their names do not train; repeatable.",
     ] = ()
 
     def __post_init__(self) -> None:
@@ -206,7 +230,9 @@ class RunConfig(OptimizerConfig):
     eps: Annotated[float, "of Adam."] = 1e-8
     momentum: Annotated[float, "decay rate of Muon's momentum."] = 0.95
     weight_decay: Annotated[float, "decoupled, times the learning rate."] = 0.0
-    stochastic_rounding: Annotated[bool, "round updated bf16 weights at random, without bias."] = False
+    stochastic_rounding: Annotated[bool, "round updated bf16 weights at random, without bias."] = (
+        False
+    )
 
     steps: Annotated[int, "optimizer steps."]
     batch_size: Annotated[int, "sequences in a forward pass, of all processes together."]
@@ -227,7 +253,8 @@ class RunConfig(OptimizerConfig):
     precision: Annotated[Precision, "of matrix products, whatever the weights have."] = "fp32"
     compile: Annotated[bool, "put the model through torch.compile."] = False
     report_to: Annotated[
-        tuple[str, ...], "an installed logger, such as tensorboard, trackio or wandb; may be repeated."
+        tuple[str, ...],
+        "an installed logger, such as tensorboard, trackio or wandb; may be repeated.",
     ] = ()
     seed: Annotated[int, "of weights or adapters, data order and factors."] = 0
     # Batches are those of all processes together: how many there are does not change what is computed.
@@ -238,7 +265,9 @@ class RunConfig(OptimizerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stochastic_rounding and self.dtype != "bf16":
-            raise UserError("--stochastic-rounding: float32 weights need none; give --dtype bf16 with it")
+            raise UserError(
+                "--stochastic-rounding: float32 weights need none; give --dtype bf16 with it"
+            )
         if self.release and self.accumulation > 1:
             raise UserError("--release: gradients cannot be accumulated; give --accumulation 1")
 
@@ -268,7 +297,9 @@ class RunConfig(OptimizerConfig):
         with user_errors(wrong, json.JSONDecodeError, TypeError, AttributeError):
             fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             lists = {name: value for name, value in fields.items() if isinstance(value, list)}
-            return cls(**(fields | {name: tuple(value) for name, value in lists.items()}))  # not in JSON
+            return cls(
+                **(fields | {name: tuple(value) for name, value in lists.items()})
+            )  # not in JSON
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,7 +314,8 @@ class PretrainConfig(RunConfig):
         "a folder of those, or a Hugging Face dataset, owner/name or owner/name:config, which is streamed.",
     ]
     validation_split: Annotated[
-        str | None, "of a Hugging Face dataset. Without one, documents of the training split are held out."
+        str | None,
+        "of a Hugging Face dataset. Without one, documents of the training split are held out.",
     ] = None
     tokenizer: Annotated[
         str | None,
@@ -327,7 +359,8 @@ class FinetuneConfig(RunConfig):
     samples: Annotated[int | None, "take so many of the examples, evenly spaced."]
     sequence_length: Annotated[int, "leave out examples with more tokens."]
     packing: Annotated[
-        bool, "put the examples of a batch in one row instead of padding them; each sees itself alone."
+        bool,
+        "put the examples of a batch in one row instead of padding them; each sees itself alone.",
     ] = False
     gradient_checkpointing: Annotated[
         bool, "compute activations again in the backward pass instead of keeping them."
@@ -366,7 +399,9 @@ class EvaluateConfig(Checked):
     max_new_tokens: Annotated[
         int | None, "length of an answer. Default: 512, or less if the model reads less."
     ] = None
-    out: Annotated[Path | None, "a JSON file. Default: evaluation-TASK.json in the model's folder."] = None
+    out: Annotated[
+        Path | None, "a JSON file. Default: evaluation-TASK.json in the model's folder."
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -385,7 +420,9 @@ def parse_rules(rules: Sequence[str]) -> list[tuple[str, int | None]]:
     for rule in rules:
         pattern, _, rank = rule.rpartition("=")
         if not pattern or not (rank == "dense" or (rank.isdecimal() and int(rank) > 0)):
-            raise UserError(f"--rules {rule!r}: write PATTERN=RANK or PATTERN=dense, as in lm_head=8")
+            raise UserError(
+                f"--rules {rule!r}: write PATTERN=RANK or PATTERN=dense, as in lm_head=8"
+            )
         parsed.append((pattern, None if rank == "dense" else int(rank)))
     parse_patterns("rules", [pattern for pattern, _ in parsed])
     return parsed
@@ -396,4 +433,6 @@ def parse_patterns(option: str, patterns: Sequence[str]) -> list[re.Pattern[str]
     try:
         return [re.compile(pattern) for pattern in patterns]
     except re.error as error:
-        raise UserError(f"{flag(option)} {error.pattern!r}: not a regular expression ({error})") from error
+        raise UserError(
+            f"{flag(option)} {error.pattern!r}: not a regular expression ({error})"
+        ) from error

@@ -43,13 +43,19 @@ class Task(NamedTuple):
     path: str  # of the task's file below lm_eval/tasks
     question: str  # the name that the task has for questions
     answer: str  # the name that it has for worked answers
-    final: str  # what it finds the final answer in them by; an answer without it would count as wrong
+    final: (
+        str  # what it finds the final answer in them by; an answer without it would count as wrong
+    )
 
 
 TASKS: dict[TaskName, Task] = {
     "gsm8k": Task("openai/gsm8k:main", "gsm8k/gsm8k.yaml", "question", "answer", r"#### \S+$"),
     "math-500": Task(
-        "HuggingFaceH4/MATH-500", "minerva_math/minerva_math500.yaml", "problem", "solution", r"\\boxed"
+        "HuggingFaceH4/MATH-500",
+        "minerva_math/minerva_math500.yaml",
+        "problem",
+        "solution",
+        r"\\boxed",
     ),
 }
 
@@ -92,11 +98,15 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         weights.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     weights.eval()  # type: ignore[no-untyped-call]
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about options that are ours
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # its warnings are about options that are ours
     lm = HFLM(pretrained=weights, tokenizer=tokenizer, batch_size=config.batch_size)
     max_new_tokens = answer_length(lm.max_length, examples, tokenizer, config.max_new_tokens)
     metrics, errors, texts = score(lm, task, examples, max_new_tokens)
-    loss, tokens, too_long = answer_loss(weights, tokenizer, examples, config.batch_size, lm.max_length)
+    loss, tokens, too_long = answer_loss(
+        weights, tokenizer, examples, config.batch_size, lm.max_length
+    )
     result = Evaluation(
         model=model,
         task=task,
@@ -113,7 +123,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         device=describe_device(weights.device),
         versions=versions("lm_eval", "torch", "transformers"),
         generations=[
-            example._asdict() | {"generated": text} for example, text in zip(examples, texts, strict=True)
+            example._asdict() | {"generated": text}
+            for example, text in zip(examples, texts, strict=True)
         ],
     )
     write_json(out, result)
@@ -140,8 +151,14 @@ def task_examples(task: TaskName, data: str, limit: int | None) -> list[Example]
         raise UserError(f"--data {data}: there are no examples")
     for number, example in enumerate(examples, start=1):
         if not re.search(TASKS[task].final, example.answer):
-            wanted = "end in '#### ' and a number" if task == "gsm8k" else "hold its result in '\\boxed{}'"
-            raise UserError(f"--data {data}: answer {number} cannot be scored, for {task} it must {wanted}")
+            wanted = (
+                "end in '#### ' and a number"
+                if task == "gsm8k"
+                else "hold its result in '\\boxed{}'"
+            )
+            raise UserError(
+                f"--data {data}: answer {number} cannot be scored, for {task} it must {wanted}"
+            )
     return examples
 
 
@@ -155,7 +172,9 @@ def answer_length(
     longest = max(len(tokenizer(example.prompt)["input_ids"]) for example in examples)
     room = reads - longest
     if room < 1:
-        raise UserError(f"--data: its longest question has {longest} tokens, and the model reads {reads}")
+        raise UserError(
+            f"--data: its longest question has {longest} tokens, and the model reads {reads}"
+        )
     if wanted is not None and wanted > room:
         has = f"the model reads {reads} tokens, and the longest question has {longest}"
         raise UserError(f"--max-new-tokens {wanted}: {has}; give at most {room}")
@@ -172,7 +191,9 @@ def score(
     names = TASKS[task]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "examples.jsonl"
-        write_lines(file, [{names.question: each.question, names.answer: each.answer} for each in examples])
+        write_lines(
+            file, [{names.question: each.question, names.answer: each.answer} for each in examples]
+        )
         next_question = Example("", "").prompt.partition(" ")[0]
         absent = ("dataset_name", "training_split", "fewshot_split", "fewshot_config")
         changed = dict.fromkeys(absent) | {

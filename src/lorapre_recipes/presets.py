@@ -56,7 +56,9 @@ def scaled_down(
     preset: str, rates: Rates, vocab: int, hidden: int, mlp: int, **fields: Any
 ) -> Callable[..., PretrainConfig]:
     """The protocol at a size for CPUs: text from a package, rank hidden / 8, 8,192 tokens a step."""
-    scaled: dict[str, Any] = dict(preset=preset, vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp)
+    scaled: dict[str, Any] = dict(
+        preset=preset, vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp
+    )
     scaled |= dict(data="sotu", sequence_length=128, batch_size=64, checkpoints=5, rank=hidden // 8)
 
     def config(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
@@ -67,7 +69,16 @@ def scaled_down(
 
 # The quickstart: 4.2 million parameters on 0.8 million tokens, minutes on two CPU cores.
 llama_tiny = scaled_down(
-    "llama-tiny", SHORT_RUN, 2048, 256, 688, layers=4, heads=4, steps=400, batch_size=16, checkpoints=2
+    "llama-tiny",
+    SHORT_RUN,
+    2048,
+    256,
+    688,
+    layers=4,
+    heads=4,
+    steps=400,
+    batch_size=16,
+    checkpoints=2,
 )
 # The paper's experiment for two CPU cores: 1.05 million parameters on 4.1 million tokens.
 llama_1m = scaled_down("llama-1m", LLAMA_1M, 1024, 128, 344, layers=4, heads=4, steps=500)
@@ -115,7 +126,9 @@ def protocol(optimizer: OptimizerName, rates: Rates, *, rank: int, **fields: Any
     """What all share: no decay, no clipping, warm-up over 10 % of the steps, cosine down to 10 %."""
     lr, scale = rates.get(optimizer) or rates["adamw"]  # of those without a sweep of their own
     shared: dict[str, Any] = dict(optimizer=optimizer, lr=lr, scale=scale, warmup=0.1, final_lr=0.1)
-    shared |= dict(evaluations=10, held_out_every=20, momentum=0.9 if optimizer == "scale" else 0.95)
+    shared |= dict(
+        evaluations=10, held_out_every=20, momentum=0.9 if optimizer == "scale" else 0.95
+    )
     refresh = min(200, fields["steps"] // 10)  # GaLore's 200
     fitting = OptimizerConfig.fitting(optimizer, rank, refresh)
     return PretrainConfig(**(shared | fitting | fields))
@@ -126,7 +139,9 @@ def metamath100k(method: Method = "lorapre-adamw") -> FinetuneConfig:
 
     Batch, warm-up and length are those of PiSSA's recipe, which has the same data, rate and schedule.
     """
-    data = dict(data="meta-math/MetaMathQA", samples=100_000, sequence_length=512, held_out_every=100)
+    data = dict(
+        data="meta-math/MetaMathQA", samples=100_000, sequence_length=512, held_out_every=100
+    )
     run: dict[str, Any] = dict(lr=2e-5, batch_size=128, warmup=0.03, evaluations=5, checkpoints=5)
     run |= dict(steps=773)  # one pass over the 99,000 that are not held out
     run |= dict(dtype="bf16", stochastic_rounding=method in LOW_RANK)

@@ -15,7 +15,9 @@ from importlib.metadata import version
 try:
     from cyclopts import App, CycloptsError, Parameter
 except ModuleNotFoundError as error:  # `pip install lorapre` brings this script, and torch alone
-    raise SystemExit(f"lorapre: {error}; the recipes need more: pip install 'lorapre[recipes]'") from error
+    raise SystemExit(
+        f"lorapre: {error}; the recipes need more: pip install 'lorapre[recipes]'"
+    ) from error
 
 from lorapre_recipes.cli.study import compare, evaluate
 from lorapre_recipes.cli.tools import arithmetic, plan
@@ -38,7 +40,9 @@ def main() -> int:
     # several times over when other programs want the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        result = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
+        result = app(
+            sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value"
+        )
     except (UserError, CycloptsError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not from each process of torchrun
             print(f"lorapre: {' '.join(str(error).split())}", file=sys.stderr)

@@ -32,7 +32,11 @@ def new_folder(out: Path | None, name: str) -> Path:
 def settled(values: Mapping[str, Any]) -> dict[str, str]:
     """The options that name an existing file or folder, made absolute: a run may go on from elsewhere."""
     named = {name: values.get(name) for name in PATHS}
-    paths = {name: Path(value).expanduser() for name, value in named.items() if value not in (None, "sotu")}
+    paths = {
+        name: Path(value).expanduser()
+        for name, value in named.items()
+        if value not in (None, "sotu")
+    }
     return {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
 
 

@@ -14,7 +14,9 @@ from lorapre_recipes.compare.cells import SWEPT, Comparison, read_sweep
 from lorapre_recipes.config import ONLY_FOR, EvaluateConfig, PretrainConfig, UserError
 
 # What one comparison has not for all of its cells: contenders, sweeps and seeds have options of their own.
-NOT_SHARED = {"preset", "optimizer", "seed", "betas", "freeze", "fsdp", *ONLY_FOR, *SWEPT} - {"batch_size"}
+NOT_SHARED = {"preset", "optimizer", "seed", "betas", "freeze", "fsdp", *ONLY_FOR, *SWEPT} - {
+    "batch_size"
+}
 
 
 @options(EvaluateConfig)
@@ -75,7 +77,9 @@ def compare(
 
     if tables is not None:
         if changes or optimizers or sweep or resume or record:
-            raise UserError("--tables: makes tables of runs that have ended; leave out all but --out")
+            raise UserError(
+                "--tables: makes tables of runs that have ended; leave out all but --out"
+            )
         write_tables(tables, out or tables.parent)
         return 0
     for name, count in (("seeds", seeds), ("jobs", jobs)):
@@ -83,7 +87,9 @@ def compare(
             raise UserError(f"--{name}: must be at least 1, not {count}")
     if resume is not None:
         if changes or optimizers or sweep or out is not None:
-            raise UserError("--resume: a comparison goes on as it began; leave out all but --jobs, --record")
+            raise UserError(
+                "--resume: a comparison goes on as it began; leave out all but --jobs, --record"
+            )
         folder, comparison = resume, Comparison.load(resume)
     else:
         folder = new_folder(out, f"compare-{preset}")

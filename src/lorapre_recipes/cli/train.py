@@ -64,7 +64,9 @@ def finetune(
     def make() -> FinetuneConfig:
         chosen = get_preset(FINETUNE, preset or "metamath100k")
         if launched_with_fsdp():
-            raise UserError("lorapre finetune: runs on one process; start it without accelerate launch")
+            raise UserError(
+                "lorapre finetune: runs on one process; start it without accelerate launch"
+            )
         return chosen(method or "lorapre-adamw").replace(**changes)
 
     given = {"preset": preset, "method": method, "out": out} | changes

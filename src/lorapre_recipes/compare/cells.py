@@ -20,7 +20,18 @@ from lorapre_recipes.files import read_json
 from lorapre_recipes.presets import PRETRAIN, get_preset
 
 # Numbers of a config that may be swept. beta1 and beta2 are the two in `betas`.
-SWEPT = ("lr", "scale", "rank", "beta1", "beta2", "momentum", "eps", "warmup", "batch_size", "refresh")
+SWEPT = (
+    "lr",
+    "scale",
+    "rank",
+    "beta1",
+    "beta2",
+    "momentum",
+    "eps",
+    "warmup",
+    "batch_size",
+    "refresh",
+)
 CHOICES = choices_of(PretrainConfig).keys() - {"optimizer"}
 Values = dict[str, float]
 Grid = dict[str, tuple[float, ...]]
@@ -44,7 +55,9 @@ class Contender:
         optimizer, _, rest = text.partition(":")
         known = get_args(OptimizerName)
         if optimizer not in known:
-            raise UserError(f"--optimizers: there is no {optimizer!r}; choose from {', '.join(known)}")
+            raise UserError(
+                f"--optimizers: there is no {optimizer!r}; choose from {', '.join(known)}"
+            )
         choices: dict[str, Any] = {}
         grid: Grid = {}
         for part in rest.split(",") if rest else ():
@@ -125,14 +138,18 @@ def read_sweep(texts: Sequence[str]) -> Grid:
     for text in texts:
         name, _, values = text.partition("=")
         if name not in SWEPT:
-            raise UserError(f"--sweep {text}: there is no {name!r} to sweep; choose from {', '.join(SWEPT)}")
+            raise UserError(
+                f"--sweep {text}: there is no {name!r} to sweep; choose from {', '.join(SWEPT)}"
+            )
         grid[name] = numbers(values, ",", f"--sweep {text}")
     return grid
 
 
 def numbers(text: str, separator: str, where: str) -> tuple[float, ...]:
     """Numbers in order. Raises UserError."""
-    with user_errors(f"{where}: give numbers, one or several with {separator!r} between them", ValueError):
+    with user_errors(
+        f"{where}: give numbers, one or several with {separator!r} between them", ValueError
+    ):
         return tuple(sorted({float(value) for value in text.split(separator)}))
 
 

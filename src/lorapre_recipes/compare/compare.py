@@ -22,14 +22,30 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from lorapre_recipes.compare.cells import Cell, Comparison, Contender, Values, cell_config, ending_of
+from lorapre_recipes.compare.cells import (
+    Cell,
+    Comparison,
+    Contender,
+    Values,
+    cell_config,
+    ending_of,
+)
 from lorapre_recipes.compare.progress import Progress
 from lorapre_recipes.compare.record import record
 from lorapre_recipes.config import COMPRESSED, LOW_RANK, UserError
 from lorapre_recipes.files import write_json
 
 # Of the rest some keep objects in their state, which a safe load refuses.
-OURS = ("racs", "alice", "scale", "column-sgd", "muon-no-momentum", "muon-bf16", "apollo", "apollo-mini")
+OURS = (
+    "racs",
+    "alice",
+    "scale",
+    "column-sgd",
+    "muon-no-momentum",
+    "muon-bf16",
+    "apollo",
+    "apollo-mini",
+)
 RESUMABLE = (*LOW_RANK, *COMPRESSED, *OURS, "adamw", "muon", "sgd")
 
 
@@ -41,7 +57,9 @@ class Outcome(NamedTuple):
     reason: str | None = None  # why there is no figure
 
 
-def compare(comparison: Comparison, out: Path, *, jobs: int, files: Sequence[Path] = ()) -> list[Outcome]:
+def compare(
+    comparison: Comparison, out: Path, *, jobs: int, files: Sequence[Path] = ()
+) -> list[Outcome]:
     """Run what is missing of a comparison; print the plan, and a line for each cell.
 
     Args:
@@ -57,7 +75,9 @@ def compare(comparison: Comparison, out: Path, *, jobs: int, files: Sequence[Pat
     first: dict[str, list[Cell]] = {}
     for contender in contenders:
         grid = comparison.grid | contender.grid
-        combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        combinations = [
+            dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
+        ]
         first[contender.name] = [Cell(contender=contender, values=x, seed=0) for x in combinations]
     configs = [cell_config(comparison, cell) for cell in itertools.chain(*first.values())]
     out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +109,9 @@ def compare(comparison: Comparison, out: Path, *, jobs: int, files: Sequence[Pat
         if best is None:
             return outcomes
         seeds = range(1, comparison.seeds)
-        return outcomes + run_more(Cell(contender=contender, values=best, seed=seed) for seed in seeds)
+        return outcomes + run_more(
+            Cell(contender=contender, values=best, seed=seed) for seed in seeds
+        )
 
     progress.start(comparison)
     # Threads that wait: one for each contender, and one for the process of each cell.
@@ -134,7 +156,8 @@ def start_cell(cell: Cell, out: Path, threads: int) -> Outcome:
         with (run / "log.txt").open("a", encoding="utf-8") as log:
             code = subprocess.run(
                 [sys.executable, "-m", "lorapre_recipes.compare.compare", str(out), arguments],
-                env=os.environ | {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"},
+                env=os.environ
+                | {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"},
                 stdout=log,
                 stderr=log,
                 check=False,

@@ -26,7 +26,13 @@ class Progress:
         self.tokens = config.steps * config.tokens_per_step
         self.planned, self.ended, self.running = 0, 0, dict[Path, float]()
         # Seconds a token of earlier comparisons like this one, so that the plan can say how long it takes.
-        kind = (config.preset, config.precision, config.compile, config.batch_size, config.sequence_length)
+        kind = (
+            config.preset,
+            config.precision,
+            config.compile,
+            config.batch_size,
+            config.sequence_length,
+        )
         self.kind = " ".join(map(str, (*kind, jobs, threads)))
         self.times = cache_folder() / "times.json"
         self.seconds = (read_json(self.times) if self.times.is_file() else {}).get(self.kind)
@@ -35,9 +41,12 @@ class Progress:
 
     def start(self, comparison: Comparison) -> None:
         """Print the plan, and begin with progress.log."""
-        later = "more for edges and seeds" if comparison.extend or comparison.seeds > 1 else "no more"
+        later = (
+            "more for edges and seeds" if comparison.extend or comparison.seeds > 1 else "no more"
+        )
         print(
-            f"{self.planned} runs of {short(self.tokens)} tokens, {self.jobs} at a time; {later}", flush=True
+            f"{self.planned} runs of {short(self.tokens)} tokens, {self.jobs} at a time; {later}",
+            flush=True,
         )
         print(f"time: {self.left()}; {self.out / 'progress.log'} has a line a minute", flush=True)
         self._log.start()
@@ -71,9 +80,13 @@ class Progress:
 
     def _write(self) -> None:
         while not self._stop.wait(MINUTE):
-            lines = [f"{cell} {last_step(self.out / cell)}/{self.steps}" for cell in list(self.running)]
+            lines = [
+                f"{cell} {last_step(self.out / cell)}/{self.steps}" for cell in list(self.running)
+            ]
             now = time.strftime("%Y-%m-%d %H:%M")
-            words = f"{now}  {self.ended}/{self.planned} runs, {self.left()} left;  {',  '.join(lines)}"
+            words = (
+                f"{now}  {self.ended}/{self.planned} runs, {self.left()} left;  {',  '.join(lines)}"
+            )
             append_line(self.out / "progress.log", words)
 
 

@@ -37,7 +37,18 @@ def record(folder: Path, file: Path) -> None:
 
 def row_of(folder: Path, config: PretrainConfig, ending: Ending) -> dict[str, Any]:
     """A run as a row. `loss` and `curve`, of tokens and validation loss, are held-out nats per token."""
-    own = ("optimizer", "variant", "compress", "rank", "rules", "terms", "seed", "lr", "scale", "momentum")
+    own = (
+        "optimizer",
+        "variant",
+        "compress",
+        "rank",
+        "rules",
+        "terms",
+        "seed",
+        "lr",
+        "scale",
+        "momentum",
+    )
     metrics = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     return {
         **{name: getattr(config, name) for name in own},
@@ -48,7 +59,11 @@ def row_of(folder: Path, config: PretrainConfig, ending: Ending) -> dict[str, An
         "tokens": config.steps * config.tokens_per_step,
         "batch_tokens": config.tokens_per_step,
         "loss": ending.loss if math.isfinite(ending.loss) else None,
-        "curve": [(each["tokens"], each["validation_loss"]) for each in metrics if "validation_loss" in each],
+        "curve": [
+            (each["tokens"], each["validation_loss"])
+            for each in metrics
+            if "validation_loss" in each
+        ],
         **{name: ending.summary.get(name) for name in FIGURES},
         "command": command_of(config),
     }

@@ -66,12 +66,16 @@ def write_tables(file: Path, out: Path) -> None:
         series = series_of(read_json(file))
     if not series:
         raise UserError(f"--tables {file}: holds no run")
-    tables = [(key, tokens, table) for key, each in series.items() for tokens, table in each.items()]
+    tables = [
+        (key, tokens, table) for key, each in series.items() for tokens, table in each.items()
+    ]
     text = "\n".join(table_text(*each) for each in tables) + NOTES
     print(text, flush=True)
     out.mkdir(parents=True, exist_ok=True)
     # The table with most seeds, and what has most horizons.
-    key, tokens, table = max(tables, key=lambda x: (sum(len(y.losses) > 1 for y in x[2]), len(x[2]), x[1]))
+    key, tokens, table = max(
+        tables, key=lambda x: (sum(len(y.losses) > 1 for y in x[2]), len(x[2]), x[1])
+    )
     if picture(out / "state.png", draw_state, title(key, tokens, table), table):
         text += "\n![loss against state](state.png)\n"
     key = max(series, key=lambda key: (len(series[key]) > 1, sum(map(len, series[key].values()))))
@@ -84,7 +88,9 @@ def series_of(rows: Iterable[Row]) -> dict[tuple[Any, ...], Series]:
     """The tables, by what their runs share and by tokens."""
     runs: dict[tuple[Any, ...], dict[str, dict[int, list[Row]]]] = {}
     for row in rows:
-        of_contender = runs.setdefault(tuple(row[name] for name in SERIES), {}).setdefault(contender(row), {})
+        of_contender = runs.setdefault(tuple(row[name] for name in SERIES), {}).setdefault(
+            contender(row), {}
+        )
         of_contender.setdefault(row["tokens"], []).append(row)
     series: dict[tuple[Any, ...], Series] = {}
     for key, contenders in sorted(runs.items()):
@@ -101,15 +107,23 @@ def standing(rows: Sequence[Row], everywhere: Sequence[Row]) -> Standing:
     """Where runs put a contender. `everywhere` are those of other horizons too, where rates may be found."""
     ended = [row for row in rows if row["loss"] is not None]
     seed = min(row["seed"] for row in rows)
-    first = min((row for row in ended if row["seed"] == seed), key=lambda row: row["loss"], default=None)
+    first = min(
+        (row for row in ended if row["seed"] == seed), key=lambda row: row["loss"], default=None
+    )
     if first is None:
         return Standing(contender(rows[0]), rows[0], {}, False)
     losses = {row["seed"]: row["loss"] for row in ended if settings(row) == settings(first)}
     tried = {name: {row[name] for row in everywhere} for name in ("lr", "scale")}
     several = [name for name in tried if len(tried[name]) > 1]
-    at_edge = any(first[name] in (min(tried[name]), max(tried[name])) for name in several) or not several
+    at_edge = (
+        any(first[name] in (min(tried[name]), max(tried[name])) for name in several) or not several
+    )
     beta1, momentum = first["beta1"], first["momentum"]
-    name = contender(first) + f" b1={beta1:g}" * (beta1 != BETAS[0]) + f" m={momentum:g}" * (momentum != 0.95)
+    name = (
+        contender(first)
+        + f" b1={beta1:g}" * (beta1 != BETAS[0])
+        + f" m={momentum:g}" * (momentum != 0.95)
+    )
     return Standing(name, first, losses, at_edge)
 
 
@@ -130,7 +144,9 @@ def title(key: tuple[Any, ...], tokens: int = 0, table: Sequence[Standing] = ())
     """What the runs of a table share, in words."""
     *words, batch = key
     if each := per_parameter(tokens, table):
-        return f"{', '.join(words)}: {short(tokens)} tokens ({each:.2g} a parameter), {batch:,} a step"
+        return (
+            f"{', '.join(words)}: {short(tokens)} tokens ({each:.2g} a parameter), {batch:,} a step"
+        )
     return f"{', '.join(words)}: {batch:,} tokens a step"
 
 
@@ -166,7 +182,9 @@ def row_cells(each: Standing, above: Standing | None) -> tuple[str, ...]:
     """A row of a table."""
     row, rank = each.first, each.first["rank"]
     sizes = [row[name] for name in ("matrix_state_bytes", "state_bytes", "peak_bytes")]
-    loss = ("= " if above and each.tied(above) else "") + f"{each.loss:.4f}" if each.losses else "none"
+    loss = (
+        ("= " if above and each.tied(above) else "") + f"{each.loss:.4f}" if each.losses else "none"
+    )
     return (
         each.name.replace(f" r{rank}", ""),
         "" if rank is None else str(rank),
@@ -251,14 +269,24 @@ def draw_tokens(axes: Any, series: Series) -> bool:
         y = [names.index(name) + 1 for names in places.values()]
         axes.plot(x, y, marker="o", linewidth=1.5, color=colour(name))
         beside = last[name] - last.get("adamw", last[places[max(places)][0]])
-        axes.text(x[-1] * (x[-1] / x[0]) ** 0.03, place + 1, f"{name} {beside:+.3f}", va="center", fontsize=8)
+        axes.text(
+            x[-1] * (x[-1] / x[0]) ** 0.03,
+            place + 1,
+            f"{name} {beside:+.3f}",
+            va="center",
+            fontsize=8,
+        )
     axes.set_xscale("log")
     axes.set_xticks(x, [f"{each:.2g}" for each in x])
     axes.minorticks_off()
-    axes.set_xlim(x[0] * (x[0] / x[-1]) ** 0.05, x[-1] * (x[-1] / x[0]) ** 0.5)  # room for the names
+    axes.set_xlim(
+        x[0] * (x[0] / x[-1]) ** 0.05, x[-1] * (x[-1] / x[0]) ** 0.5
+    )  # room for the names
     axes.set_yticks(range(1, len(everywhere) + 1))
     axes.invert_yaxis()
-    axes.set_xlabel("tokens per parameter; the numbers are losses less AdamW's, or else the best one's")
+    axes.set_xlabel(
+        "tokens per parameter; the numbers are losses less AdamW's, or else the best one's"
+    )
     axes.set_ylabel("place by validation loss")
     return True
 
@@ -277,13 +305,17 @@ def write_names(axes: Any, names: Sequence[tuple[float, float, str]]) -> None:
     window = axes.get_window_extent()
     middles = [axes.transData.transform((x, y)) for x, y, _ in names]
     taken = [(x - 4 * point, x + 4 * point, y) for x, y in middles]
-    for (x, y, name), (at, height) in sorted(zip(names, middles, strict=True), key=lambda each: each[0][1]):
+    for (x, y, name), (at, height) in sorted(
+        zip(names, middles, strict=True), key=lambda each: each[0][1]
+    ):
         width = (4.8 * len(name) + 8) * point
         for shift, side in itertools.product(sorted(range(-200, 200, 5), key=abs), (1, -1)):
             begin, end = sorted((at + 6 * side * point, at + width * side))
             level = height + shift * point
             inside = window.x0 < begin and end < window.x1 and window.y0 + 6 * point < level
-            if inside and not any(a < end and begin < b and abs(level - c) < 10 * point for a, b, c in taken):
+            if inside and not any(
+                a < end and begin < b and abs(level - c) < 10 * point for a, b, c in taken
+            ):
                 break
         taken.append((begin, end, level))
         axes.annotate(
@@ -294,5 +326,7 @@ def write_names(axes: Any, names: Sequence[tuple[float, float, str]]) -> None:
             ha="left" if side > 0 else "right",
             va="center",
             fontsize=8,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.5"} if abs(shift) > 5 else None,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.5"}
+            if abs(shift) > 5
+            else None,
         )

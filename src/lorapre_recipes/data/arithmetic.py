@@ -38,10 +38,24 @@ EQUATIONS, STORIES = 24, 3  # in a document
 NAMES = ("Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Tom", "Zoe")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "plums", "shells", "stamps")
 
-GAINS = ("{name} buys {n} {things}.", "{name} finds {n} {things}.", "{name} gets {n} {things} from {other}.")
-LOSSES = ("{name} sells {n} {things}.", "{name} loses {n} {things}.", "{name} gives {n} {things} to {other}.")
-BAGS = ("{name} buys {k} bags of {n} {things}.", "{name} fills {k} boxes with {n} new {things} each.")
-MULTIPLES = ("{other} gives {name} as many {things} again.", "{name} doubles the number of {things}.")
+GAINS = (
+    "{name} buys {n} {things}.",
+    "{name} finds {n} {things}.",
+    "{name} gets {n} {things} from {other}.",
+)
+LOSSES = (
+    "{name} sells {n} {things}.",
+    "{name} loses {n} {things}.",
+    "{name} gives {n} {things} to {other}.",
+)
+BAGS = (
+    "{name} buys {k} bags of {n} {things}.",
+    "{name} fills {k} boxes with {n} new {things} each.",
+)
+MULTIPLES = (
+    "{other} gives {name} as many {things} again.",
+    "{name} doubles the number of {things}.",
+)
 
 
 def make_problem(random: random.Random) -> Example:
@@ -104,7 +118,9 @@ def texts(random: random.Random, seen: set[str]) -> Iterator[str]:
     while True:
         yield "\n".join(itertools.islice(equations, EQUATIONS))
         questions = (problem.question for problem in itertools.islice(stories, STORIES))
-        yield "\n".join(f"{question}\n{' '.join(re.findall('[0-9]+', question))}" for question in questions)
+        yield "\n".join(
+            f"{question}\n{' '.join(re.findall('[0-9]+', question))}" for question in questions
+        )
 
 
 def write_task(out: Path, sizes: ArithmeticConfig) -> None:
@@ -117,14 +133,18 @@ def write_task(out: Path, sizes: ArithmeticConfig) -> None:
     if any(out.iterdir()):
         raise UserError(f"OUT {out}: this folder is not empty; give a new one")
     seen: set[str] = set()
-    test, train, text = (random.Random(f"{sizes.seed} {name}") for name in ("test", "train", "text"))
+    test, train, text = (
+        random.Random(f"{sizes.seed} {name}") for name in ("test", "train", "text")
+    )
     held_out = list(itertools.islice(problems(test, seen), sizes.test))
     trained = list(itertools.islice(problems(train, seen), sizes.train))
     pages = list(itertools.islice(texts(text, seen), sizes.text))
     write_lines(out / "test.jsonl", [problem._asdict() for problem in held_out])
     write_lines(out / "train.jsonl", [problem._asdict() for problem in trained])
     write_lines(out / "text.jsonl", [{"text": page} for page in pages])
-    tokenizer = train_tokenizer([*pages, *(problem.prompt + problem.completion for problem in trained)])
+    tokenizer = train_tokenizer(
+        [*pages, *(problem.prompt + problem.completion for problem in trained)]
+    )
     tokenizer.save_pretrained(out / "tokenizer")
 
 

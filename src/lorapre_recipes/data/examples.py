@@ -11,7 +11,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from lorapre_recipes.config import FinetuneConfig, UserError
-from lorapre_recipes.data.corpus import JSONL_SUFFIX, from_hub, hash_documents, looks_like_hub_name, readable
+from lorapre_recipes.data.corpus import (
+    JSONL_SUFFIX,
+    from_hub,
+    hash_documents,
+    looks_like_hub_name,
+    readable,
+)
 
 IGNORED = -100  # a label that the loss leaves out
 # MetaMathQA's, GSM8K's and MATH's
@@ -55,13 +61,17 @@ def load_examples(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast) ->
     rows = [encode(example, tokenizer) for example in examples]
     rows = [row for row in rows if len(row["input_ids"]) <= config.sequence_length]
     if left_out := len(examples) - len(rows):
-        longer = f"have more than {config.sequence_length} tokens (--sequence-length) and are left out"
+        longer = (
+            f"have more than {config.sequence_length} tokens (--sequence-length) and are left out"
+        )
         print(f"lorapre: {left_out:,} of {len(examples):,} examples {longer}", file=sys.stderr)
     every, step = config.held_out_every, config.sequences_per_step
     train = [row for number, row in enumerate(rows, start=1) if number % every]
     validation = [row for number, row in enumerate(rows, start=1) if number % every == 0]
     if len(train) < step or not validation:
-        have = f"{len(train)} to train on where one step takes {step}, and {len(validation)} held out"
+        have = (
+            f"{len(train)} to train on where one step takes {step}, and {len(validation)} held out"
+        )
         raise UserError(f"--data {config.data}: too few examples, {have}")
     train = train[: len(train) // step * step]  # whole steps
     validation = spaced(validation, config.evaluated(len(validation)))
@@ -82,7 +92,9 @@ def spaced(values: Sequence[T], count: int) -> list[T]:
 
 def as_dataset(rows: Sequence[dict[str, list[int]]]) -> datasets.Dataset:
     """Rows as a dataset."""
-    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in ("input_ids", "labels")})
+    return datasets.Dataset.from_dict(
+        {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
+    )
 
 
 def labels_per_batch(rows: datasets.Dataset, batch_size: int) -> float:
@@ -99,7 +111,9 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerFast) -> dict[str, li
     encoding = tokenizer(example.prompt + example.completion, return_offsets_mapping=True)
     tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
     start = len(example.prompt)
-    labels = [token if end > start else IGNORED for token, (_, end) in zip(tokens, offsets, strict=True)]
+    labels = [
+        token if end > start else IGNORED for token, (_, end) in zip(tokens, offsets, strict=True)
+    ]
     if tokens[-1] != tokenizer.eos_token_id:  # some tokenizers add it
         tokens, labels = [*tokens, tokenizer.eos_token_id], [*labels, IGNORED]
     labels[-1] = tokenizer.eos_token_id
@@ -119,7 +133,9 @@ def read_examples(data: str, split: str = "train") -> Iterator[Example]:
             yield example_of(row, f"--data {data}: row {number}")
     else:
         hub = "a Hugging Face dataset (owner/name or owner/name:config, as openai/gsm8k:main)"
-        raise UserError(f"--data {data}: no such file; give one of JSON lines, or the name of {hub}")
+        raise UserError(
+            f"--data {data}: no such file; give one of JSON lines, or the name of {hub}"
+        )
 
 
 def read_lines(path: Path) -> Iterator[Example]:

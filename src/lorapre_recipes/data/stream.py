@@ -45,7 +45,9 @@ class TokenData:
         """What must be the same when a run goes on, and how many records were skipped so far."""
         return {
             "sha256": self.corpus.fingerprint,
-            "train_sequences": len(self.train) if isinstance(self.train, datasets.Dataset) else None,
+            "train_sequences": len(self.train)
+            if isinstance(self.train, datasets.Dataset)
+            else None,
             "validation_sequences": len(self.validation),
             "skipped": self.corpus.skipped(),
         }
@@ -83,10 +85,14 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
         tokenizer = load_tokenizer(config.tokenizer, length)
     else:
         sample = take_characters(corpus.sample, TOKENIZER_CHARACTERS)
-        tokenizer = for_transformers(cached_tokenizer(sample, corpus.fingerprint, config.vocab_size), length)
+        tokenizer = for_transformers(
+            cached_tokenizer(sample, corpus.fingerprint, config.vocab_size), length
+        )
 
     def encode(documents: Iterable[str]) -> Iterator[Sequence]:
-        return sequences(documents, tokenizer, length, packed=config.packed, vocab_size=config.vocab_size)
+        return sequences(
+            documents, tokenizer, length, packed=config.packed, vocab_size=config.vocab_size
+        )
 
     too_little = UserError(
         f"--data {config.data}: too little text, under {length} tokens to train on or held out "
@@ -96,7 +102,9 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
     if corpus.set_epoch is not None:
         train = TokenStream(corpus, encode)
         # Reading on until a stream's every held-out document is found would take for ever.
-        validation = as_dataset(itertools.islice(encode(corpus.validation), config.eval_sequences), length)
+        validation = as_dataset(
+            itertools.islice(encode(corpus.validation), config.eval_sequences), length
+        )
     else:
         words = hash_documents([tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id)])
         form = f"{length} {config.packed} {config.vocab_size} {words}"
@@ -107,7 +115,9 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
         )
         if len(train) < config.sequences_per_step:
             few, step = f"{len(train)} sequences of {length} tokens", config.sequences_per_step
-            raise UserError(f"--data {config.data}: too little text, {few} where one step takes {step}")
+            raise UserError(
+                f"--data {config.data}: too little text, {few} where one step takes {step}"
+            )
         # An epoch has whole steps, all of one size.
         train = train.select(range(len(train) - len(train) % config.sequences_per_step))
     if len(validation) == 0:

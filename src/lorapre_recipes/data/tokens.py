@@ -38,7 +38,9 @@ def load_tokenizer(
     return tokenizer
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, *, digits: bool = False) -> Tokenizer:
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, *, digits: bool = False
+) -> Tokenizer:
     """Train byte-level BPE: every text can be encoded and decoded without loss.
 
     With `digits`, every digit is a token of its own: all numbers are read alike.
@@ -69,7 +71,9 @@ def for_transformers(tokenizer: Tokenizer, length: int | None = None) -> PreTrai
 
 def writable_cache() -> AbstractContextManager[None]:
     """Raises UserError where the block cannot write the cache."""
-    message = f"the cache {cache_folder()} cannot be written; set LORAPRE_CACHE to a folder that can"
+    message = (
+        f"the cache {cache_folder()} cannot be written; set LORAPRE_CACHE to a folder that can"
+    )
     return user_errors(message, OSError)
 
 

@@ -42,7 +42,10 @@ def memory(weights: Iterable[Weight], settings: Settings, mesh: Mesh = ONE_GPU) 
     transient = step_bytes(settings, weights, mesh)
     if settings.release:  # one gradient at a time, until its weight is updated
         gradients, transient = max(
-            ((weight.held(mesh) * item, step_bytes(settings, [weight], mesh)) for weight in weights),
+            (
+                (weight.held(mesh) * item, step_bytes(settings, [weight], mesh))
+                for weight in weights
+            ),
             key=sum,
         )
     return Memory(

@@ -71,12 +71,16 @@ class Mesh:
         match = _MESH.fullmatch(text)
         if not text or match is None:
             kinds = "fsdp=SHARDS or hsdp=REPLICASxSHARDS, tp=RANKS"
-            raise UserError(f"--mesh {text!r}: write {kinds}, or both with a comma, as in fsdp=128,tp=8")
+            raise UserError(
+                f"--mesh {text!r}: write {kinds}, or both with a comma, as in fsdp=128,tp=8"
+            )
         replicas, tp = int(match["replicas"] or 1), int(match["tp"] or 1)
         return cls(replicas=replicas, shards=int(match["fsdp"] or match["hsdp"] or 1), tp=tp)
 
     def __str__(self) -> str:
-        data = f"fsdp={self.shards}" if self.replicas == 1 else f"hsdp={self.replicas}x{self.shards}"
+        data = (
+            f"fsdp={self.shards}" if self.replicas == 1 else f"hsdp={self.replicas}x{self.shards}"
+        )
         if self.tp == 1:
             return data
         return f"{data},tp={self.tp}" if self.replicas * self.shards > 1 else f"tp={self.tp}"

@@ -71,5 +71,7 @@ def config_of(name: str) -> transformers.PreTrainedConfig:
         raise UserError(f"MODEL {name}: there is no such folder or file")
     missing = f"not built in ({', '.join(BUILT_IN)}), and no config that transformers can read"
     with user_errors(f"MODEL {name}: {missing}", *NOT_LOADED):
-        config: transformers.PreTrainedConfig = AutoConfig.from_pretrained(path if path.exists() else name)
+        config: transformers.PreTrainedConfig = AutoConfig.from_pretrained(
+            path if path.exists() else name
+        )
     return config

@@ -20,9 +20,13 @@ Row = tuple[str, ...]
 def render(name: str, settings: Settings, meshes: Sequence[Mesh] = ()) -> str:
     """The text that `lorapre plan` prints. Raises UserError where that cannot be."""
     if meshes and settings.release:
-        raise UserError("--release: gradients of sharded weights are not released; leave out --mesh")
+        raise UserError(
+            "--release: gradients of sharded weights are not released; leave out --mesh"
+        )
     if len(meshes) > MOST_MESHES:
-        raise UserError(f"--mesh: {MOST_MESHES} fit into a table, not {len(meshes)}; run the command again")
+        raise UserError(
+            f"--mesh: {MOST_MESHES} fit into a table, not {len(meshes)}; run the command again"
+        )
     model = meta_model(name, DTYPES[settings.dtype])
     weights = routed(model, settings)
     for mesh in meshes:

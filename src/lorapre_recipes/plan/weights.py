@@ -141,13 +141,19 @@ def check_mesh(model: PreTrainedModel, weights: Iterable[Weight], mesh: Mesh) ->
     if mesh.tp == 1:
         return
     config, option = model.config.get_text_config(), f"--mesh tp={mesh.tp}"
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(
+        config, "num_attention_heads", 1
+    )
     assert isinstance(heads, int)
     if all(weight.tp_dim is None for weight in weights):
-        raise UserError(f"{option}: transformers has no tensor-parallel plan for {config.model_type}")
+        raise UserError(
+            f"{option}: transformers has no tensor-parallel plan for {config.model_type}"
+        )
     if heads % mesh.tp:
         raise UserError(f"{option}: does not divide the model's {heads} key-value heads")
     for weight in weights:
         if weight.tp_dim is not None and weight.shape[weight.tp_dim] % mesh.tp:
             shape = "x".join(map(str, weight.shape))
-            raise UserError(f"{option}: does not divide dimension {weight.tp_dim} of {weight.name}, {shape}")
+            raise UserError(
+                f"{option}: does not divide dimension {weight.tp_dim} of {weight.name}, {shape}"
+            )

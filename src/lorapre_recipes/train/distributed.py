@@ -95,5 +95,10 @@ def is_lost_contact(error: BaseException) -> bool:
     if not dist.is_initialized() or processes() == 1:
         return False
     # Gloo's are plain RuntimeErrors, and a checkpoint's wraps those of all ranks in its text.
-    gone = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+    gone = (
+        "gloo/transport",
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Timed out waiting",
+    )
     return isinstance(error, dist.DistError) or any(words in str(error) for words in gone)

@@ -56,7 +56,9 @@ def finetune(config: FinetuneConfig, out: Path, **session: Any) -> Summary:
         raise UserError(f"{option}: the model reads at most {longest} tokens")
     if config.gradient_checkpointing:
         old = "gradient_checkpointing_enable"  # before transformers 5.23
-        getattr(base, "activation_checkpointing_enable", getattr(base, old))({"use_reentrant": False})
+        getattr(base, "activation_checkpointing_enable", getattr(base, old))(
+            {"use_reentrant": False}
+        )
     freeze(base, config.freeze)
     model, optimizer = with_optimizer(base, config)
     data = load_examples(config, tokenizer)
@@ -118,7 +120,10 @@ def with_optimizer(
         use_rslora=config.adapter == "rslora",
         use_dora=config.adapter == "dora",
     )
-    with user_errors(f"--method {config.adapter}: peft refuses", ValueError), warnings.catch_warnings():
+    with (
+        user_errors(f"--method {config.adapter}: peft refuses", ValueError),
+        warnings.catch_warnings(),
+    ):
         # peft 0.21 reads an attribute that transformers 5.23 has renamed.
         warnings.simplefilter("ignore", FutureWarning)
         adapted = get_peft_model(model, lora)

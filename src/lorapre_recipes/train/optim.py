@@ -73,8 +73,13 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
     low_rank = config.optimizer in LOW_RANK
     matrices, rest = grouped(model, 1, (), option="--rank", strict=low_rank)
     if not low_rank:
-        matrices = [{"params": group["params"], "lr": config.lr * config.scale} for group in matrices]
-        rest = [{"params": group["params"], "lr": config.lr, "betas": ends_betas(config)} for group in rest]
+        matrices = [
+            {"params": group["params"], "lr": config.lr * config.scale} for group in matrices
+        ]
+        rest = [
+            {"params": group["params"], "lr": config.lr, "betas": ends_betas(config)}
+            for group in rest
+        ]
         return peer(model, matrices, rest, config)
     assert config.rank is not None
     assert config.variant is not None
@@ -95,12 +100,18 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
     if any(group["params"] for group in ends):
         if config.terms == "matrices":
             raise UserError("--rules: embeddings and head are dense for all; give --terms whole")
-        inner = [group | {"params": [x for x in group["params"] if x[1] in known]} for group in matrices]
+        inner = [
+            group | {"params": [x for x in group["params"] if x[1] in known]} for group in matrices
+        ]
         matrices = [group for group in (*ends, *inner) if group["params"]]
     names = ("rank", "variant", "weight_decay", "seed", "stochastic_rounding")
     shared: dict[str, Any] = {name: getattr(config, name) for name in names}
     if config.optimizer == "lorapre-muon":
-        shared |= {"lr": config.lr * config.scale, "momentum": config.momentum, "adjust_lr_fn": ADJUST_LR}
+        shared |= {
+            "lr": config.lr * config.scale,
+            "momentum": config.momentum,
+            "adjust_lr_fn": ADJUST_LR,
+        }
         adamw = {"lr": config.lr, "betas": ends_betas(config), "eps": config.eps}
         adamw |= {"weight_decay": config.weight_decay}
         shared |= {f"adamw_{name}": value for name, value in adamw.items()}
@@ -130,7 +141,9 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
     elif name in (packages := {"galore": "GaLore", "fira": "Fira", "conda": "Conda"}):
         make = package("pytorch_optimizer", packages[name], "pytorch_optimizer")
         # Their state holds objects of this class, and torch.load refuses what it does not know.
-        torch.serialization.add_safe_globals([importlib.import_module(make.__module__).GaLoreProjector])
+        torch.serialization.add_safe_globals(
+            [importlib.import_module(make.__module__).GaLoreProjector]
+        )
         options = {"rank": rank, "update_proj_gap": refresh, "scale": 1.0, "projection_type": "std"}
         chosen = make([group | options for group in matrices], **adam)
     elif name == "adam-mini":
@@ -182,14 +195,21 @@ def ends_betas(config: RunConfig) -> tuple[float, float]:
     return BETAS if config.terms == "matrices" else config.betas
 
 
-def with_ends(model: nn.Module, matrices: Groups, rest: Groups, momentum: float) -> tuple[Groups, Groups]:
+def with_ends(
+    model: nn.Module, matrices: Groups, rest: Groups, momentum: float
+) -> tuple[Groups, Groups]:
     """Groups of SCALE: matrices with embeddings and head, the latter with momentum; and vectors."""
     table, lr = model.get_input_embeddings().weight, matrices[0]["lr"]  # type: ignore[operator]
     ends = [(name, p) for group in rest for name, p in group["params"] if p.ndim == 2]
     vectors = [[(name, p) for name, p in group["params"] if p.ndim < 2] for group in rest]
     own = [{"dim": 0} if p is table else {"momentum": momentum} for _, p in ends]
-    matrices = [*matrices, *({"params": [end], "lr": lr} | own for end, own in zip(ends, own, strict=True))]
-    rest = [group | {"params": params} for group, params in zip(rest, vectors, strict=True) if params]
+    matrices = [
+        *matrices,
+        *({"params": [end], "lr": lr} | own for end, own in zip(ends, own, strict=True)),
+    ]
+    rest = [
+        group | {"params": params} for group, params in zip(rest, vectors, strict=True) if params
+    ]
     return matrices, rest
 
 
@@ -252,7 +272,11 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
         return [tensor for item in value.values() for tensor in tensors_in(item)]
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in tensors_in(item)]
-    return tensors_in(vars(value)) if hasattr(value, "__dict__") and not isinstance(value, type) else []
+    return (
+        tensors_in(vars(value))
+        if hasattr(value, "__dict__") and not isinstance(value, type)
+        else []
+    )
 
 
 def package(module: str, name: str, package: str) -> Any:

@@ -45,7 +45,9 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, **sessi
     )
     if distributed.is_main() and data.facts["skipped"]:
         record_data(data.facts, out / "data.json")
-        print(f"Skipped {data.facts['skipped']:,} corrupt records of --data {config.data}: they hold no text")
+        print(
+            f"Skipped {data.facts['skipped']:,} corrupt records of --data {config.data}: they hold no text"
+        )
     return summary
 
 

@@ -35,7 +35,12 @@ MERGED = "model"
 
 
 def prepare_folder(
-    out: Path, config: RunConfig, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any], *, resume: bool
+    out: Path,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: dict[str, Any],
+    *,
+    resume: bool,
 ) -> None:
     """Make the run folder, or clean one that goes on. Raises UserError where that cannot be."""
     with user_errors(f"--out {out}: this folder cannot be made", OSError):
@@ -99,14 +104,19 @@ def sha256(file: Path) -> str:
 
 def sound_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint without damage, or None. Newer ones are moved to `damaged`, with a line each."""
-    while (checkpoint := last_checkpoint(run)) is not None and (fault := damage(checkpoint)) is not None:
+    while (checkpoint := last_checkpoint(run)) is not None and (
+        fault := damage(checkpoint)
+    ) is not None:
         aside = run / DAMAGED / checkpoint.name
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(exist_ok=True)
         checkpoint.rename(aside)
         before = last_checkpoint(run)
         then = f"the run goes on from {before}" if before else "there is no other checkpoint"
-        print(f"lorapre: {checkpoint} is damaged ({fault}) and was moved to {aside}; {then}", file=sys.stderr)
+        print(
+            f"lorapre: {checkpoint} is damaged ({fault}) and was moved to {aside}; {then}",
+            file=sys.stderr,
+        )
     return checkpoint
 
 
@@ -135,9 +145,13 @@ def load_run(run: Path, kind: type[C]) -> C:
     distributed.join()
     checkpoint = distributed.on_main(lambda: sound_checkpoint(run))
     if checkpoint is None:
-        raise UserError(f"--resume {run}: no checkpoint in this run folder; start again with a new --out")
+        raise UserError(
+            f"--resume {run}: no checkpoint in this run folder; start again with a new --out"
+        )
     if checkpoint_step(checkpoint) >= config.steps and (run / "summary.json").is_file():
-        raise UserError(f"--resume {run}: nothing to do, the run has finished its {config.steps} steps")
+        raise UserError(
+            f"--resume {run}: nothing to do, the run has finished its {config.steps} steps"
+        )
     return config
 
 

@@ -94,7 +94,9 @@ def train(
         processing_class=tokenizer,
         eval_items=eval_items,
     )
-    trainer.optimizer = optimizer  # the constructor refuses one with FSDP; accelerate gives it the shards
+    trainer.optimizer = (
+        optimizer  # the constructor refuses one with FSDP; accelerate gives it the shards
+    )
     trainer.remove_callback(ProgressCallback)
     progress = Progress()
     for callback in (progress, books, *callbacks):
@@ -110,7 +112,9 @@ def train(
     metrics = metrics_of(trainer.state.log_history)
     last = next(row for row in reversed(metrics) if "validation_loss" in row)
     state = coverage(optimizer)
-    adapters = [p for name, p in model.named_parameters() if "lora_" in name]  # what peft calls them
+    adapters = [
+        p for name, p in model.named_parameters() if "lora_" in name
+    ]  # what peft calls them
     adamw_bytes = state.adamw_bytes
     if adapters:  # of the model without them: two moments and a float32 step each
         adamw_bytes = sum(2 * p.nbytes + 4 for p in {*model.parameters()} - {*adapters})
@@ -195,13 +199,19 @@ FSDP = {
 
 def check_machine(config: RunConfig) -> None:
     """Refuse what this machine and these processes cannot do, before any work. Raises UserError."""
-    if config.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    if (
+        config.precision == "bf16"
+        and torch.cuda.is_available()
+        and not torch.cuda.is_bf16_supported()
+    ):
         raise UserError("--precision: this GPU has no bf16; use fp32")
     available = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for logger in config.report_to:
         if logger not in available:
             names = ", ".join(available) or "none"
-            raise UserError(f"--report-to: {logger!r} is unknown or not installed; available here: {names}")
+            raise UserError(
+                f"--report-to: {logger!r} is unknown or not installed; available here: {names}"
+            )
     count = distributed.processes()
     if config.batch_size % count:
         uneven = f"{count} processes cannot share it evenly; start a number of them that divides it"

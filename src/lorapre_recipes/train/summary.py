@@ -31,7 +31,9 @@ class Summary:
     state_bytes: int  # of the process that holds most
     matrix_state_bytes: int  # that of attention and MLP matrices, in this process
     adamw_state_bytes: int  # what torch.optim.AdamW would hold there
-    optimizer_share: float | None  # of a training step's time, in optimizer.step; None in the backward pass
+    optimizer_share: (
+        float | None
+    )  # of a training step's time, in optimizer.step; None in the backward pass
     tokens_per_second: float  # while training; evaluation and checkpoints left out
     peak_bytes: int  # of the process: allocated on its GPU, or else resident
     step_seconds: float  # all training steps together, without evaluation and checkpoints

@@ -144,7 +144,9 @@ class RecipeTrainer(Trainer):
                 old.rename(run / PARTIAL / old.name)  # out of the way before it is incomplete
             shutil.rmtree(run / PARTIAL)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
         """Write what the Trainer writes, but for training_args.bin: a pickle, which nothing here reads."""
         super()._save(output_dir, state_dict)
         folder = output_dir or self.args.output_dir
@@ -192,7 +194,9 @@ class Progress(ProgressCallback):
             initial=state.global_step,
             unit="step",
             dynamic_ncols=True,
-            mininterval=0.2 if Console(stderr=True).is_terminal else 10,  # a log file needs no animation
+            mininterval=0.2
+            if Console(stderr=True).is_terminal
+            else 10,  # a log file needs no animation
         )
         self.current_step = state.global_step
 
@@ -207,11 +211,17 @@ class Progress(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
         if "eval_loss" in logs:
             step = f"{state.global_step:>{len(str(state.max_steps))}}"
-            self.training_bar.write(f"step {step}  validation perplexity {logs['eval_perplexity']:.2f}")
+            self.training_bar.write(
+                f"step {step}  validation perplexity {logs['eval_perplexity']:.2f}"
+            )
 
 
 # Names in metrics.jsonl of what the trainer's history names otherwise.
-RENAMED = {"learning_rate": "lr", "eval_loss": "validation_loss", "eval_perplexity": "validation_perplexity"}
+RENAMED = {
+    "learning_rate": "lr",
+    "eval_loss": "validation_loss",
+    "eval_perplexity": "validation_perplexity",
+}
 METRICS = ("loss", "grad_norm", "step_seconds", "optimizer_seconds", *RENAMED)
 
 

@@ -68,7 +68,9 @@ class Alice(MatrixOptimizer):
         missed = (G.square().sum(0) - low.square().sum(0)).clamp_min(0.0)
         v = state["v"].lerp_(missed, 1 - b1)
         C = (m - r) ** 0.5 * (G - U @ low) / v.sqrt().clamp_min(1e-30)
-        update: Tensor = U @ (M / V.sqrt().add(1e-8)) + group["compensation"] * limited(C, state["limit"])
+        update: Tensor = U @ (M / V.sqrt().add(1e-8)) + group["compensation"] * limited(
+            C, state["limit"]
+        )
         return update
 
 

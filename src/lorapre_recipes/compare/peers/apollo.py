@@ -24,7 +24,9 @@ from lorapre_recipes.compare.peers import MatrixOptimizer, limited
 class Apollo(MatrixOptimizer):
     """State: 2 r n + 1 numbers of a matrix; `mini` has rank 1 and one factor for a matrix."""
 
-    def __init__(self, params: Any, *, rank: int, refresh: int, mini: bool = False, **options: Any) -> None:
+    def __init__(
+        self, params: Any, *, rank: int, refresh: int, mini: bool = False, **options: Any
+    ) -> None:
         super().__init__(params, rank=1 if mini else rank, refresh=refresh, mini=mini, **options)
 
     def update(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
@@ -38,7 +40,9 @@ class Apollo(MatrixOptimizer):
         V = state.setdefault("V", torch.zeros_like(R)).lerp_(R.square(), 1 - b2)
         A = M / (1 - b1**t) / ((V / (1 - b2**t)).sqrt() + group["eps"])
         dim = None if group["mini"] else 0
-        s = torch.linalg.vector_norm(A, dim=dim) / torch.linalg.vector_norm(R, dim=dim).clamp_min(1e-30)
+        s = torch.linalg.vector_norm(A, dim=dim) / torch.linalg.vector_norm(R, dim=dim).clamp_min(
+            1e-30
+        )
         scale = 128.0 if group["mini"] else 1.0
         return limited(scale**0.5 * s * G, state)
 

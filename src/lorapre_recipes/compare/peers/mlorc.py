@@ -47,7 +47,9 @@ class MLorc(MatrixOptimizer):
 
 def directions(X: Tensor, rank: int, step: int) -> Tensor:
     """Omega (q, r): Gaussian, another one at each step."""
-    drawn = torch.randn(X.shape[1], min(rank, *X.shape), generator=torch.Generator().manual_seed(step))
+    drawn = torch.randn(
+        X.shape[1], min(rank, *X.shape), generator=torch.Generator().manual_seed(step)
+    )
     return drawn.to(X)
 
 

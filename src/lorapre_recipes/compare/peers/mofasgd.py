@@ -37,7 +37,9 @@ class MoFaSGD(MatrixOptimizer):
             U, V = state["U"], state["V"]
             GV, one = G @ V, torch.eye(r).to(G)
             corner = group["momentum"] * state["s"].diag() - U.mT @ GV
-            block = torch.cat([torch.cat([corner, one], 1), torch.cat([one, torch.zeros_like(one)], 1)])
+            block = torch.cat(
+                [torch.cat([corner, one], 1), torch.cat([one, torch.zeros_like(one)], 1)]
+            )
             left, R = torch.linalg.qr(torch.cat([U, GV], 1))
             right, L = torch.linalg.qr(torch.cat([V, G.mT @ U], 1))
             P, s, Qt = torch.linalg.svd(R @ block @ L.mT)

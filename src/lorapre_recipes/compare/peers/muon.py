@@ -20,7 +20,9 @@ from lorapre_recipes.compare.peers import MatrixOptimizer
 class StoredMuon(MatrixOptimizer):
     """`store` is "fp32", "bf16" or "8bit"; with momentum 0 nothing is stored."""
 
-    def __init__(self, params: Any, *, momentum: float = 0.95, store: str = "fp32", **options: Any) -> None:
+    def __init__(
+        self, params: Any, *, momentum: float = 0.95, store: str = "fp32", **options: Any
+    ) -> None:
         super().__init__(params, momentum=momentum, store=store, **options)
 
     def update(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
