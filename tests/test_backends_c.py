@@ -218,6 +218,14 @@ class Part(Shards):
         return range(5, 5 + q)
 
 
+LATE = torch.full((2, 1, 1), 1e9)  # so late that a moment is its EMA
+
+
+def stays(E: list[Tensor]) -> Ema:
+    """A moment that is E, whatever the gradient."""
+    return Ema(E, 0.5, LATE[: len(E)], torch.zeros(len(E), dtype=torch.bool))
+
+
 @pytest.mark.parametrize("keyed", [False, True])
 @pytest.mark.parametrize("shards", [Shards(), Part()], ids=["whole", "part"])
 def test_bfloat16_weights_have_the_bits_of_torch_and_of_rounding(keyed: bool, shards: Shards) -> None:
@@ -226,7 +234,7 @@ def test_bfloat16_weights_have_the_bits_of_torch_and_of_rounding(keyed: bool, sh
     wanted = torch.cat([odd, torch.randn(93)]).repeat(2, 37, 1)
     weights, grads = [torch.zeros(37, 101, dtype=BF16) for _ in range(2)], [torch.zeros(37, 101)] * 2
     keys = torch.tensor([0x9ABCDEF0, 0x12345678]) if keyed else None
-    minus = Ema([-x for x in wanted], 0.0, 1.0)  # all of m
+    minus = stays([-x for x in wanted])  # all of m
     T = operand(grads, (37, 101), shards=shards)
     one = {"row": torch.ones(2, 37, 1), "column": torch.ones(2, 1, 101)}
     T.step_(weights, Moments(exp_avg=minus, **one), lr=1.0, decay=0.0, eps=0.0, keys=keys)
@@ -247,7 +255,7 @@ def test_float16_weights_are_rounded_as_torch_rounds(value: float) -> None:
     wanted = torch.tensor([[value, -value, 1.0009765625 * value, math.nan]])
     weight = torch.zeros(1, 4, dtype=F16)
     one = {"row": torch.ones(1, 1, 1), "column": torch.ones(1, 1, 4)}
-    M = Moments(exp_avg=Ema([-wanted], 0.0, 1.0), **one)
+    M = Moments(exp_avg=stays([-wanted]), **one)
     operand([torch.zeros(1, 4)], (1, 4)).step_([weight], M, lr=1.0, decay=0.0, eps=0.0)
     torch.testing.assert_close(weight, wanted.half(), rtol=0, atol=0, equal_nan=True)
 
@@ -374,9 +382,9 @@ def test_why_not_of_memory_that_has_been_freed() -> None:
         {"products": [Factors(torch.zeros(2, 8, 3).double(), torch.zeros(2, 3, 10))], "a": [1.0], "c": [1.0]},
         {"row": torch.zeros(2, 9, 1), "column": torch.zeros(2, 1, 10)},
         {"row": torch.zeros(2, 8, 1), "column": torch.zeros(1, 1, 10)},
-        {"exp_avg": Ema([torch.zeros(8, 9)] * 2, 0.5, 1.0)},
-        {"exp_avg_sq": Ema([torch.zeros(8, 10, dtype=BF16)] * 2, 0.5, 1.0)},
-        {"exp_avg_sq": Ema([torch.zeros(8, 10)], 0.5, 1.0)},
+        {"exp_avg": Ema([torch.zeros(8, 9)] * 2, 0.5, LATE)},
+        {"exp_avg_sq": Ema([torch.zeros(8, 10, dtype=BF16)] * 2, 0.5, LATE)},
+        {"exp_avg_sq": Ema([torch.zeros(8, 10)], 0.5, LATE)},
         {"b": torch.zeros(3, 1, 1)},
     ],
 )  # fmt: skip

@@ -99,10 +99,9 @@ class Problem:
         factors: list[Factors | None] = [Factors(randn(N, p, r), randn(N, r, q)) for _ in range(products)]
         alive = self.alive[:, None, None]
         self.lr, self.decay = torch.where(alive, number(), 0), torch.where(alive, number(), 1)
-        emas = {
-            x: Ema([randn(p, q).square() for _ in range(N)], torch.where(alive, number(), 0), number())
-            for x in ema
-        }
+        t = torch.arange(1.0, N + 1, device=DEVICE).view(-1, 1, 1)
+        finite_ones = self.alive if finite else None
+        emas = {x: Ema([randn(p, q).square() for _ in range(N)], 0.75, t, finite_ones) for x in ema}
         sides = (randn(N, p, 1).square(), randn(N, 1, q).square()) if rest else (None, None)
         self.M = Moments(
             factors, [number() for _ in factors], number(), [number() for _ in factors], number(),

@@ -13,7 +13,7 @@ from lorapre import rounding, sharding
 from lorapre.backends import backend
 from lorapre.gradient import TILE, Ema, Factors, Number, state_dtype, wide
 from lorapre.groups import is_low_rank, matrix_shape, state_shapes
-from lorapre.variants import VARIANTS, State, debias, first_A
+from lorapre.variants import VARIANTS, State, first_A
 
 # Elements of the factors that a batch stacks; those of one weight may be more. On GPUs, where calls
 # cost more than memory, all weights of a shape share the launches of a step.
@@ -64,8 +64,8 @@ class Batch:
             dtype=wide(weight.dtype), shards=sharding.shards(weight, flatten),
         )  # fmt: skip
 
-    def begin(self, betas: tuple[float, float] = (0.0, 0.0)) -> None:
-        """Count the step, and read the state; `betas` are those of moments kept in full."""
+    def begin(self) -> None:
+        """Count the step, and read the state."""
         steps = self._tensors["step"]
         self.t = self._per_matrix(torch.stack(steps) + 1).to(
             torch.float32 if self.rank else self.T.dtype
@@ -92,10 +92,10 @@ class Batch:
                 "v_row": self._read("v_row")[..., None],
                 "v_col": self._read("v_col")[:, None],
             }
-        for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True):
+        for k, name in enumerate(("exp_avg", "exp_avg_sq")):
             if name in self._tensors:
                 E = self._matrices(self._tensors[name], written=True)
-                fields[name] = Ema(E, self.unless_skipped(1 - beta, 0.0), 1 / debias(beta, self.t))
+                fields[name] = Ema(E, self.group["betas"][k], self.t, self.T.finite)
         self.state = State(**fields)
 
     def store(self, new: State) -> None:

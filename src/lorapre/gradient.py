@@ -1,4 +1,4 @@
-"""The gradient as an operand, and the update that it takes part in: all that touches a gradient.
+"""The gradient as an operand, and the update that it takes part in: all that touches one.
 
 N same-shaped gradients are one operand T (N, p, q) with three primitives: `T @ X`, `L @ T` and
 `T.step_`. Here they are operations of torch on a few rows at a time, so that nothing of the size of
@@ -8,7 +8,6 @@ a weight is ever formed. `lorapre.backends` has the same three in C and in Trito
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from ctypes import c_float
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -35,11 +34,24 @@ class Factors(NamedTuple):
 
 
 class Ema(NamedTuple):
-    """A moment kept in full: E <- E + rate (x - E), in place; rate is 0 where a step is skipped."""
+    """A moment kept in full: E <- beta E + (1 - beta) x, in place, corrected for its zero start."""
 
     E: Sequence[Tensor]  # N of (p, q)
-    rate: Number
-    scale: Number  # the moment is scale E
+    beta: float
+    t: Tensor  # (N, 1, 1), the number of the step
+    finite: Tensor | None = None  # (N,), False where E stays; None is True everywhere
+
+    @property
+    def rate(self) -> Number:
+        """How far E moves towards x."""
+        if self.finite is None:
+            return 1 - self.beta
+        return self.finite[:, None, None] * (1 - self.beta)
+
+    @property
+    def scale(self) -> Tensor:
+        """The moment is scale E."""
+        return 1 / debias(self.beta, self.t)
 
 
 class Moments(NamedTuple):
@@ -150,8 +162,7 @@ class Gradient:
             The means of T**2 over the rows (N, p, 1) and over the columns (N, 1, q).
         """
         eps = max(eps, TINY)
-        fused = not means and keys is None and self._fused_step_(weights, M, lr, decay, eps)
-        sums = None if fused else self._step_(weights, M, lr, decay, eps, keys, means)
+        sums = self._step_(weights, M, lr, decay, eps, keys, means)
         if not torch.compiler.is_compiling():  # autograd then refuses a graph of the old weights
             torch.autograd.graph.increment_version(weights)
         return sums and (self.sum_q(sums[0].div_(self.q)), self.sum_p(sums[1].div_(self.p)))
@@ -206,7 +217,9 @@ class Gradient:
         """`step_`, with the sums of T**2 over what is held here."""
         rows = torch.zeros(len(self), self.held[0], 1, dtype=torch.float32, device=self.device)
         columns = torch.zeros(len(self), 1, self.held[1], dtype=torch.float32, device=self.device)
-        for n, i in self._tiles():
+        kernel = self._has_adamw(weights, M, lr, decay)
+        single = kernel and self._as_it_is and all(w.dtype == torch.float32 for w in weights)
+        for n, i in self._tiles(whole=single):
             g = self._tile(n, i).to(self.dtype)
             g = g * self.scale if self.scale != 1 else g
             if sums:
@@ -214,41 +227,25 @@ class Gradient:
                 rows[n, i] += square.sum(-1, keepdim=True)
                 columns[n] += square.sum(-2, keepdim=True)
                 del square
-            m, v = moments(M, n, i, g)
             w = read(weights, n, i).to(self.dtype)
-            self._move_(w, m.div_(v.sqrt_().add_(eps)), at(lr, n), at(decay, n))
+            if kernel:
+                adamw_(w, g, M, n, i, float(lr), float(decay), eps)
+            else:
+                m, v = moments(M, n, i, g)
+                self._move_(w, m.div_(v.sqrt_().add_(eps)), at(lr, n), at(decay, n))
             self._store_(weights, n, i, w, keys)
         return (rows, columns) if sums else None
 
-    def _fused_step_(
-        self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float
+    def _has_adamw(
+        self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number
     ) -> bool:
-        """AdamW in one pass by torch's own kernel; False, and nothing, where it cannot."""
-        if M.exp_avg is None or M.exp_avg_sq is None or self.absolute or abs(self.scale) != 1:
-            return False
-        tensors = [*weights, *self.grads, *M.exp_avg.E, *M.exp_avg_sq.E]
-        if not (all(map(_plain, tensors)) and all(map(at_hand, self.grads))):
-            return False
-        members = zip(weights, self.grads, M.exp_avg.E, M.exp_avg_sq.E, strict=True)
-        for k, (w, g, m, v) in enumerate(members):
-            if self.finite is not None and not self.finite[k]:
-                continue
-            numbers = (lr, decay, *M.exp_avg[1:], *M.exp_avg_sq[1:])
-            own_lr, keep, rate1, scale1, rate2, scale2 = (
-                c_float(float(at(x, slice(k, k + 1)))).value for x in numbers
-            )
-            # The scales become part of lr and eps; after infinite time torch has no correction of
-            # its own.
-            root, forever = scale2**0.5, torch.full((), math.inf, dtype=torch.float32, device="cpu")
-            size = own_lr * scale1 / root
-            if size == 0:
-                w.mul_(keep)
-            torch._fused_adamw_(
-                [w], [g], [m], [v], [], [forever], lr=size, beta1=1 - rate1, beta2=1 - rate2,
-                weight_decay=(1 - keep) / size if size else 0.0, eps=eps / root, amsgrad=False,
-                maximize=self.scale < 0,
-            )  # fmt: skip
-        return True
+        """Whether torch's fused AdamW takes the step: both moments in full, on a CPU."""
+        return (
+            M.exp_avg is not None
+            and M.exp_avg_sq is not None
+            and not any(isinstance(x, Tensor) and x.ndim for x in (lr, decay))
+            and all(at_hand(x) and x.is_contiguous() for x in (*weights, *self.grads))
+        )
 
     @property
     def _as_it_is(self) -> bool:
@@ -317,12 +314,36 @@ def moments(M: Moments, n: slice, i: slice, g: Tensor) -> tuple[Tensor, Tensor]:
     return m, v
 
 
+def adamw_(
+    w: Tensor, g: Tensor, M: Moments, n: slice, i: slice, lr: float, decay: float, eps: float
+) -> None:
+    """The step of rows i of members n, w and g (n, i, q), by torch's kernel: one pass over memory."""
+    first, second = M.exp_avg, M.exp_avg_sq
+    assert first is not None and second is not None
+    moments = [read(ema.E, n, i) for ema in (first, second)]
+    lists = [list(x.unbind()) for x in (w, g, *moments)]
+    if lr == 0:
+        w.mul_(decay)
+    weight_decay = (1 - decay) / lr if lr else 0.0
+    torch._fused_adamw_(
+        *lists, [], list(first.t[n].view(-1).float().unbind()), lr=lr, beta1=first.beta,
+        beta2=second.beta, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
+    for ema, moment in zip((first, second), moments, strict=True):
+        write_(ema.E, n, i, moment)
+
+
 def _moved(ema: Ema, n: slice, i: slice, x: Tensor) -> Tensor:
     """The moment (n, i, q) once its EMA has moved towards x."""
     E, rate = read(ema.E, n, i).to(x.dtype), at(ema.rate, n)
     add_(E.mul_(1 - rate), rate, x)  # not a difference, which is no number where both are infinite
     write_(ema.E, n, i, E)
     return E * at(ema.scale, n)
+
+
+def debias(beta: float, t: Tensor) -> Tensor:
+    """1 - beta**t, exact for beta near one: what an EMA from zero has gathered after t steps."""
+    return -torch.expm1(t * math.log(max(beta, 1e-300)))
 
 
 def add_(out: Tensor, weight: Number, x: Tensor, y: Tensor | None = None) -> None:
@@ -365,13 +386,8 @@ def at(x: Number, n: slice) -> Number:
 
 def at_hand(x: Tensor) -> bool:
     """Whether the host may look at numbers, without a wait for a GPU or a break of a graph."""
-    return type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether x is what torch's fused AdamW takes on a CPU."""
-    plain = type(x) in (Tensor, Parameter) and x.is_cpu and x.is_contiguous()
-    return plain and x.dtype == torch.float32
+    plain = type(x) in (Tensor, Parameter)
+    return plain and x.is_cpu and not torch.compiler.is_compiling()
 
 
 def _product(X: Tensor, Y: Tensor) -> Tensor:

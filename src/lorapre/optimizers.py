@@ -2,8 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from lorapre.linalg import exact_products, lr_factor, newton_schulz
 from lorapre.variants import VARIANTS, dense, muon
 
 __all__ = ["LoRAPreAdamW", "LoRAPreMuon"]
+
+Part: TypeAlias = tuple[dict[str, Any], Sequence[int]]
 
 
 class LoRAPreOptimizer(Optimizer):
@@ -50,20 +52,25 @@ class LoRAPreOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        parts, first = [], 0
-        for group in self.param_groups:
-            parts.append((group, range(first, first + len(group["params"]))))
-            first += len(group["params"])
-        self._step(parts)
+        for batch in self._batches(self._parts()):
+            with exact_products(batch.T.device):
+                self._update(batch)
         return loss
 
-    @torch.no_grad()
-    def _step(self, parts: Sequence[tuple[dict[str, Any], Sequence[int]]]) -> None:
-        """Step groups, or copies of groups with fewer parameters.
+    def _parts(self) -> Iterator[Part]:
+        """All groups, with the positions of their parameters among all of the optimizer."""
+        first = 0
+        for group in self.param_groups:
+            yield group, range(first, first + len(group["params"]))
+            first += len(group["params"])
+
+    def _batches(self, parts: Iterable[Part]) -> Iterator[Batch]:
+        """What has a gradient, once all of it has been checked.
 
         Args:
-            parts: (group, positions of its parameters among all of the optimizer) pairs.
+            parts: groups, or copies of groups with fewer parameters, and the positions of these.
         """
+        parts = list(parts)
         for group, _ in parts:
             self._check_step(group)
         for group, positions in parts:
@@ -73,33 +80,27 @@ class LoRAPreOptimizer(Optimizer):
             self._init_group(group, weights, grads, state)
             places = [i for i, p in zip(positions, group["params"], strict=True) if _waits(p)]
             for batch in batches(group, weights, grads, state, places):
-                with exact_products(batch.T.device):
-                    self._update(batch)
+                yield batch
                 if batch.slow is not None:
                     self._say(batch.slow)
 
     def _update(self, batch: Batch) -> None:
-        """Step the weights of a batch."""
-        raise NotImplementedError
-
-    def _adam(
-        self, batch: Batch, *, lr: float | Tensor, scale: float, betas: tuple[float, float],
-        eps: float, weight_decay: float,
-    ) -> None:  # fmt: skip
-        """Algorithm 1, or AdamW where there are no factors."""
-        batch.begin(betas)
-        decay = batch.unless_skipped(1 - lr * weight_decay, 1.0)
-        rate = batch.unless_skipped(lr * scale, 0.0)
-
+        """Step a batch by Algorithm 1, or by AdamW where it has no factors."""
+        group, T = batch.group, batch.T
+        batch.begin()
+        lr = _lr(group)
+        rate = batch.unless_skipped(lr * group["scale"] if batch.rank else lr, 0.0)
+        decay = batch.unless_skipped(1 - lr * group["weight_decay"], 1.0)
         means = batch.state.v_row is not None
 
         def apply(M: Moments) -> tuple[Tensor, Tensor] | None:
-            return batch.T.step_(
-                batch.weights, M, lr=rate, decay=decay, eps=eps, keys=batch.keys, means=means
-            )
+            return T.step_(
+                batch.weights, M, lr=rate, decay=decay, eps=group["eps"], keys=batch.keys,
+                means=means,
+            )  # fmt: skip
 
-        variant = VARIANTS[batch.group["variant"]].adam if batch.rank else dense
-        batch.store(variant(batch.state, batch.T, batch.t, *betas, apply))
+        variant = VARIANTS[group["variant"]].adam if batch.rank else dense
+        batch.store(variant(batch.state, T, batch.t, *group["betas"], apply))
 
     def _check_step(self, group: dict[str, Any]) -> None:
         """Raise a RuntimeError for what cannot be stepped, before anything is written."""
@@ -314,13 +315,6 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         )  # fmt: skip
         super().__init__(params, defaults)
 
-    def _update(self, batch: Batch) -> None:
-        group = batch.group
-        self._adam(
-            batch, lr=_lr(group), scale=group["scale"] if batch.rank else 1.0, betas=group["betas"],
-            eps=group["eps"], weight_decay=group["weight_decay"],
-        )  # fmt: skip
-
 
 class LoRAPreMuon(LoRAPreOptimizer):
     """Muon whose momentum lives as low-rank factors B (p, r), A (r, q) (paper, Algorithm 2).
@@ -412,37 +406,40 @@ class LoRAPreMuon(LoRAPreOptimizer):
         super().add_param_group(param_group)
 
     def _update(self, batch: Batch) -> None:
-        group, lr = batch.group, _lr(batch.group)
+        group, T = batch.group, batch.T
         if not batch.rank:
-            weight_decay = group["weight_decay"]
-            if group["rank"] is not None and group["adamw_weight_decay"] is not None:
-                weight_decay = group["adamw_weight_decay"]
-            self._adam(
-                batch, lr=lr * group["dense_ratio"], scale=1.0, betas=group["adamw_betas"],
-                eps=group["adamw_eps"], weight_decay=weight_decay,
-            )  # fmt: skip
+            batch.group = _dense(group)
+            super()._update(batch)
             return
         batch.begin()
-        rate = batch.unless_skipped(
-            lr * lr_factor(group["adjust_lr_fn"], batch.T.p, batch.T.q), 0.0
-        )
+        lr = _lr(group)
+        rate = batch.unless_skipped(lr * lr_factor(group["adjust_lr_fn"], T.p, T.q), 0.0)
         decay = batch.unless_skipped(1 - lr * group["weight_decay"], 1.0)
 
         def orthogonalise(X: Tensor) -> Tensor:
             return newton_schulz(X, group["ns_coefficients"], group["ns_steps"], group["eps"])
 
         def apply(M: Moments) -> None:
-            batch.T.orthogonal_step_(
+            T.orthogonal_step_(
                 batch.weights, M, orthogonalise, lr=rate, decay=decay, keys=batch.keys
             )
 
         follow = VARIANTS[group["variant"]].follow
-        batch.store(muon(batch.state, batch.T, group["momentum"], group["nesterov"], follow, apply))
+        batch.store(muon(batch.state, T, group["momentum"], group["nesterov"], follow, apply))
 
 
 def _waits(p: Tensor) -> bool:
     """Whether p has a gradient to step; a released gradient counts as missing."""
     return p.grad is not None and not hasattr(p.grad, "lorapre_released")
+
+
+def _dense(group: dict[str, Any]) -> dict[str, Any]:
+    """The options of dense weights in a group of Muon, in AdamW's names."""
+    weight_decay = group["weight_decay"]
+    if group["rank"] is not None and group["adamw_weight_decay"] is not None:
+        weight_decay = group["adamw_weight_decay"]
+    own = {"lr": _lr(group) * group["dense_ratio"], "weight_decay": weight_decay}
+    return {**group, **own, "betas": group["adamw_betas"], "eps": group["adamw_eps"]}
 
 
 def _lr(group: dict[str, Any]) -> float | Tensor:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lorapre import sharding
+from lorapre.linalg import exact_products
 from lorapre.optimizers import LoRAPreOptimizer
 
 __all__ = ["GradientRelease", "gradient_release"]
@@ -175,7 +176,9 @@ class _Update:
         number, index = self.place
         position = sum(len(group["params"]) for group in groups[:number]) + index
         group = {**groups[number], "params": [p], "param_names": [self.name], "matrices": False}
-        optimizer._step([(group, [position])])
+        with torch.no_grad(), exact_products(p.device):
+            for batch in optimizer._batches([(group, [position])]):
+                optimizer._update(batch)
         groups[number]["made_for"] = group["made_for"]
         p.grad = Released(p, self.name)
 

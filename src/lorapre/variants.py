@@ -12,14 +12,13 @@ Shapes, of N matrices at a time: B (N, p, r), A (N, r, q), T (N, p, q), v_row (N
 v_col (N, 1, q).
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lorapre.gradient import Ema, Factors, Gradient, Moments, Number
+from lorapre.gradient import Ema, Factors, Gradient, Moments, Number, debias
 from lorapre.linalg import DAMPING, TINY, damped_root, gauge_, local, matmul, norm, orth_, probe
 
 Means: TypeAlias = tuple[Tensor, Tensor] | None
@@ -171,11 +170,6 @@ def with_means(s: State, means: Means, beta2: float) -> State:
         return s
     row, col = (x.clamp(max=torch.finfo(x.dtype).max) for x in means)
     return s._replace(v_row=s.v_row.lerp(row, 1 - beta2), v_col=s.v_col.lerp(col, 1 - beta2))
-
-
-def debias(beta: float, t: Tensor) -> Tensor:
-    """1 - beta**t, exact for beta near one: what an EMA from zero has gathered after t steps."""
-    return -torch.expm1(t * math.log(max(beta, 1e-300)))
 
 
 def debiased(beta: float, t: Tensor) -> Tensor:
