@@ -42,10 +42,11 @@ COLUMNS = [
     Column("ms", "ms", ".1f"),
     Column("min_ms", "min", ".1f"),
     Column("spread", "spread", ".0%"),
-    Column("ratio", "x AdamW", ".2f"),
+    Column("ratio", "x foreach", ".2f"),
+    Column("ratio_fused", "x fused", ".2f"),
     Column("ratio_muon", "x Muon", ".2f"),
 ]
-AGAINST = {"ratio": "AdamW (foreach)", "ratio_muon": "Muon"}
+AGAINST = {"ratio": "AdamW (foreach)", "ratio_fused": "AdamW (fused)", "ratio_muon": "Muon"}
 
 app = App(help=__doc__)
 
@@ -105,7 +106,7 @@ def main(
     for key, name in AGAINST.items():
         base = next((row["ms"] for row in rows if row["optimizer"] == name and "ms" in row), None)
         for row in rows:
-            compared = key == "ratio" or "Muon" in row["optimizer"]
+            compared = key != "ratio_muon" or "Muon" in row["optimizer"]
             row[key] = row["ms"] / base if base and compared and "ms" in row else None
     elements = sum(p * q for p, q in shapes)
     Result(

@@ -61,7 +61,7 @@ def rows_of(result: dict[str, Any], name: str) -> list[dict[str, Any]]:
 def test_step_time(bench: Bench, tmp_path: Path, dtype: str) -> None:
     arguments = ("--model", "48x64", "--ranks", "2", "4", "--rounds", "2", "--dtype", dtype)
     result, printed = bench("step_time", *arguments)
-    check(result, printed, "ms", "min_ms", "spread", "ratio")
+    check(result, printed, "ms", "min_ms", "spread", "ratio", "ratio_fused")
     for name in ("LoRA-Pre", "AdamW (", "Muon"):
         assert {"ms" in row for row in rows_of(result, name)} == {True}
     assert rows_of(result, "MoFaSGD")[0]["reason"] == "no package"

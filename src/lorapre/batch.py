@@ -74,9 +74,8 @@ class Batch:
             finite = self._finite()
             self.T.finite = self._per_matrix(finite).view(-1)
             torch._foreach_add_(steps, list(finite.to(steps[0].dtype).unbind()))
-            torch._foreach_add_(
-                self._tensors["skipped"], list((~finite).to(steps[0].dtype).unbind())
-            )
+            skipped = (~finite).to(steps[0].dtype)
+            torch._foreach_add_(self._tensors["skipped"], list(skipped.unbind()))
         else:
             torch._foreach_add_(steps, 1)
         self.keys: Tensor | None = None
@@ -88,10 +87,8 @@ class Batch:
             if f"{name}_B" in self._tensors
         }
         if "v_row" in self._tensors:
-            fields |= {
-                "v_row": self._read("v_row")[..., None],
-                "v_col": self._read("v_col")[:, None],
-            }
+            fields["v_row"] = self._read("v_row")[..., None]
+            fields["v_col"] = self._read("v_col")[:, None]
         for k, name in enumerate(("exp_avg", "exp_avg_sq")):
             if name in self._tensors:
                 E = self._matrices(self._tensors[name], written=True)
@@ -227,9 +224,8 @@ def _overlap(weights: Sequence[Tensor]) -> bool:
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of a tile for the next one, instead of paging it in anew.
 
-    From then on: it gives back what is free above twice the largest block that the process has
-        mapped and
-    unmapped so far. This one, never touched, is of the size of all tiles that a step has at a time.
+    glibc gives back what is free above twice the largest block that the process has mapped and
+    unmapped so far. This block, never touched, has the size of all tiles that a step holds.
     """
     torch.empty(2**23 - 2**12, dtype=torch.uint8, device="cpu")
 
@@ -246,8 +242,7 @@ def start_state(
     for stream, name in enumerate(("m_A", "v_A")):
         if name in shapes and p.numel():
             T = Batch(group, [Member(p, sharding.gradient(p), {}, 0)]).T
-            A = first_A(
-                start, abs(T) if name == "v_A" else T, shapes[name][-2], 4 * group["seed"] + stream
-            )
-            sharding.local(state[name]).copy_(A.view_as(sharding.local(state[name])))
+            target, r = (abs(T) if name == "v_A" else T), shapes[name][-2]
+            local = sharding.local(state[name])
+            local.copy_(first_A(start, target, r, 4 * group["seed"] + stream).view_as(local))
     return state

@@ -5,14 +5,14 @@ keep tensors of its own beside them, which are carried along.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorapre import sharding
 from lorapre.gradient import state_dtype
-from lorapre.groups import is_low_rank, state_shapes
+from lorapre.groups import is_low_rank, names_of, state_shapes
 
 # What state_dict saves. A release that changes it counts this up and reads the older ones;
 # tests/data has a checkpoint of each. It is an option of every group, since
@@ -43,6 +43,19 @@ def check_format(saved: Sequence[Mapping[str, Any]]) -> None:
             f"state_dict has state format {found}, of a newer lorapre; this one reads formats up "
             f"to {STATE_FORMAT}: update lorapre"
         )
+
+
+def check_step(group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Raise a RuntimeError for what cannot be stepped, before anything is written."""
+    if group["matrices"] and all(p.ndim < 2 for p in group["params"]):
+        # Between construction and here, DeepSpeed puts one vector in the place of all weights of a
+        # group.
+        raise RuntimeError(
+            "the matrices of a group have been replaced by flat vectors, as DeepSpeed ZeRO does; "
+            f"{sharding.REMEDY}"
+        )
+    for p, name in zip(group["params"], names_of(group), strict=True):
+        check_weight(p, state.get(p, {}), group, name)
 
 
 def check_weight(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name: str) -> None:
@@ -169,22 +182,47 @@ def check_fit(
         )
 
 
-def restored(
-    p: Tensor, flatten: bool, saved: Mapping[str, Any], cast: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The state of p from what was saved, ours in its own dtype.
+class Saved(NamedTuple):
+    """What was saved of a parameter."""
 
-    torch has cast all but "step" to the dtype of p.
+    p: Tensor
+    flatten: bool  # as in its group
+    state: Mapping[str, Any]
+
+
+def checked(
+    state_dict: dict[str, Any], groups: list[dict[str, Any]]
+) -> tuple[dict[str, Any], list[Saved]]:
+    """A state_dict in the order of our groups, with the options to go on with, and its parts.
+
+    Raises:
+        ValueError: it does not fit the groups.
+    """
+    theirs = state_dict["param_groups"]
+    check_format(theirs)
+    if [len(g["params"]) for g in theirs] != [len(g["params"]) for g in groups]:
+        return state_dict, []  # torch refuses, with its own message
+    theirs, found = matched(theirs, groups), []
+    for saved, group in zip(theirs, groups, strict=True):
+        for p, key, name in zip(group["params"], saved["params"], names_of(group), strict=True):
+            state = state_dict["state"].get(key)
+            check_fit(saved, state, group, p, name)
+            if state is not None:
+                found.append(Saved(p, group["flatten"], state))
+    options = [merged(*pair) for pair in zip(theirs, groups, strict=True)]
+    return {**state_dict, "param_groups": options}, found
+
+
+def restored(saved: Saved, cast: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a parameter, ours in its own dtype: torch has cast all but "step" to that of p.
 
     Args:
-        p: the weight.
-        flatten: as in the group of p.
         saved: as it is in the state_dict.
         cast: as torch has loaded it; the keys of others are left like that.
     """
-    state = dict(cast)
-    for name in OURS.intersection(saved):
-        value = torch.as_tensor(saved[name])
+    state, p = dict(cast), saved.p
+    for name in OURS.intersection(saved.state):
+        value = torch.as_tensor(saved.state[name])
         value = value.to(device=p.device, dtype=state_dtype(p, name), copy=True)
-        state[name] = sharding.place(p, flatten, name, value)
+        state[name] = sharding.place(p, saved.flatten, name, value)
     return state

@@ -236,9 +236,7 @@ class Gradient:
             self._store_(weights, n, i, w, keys)
         return (rows, columns) if sums else None
 
-    def _has_adamw(
-        self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number
-    ) -> bool:
+    def _has_adamw(self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number) -> bool:
         """Whether torch's fused AdamW takes the step: both moments in full, on a CPU."""
         return (
             M.exp_avg is not None
@@ -317,20 +315,20 @@ def moments(M: Moments, n: slice, i: slice, g: Tensor) -> tuple[Tensor, Tensor]:
 def adamw_(
     w: Tensor, g: Tensor, M: Moments, n: slice, i: slice, lr: float, decay: float, eps: float
 ) -> None:
-    """The step of rows i of members n, w and g (n, i, q), by torch's kernel: one pass over memory."""
+    """Step rows i of members n, w and g (n, i, q), by torch's kernel: one pass over memory."""
     first, second = M.exp_avg, M.exp_avg_sq
     assert first is not None and second is not None
-    moments = [read(ema.E, n, i) for ema in (first, second)]
-    lists = [list(x.unbind()) for x in (w, g, *moments)]
+    m, v = read(first.E, n, i), read(second.E, n, i)
     if lr == 0:
         w.mul_(decay)
     weight_decay = (1 - decay) / lr if lr else 0.0
     torch._fused_adamw_(
-        *lists, [], list(first.t[n].view(-1).float().unbind()), lr=lr, beta1=first.beta,
-        beta2=second.beta, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+        w.unbind(), g.unbind(), m.unbind(), v.unbind(), [], first.t[n].view(-1).float().unbind(),
+        lr=lr, beta1=first.beta, beta2=second.beta, weight_decay=weight_decay, eps=eps,
+        amsgrad=False, maximize=False,
     )  # fmt: skip
-    for ema, moment in zip((first, second), moments, strict=True):
-        write_(ema.E, n, i, moment)
+    write_(first.E, n, i, m)
+    write_(second.E, n, i, v)
 
 
 def _moved(ema: Ema, n: slice, i: slice, x: Tensor) -> Tensor:

@@ -39,12 +39,10 @@ class Operand(Protocol):
 
 @contextlib.contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Products of float32 in float32: no autocast, no TF32, no bfloat16.
+    """Products of float32 in float32: no autocast, no TF32, no bfloat16, which models may use.
 
-    Users allow those for their models.
-
-    Gram matrices and the systems they make are off by more than their damping in less. A graph of
-    torch.compile keeps the setting of the process.
+    In less precision Gram matrices are off by more than their damping. A graph of torch.compile
+    keeps the setting of the process.
     """
     if torch.compiler.is_compiling():
         with torch.autocast(device.type, enabled=False):
@@ -73,10 +71,9 @@ def matmul(X: Tensor, Y: Tensor) -> Tensor:
 def inverse_root(G: Tensor) -> Tensor:
     """R = C^-1 (N, r, r), lower triangular, of the Cholesky factor C of G = C C^T: R^T R = G^-1.
 
-    Applied as R^T (R X) it is as stable as substitution, since the errors of both products lie
-    where G is nearly singular; R^T R formed explicitly is not. Large G are taken by halves, so that
-    most of the work is
-    products of matrices: libraries solve triangular systems at a fraction of their speed.
+    Applied as R^T (R X) it is as stable as substitution: the errors of both products lie where G is
+    nearly singular. R^T R formed explicitly is not. Large G are taken by halves, so that most of
+    the work is products of matrices: libraries solve triangular systems at a fraction of the speed.
     """
     r = G.shape[-1]
     if r <= 128:
@@ -98,9 +95,7 @@ def inverse_root(G: Tensor) -> Tensor:
 
 
 def damped_root(G: Tensor, least: float | Tensor = 0.0) -> Tensor:
-    """R (N, r, r) with R^T R = (G + lambda I)^-1.
-
-    Lambda is 1e-6 trace(G), or `least` where that is more.
+    """R (N, r, r) with R^T R = (G + lambda I)^-1, lambda = max(1e-6 trace(G), least).
 
     The smallest normal number on top lets the all-zero Gram matrix of the first step solve to zero.
     """
@@ -147,12 +142,11 @@ def orth_(Y: Tensor, T: Operand) -> Tensor:
     """Make the columns of Y (N, p, r), r <= p, an orthonormal basis of their span, in place.
 
     Cholesky QR three times: twice with a shift, so that columns which almost depend on each other
-        survive,
-    then without one. The second is left out where the first has lost less than half of every
-    direction: the condition of Y is below 1.5 then. Where Y has lost rank (a gradient of rank below
-        r, an expert with few
-    tokens), the free columns become directions in general position, orthogonal to the span.
-    It needs no more than Y^T Y, so the rows of Y may be spread over processes.
+    survive, then without one. The second is left out where the first has lost less than half of
+    every direction: the condition of Y is below 1.5 then. Where Y has lost rank (a gradient of rank
+    below r, an expert with few tokens), the free columns become directions in general position,
+    orthogonal to the span. It needs no more than Y^T Y, so the rows of Y may be spread over
+    processes.
     """
     r = Y.shape[-1]
     size = T.sum_p(largest(Y))
@@ -162,9 +156,8 @@ def orth_(Y: Tensor, T: Operand) -> Tensor:
     # After the first pass Y^T Y = I - shift R R^T: the squared lengths of the rows of R tell what
     # is lost of each column, nothing where it has survived and all of it where Y has lost rank.
     lost = shift * _whiten_(Y, T, shift)
-    if T.spread or not _everywhere(
-        lost.sum(-1) < 0.5
-    ):  # a collective too few would be waited for for ever
+    # Processes that differ in their answer would wait for one another for ever.
+    if T.spread or not _everywhere(lost.sum(-1) < 0.5):
         Y.addcmul_(4e-5 * lost, waves(Y.mT, T.rows, T.p).mT)
         _whiten_(Y, T, 16 * EPS)
     _whiten_(Y, T, EPS)
@@ -180,9 +173,8 @@ def _whiten_(Y: Tensor, T: Operand, shift: float) -> Tensor:
     G.diagonal(dim1=-2, dim2=-1).add_(shift)
     R = inverse_root(G)
     U = (R * scale).mT
-    for rows in torch.split(
-        Y, max(64, 2**18 // Y.shape[-1]), -2
-    ):  # in parts, so that no second Y is needed
+    height = max(64, 2**18 // Y.shape[-1])
+    for rows in torch.split(Y, height, -2):  # in parts, so that no second Y is needed
         rows.copy_(matmul(rows, U))
     return R.square().sum(-1)[:, None]
 
@@ -224,11 +216,8 @@ def waves(like: Tensor, places: range | Tensor, total: int) -> Tensor:
     # dearest part of a step at small ranks.
     fine, device = 64, like.device
     coarse = 1 + places.start + fine * torch.arange(-(-len(places) // fine), device=device)
-    turns = (
-        torch.arange(1, like.shape[-2] + 1, dtype=torch.float64, device=device)
-        .mul_(math.sqrt(2))
-        .frac_()
-    )
+    number = torch.arange(1, like.shape[-2] + 1, dtype=torch.float64, device=device)
+    turns = number.mul_(math.sqrt(2)).frac_()
     x = torch.outer(turns, coarse.double()).frac_().mul_(2 * math.pi)[:, :, None]
     y = torch.outer(turns, torch.arange(fine, device=device).double()).mul_(2 * math.pi)[:, None]
     size = math.sqrt(2 / total)
@@ -256,7 +245,7 @@ def newton_schulz(
     a, b, c = coefficients
     single = (
         M.ndim == 3 and len(M) == 1
-    )  # products of two matrices are faster than those of batches of one
+    )  # products of two matrices are faster than those of batches
     X = (M[0] if single else M).to(dtype)
     add_product = torch.addmm if X.ndim == 2 else torch.baddbmm
     tall = M.shape[-2] > M.shape[-1]
@@ -275,8 +264,6 @@ def lr_factor(adjust_lr_fn: str | None, p: int, q: int) -> float:
     None or "original": sqrt(max(1, p / q)); "match_rms_adamw": 0.2 sqrt(max(p, q)), with which
     AdamW's learning rates carry over.
     """
-    return (
-        0.2 * math.sqrt(max(p, q))
-        if adjust_lr_fn == "match_rms_adamw"
-        else math.sqrt(max(1.0, p / q))
-    )
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(p, q))
+    return math.sqrt(max(1.0, p / q))

@@ -1,8 +1,7 @@
 """LoRAPreAdamW and LoRAPreMuon: options, state and the order of a step."""
 
-import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lorapre import backends, checkpoints, options, sharding
 from lorapre.batch import Batch, batches, keep_freed_memory, start_state
 from lorapre.gradient import Moments
-from lorapre.groups import names_of, state_shapes
+from lorapre.groups import state_shapes
 from lorapre.linalg import exact_products, lr_factor, newton_schulz
 from lorapre.variants import VARIANTS, dense, muon
 
@@ -52,34 +51,30 @@ class LoRAPreOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for batch in self._batches(self._parts()):
+        for batch in self._batches():
             with exact_products(batch.T.device):
                 self._update(batch)
         return loss
 
-    def _parts(self) -> Iterator[Part]:
-        """All groups, with the positions of their parameters among all of the optimizer."""
-        first = 0
-        for group in self.param_groups:
-            yield group, range(first, first + len(group["params"]))
-            first += len(group["params"])
-
-    def _batches(self, parts: Iterable[Part]) -> Iterator[Batch]:
+    def _batches(self, parts: Sequence[Part] = ()) -> Iterator[Batch]:
         """What has a gradient, once all of it has been checked.
 
         Args:
-            parts: groups, or copies of groups with fewer parameters, and the positions of these.
+            parts: copies of groups with fewer parameters, and the positions of these; or all.
         """
-        parts = list(parts)
+        counts = [len(group["params"]) for group in self.param_groups]
+        ends = itertools.accumulate(counts)
+        places = [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+        parts = parts or list(zip(self.param_groups, places, strict=True))
         for group, _ in parts:
-            self._check_step(group)
+            checkpoints.check_step(group, self.state)
         for group, positions in parts:
             weights: list[Tensor] = []
             grads: list[Tensor] = []
             state: list[Tensor] = []
             self._init_group(group, weights, grads, state)
-            places = [i for i, p in zip(positions, group["params"], strict=True) if _waits(p)]
-            for batch in batches(group, weights, grads, state, places):
+            found = [i for i, p in zip(positions, group["params"], strict=True) if _waits(p)]
+            for batch in batches(group, weights, grads, state, found):
                 yield batch
                 if batch.slow is not None:
                     self._say(batch.slow)
@@ -88,7 +83,7 @@ class LoRAPreOptimizer(Optimizer):
         """Step a batch by Algorithm 1, or by AdamW where it has no factors."""
         group, T = batch.group, batch.T
         batch.begin()
-        lr = _lr(group)
+        lr, (beta1, beta2) = _lr(group), group["betas"]
         rate = batch.unless_skipped(lr * group["scale"] if batch.rank else lr, 0.0)
         decay = batch.unless_skipped(1 - lr * group["weight_decay"], 1.0)
         means = batch.state.v_row is not None
@@ -100,19 +95,7 @@ class LoRAPreOptimizer(Optimizer):
             )  # fmt: skip
 
         variant = VARIANTS[group["variant"]].adam if batch.rank else dense
-        batch.store(variant(batch.state, T, batch.t, *group["betas"], apply))
-
-    def _check_step(self, group: dict[str, Any]) -> None:
-        """Raise a RuntimeError for what cannot be stepped, before anything is written."""
-        if group["matrices"] and all(p.ndim < 2 for p in group["params"]):
-            # Between construction and here, DeepSpeed puts one vector in the place of all weights
-            # of a group.
-            raise RuntimeError(
-                "the matrices of a group have been replaced by flat vectors, as DeepSpeed ZeRO "
-                f"does; {sharding.REMEDY}"
-            )
-        for p, name in zip(group["params"], names_of(group), strict=True):
-            checkpoints.check_weight(p, self.state.get(p, {}), group, name)
+        batch.store(variant(batch.state, T, batch.t, beta1, beta2, apply))
 
     def _init_group(
         self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], state: list[Tensor]
@@ -192,33 +175,16 @@ class LoRAPreOptimizer(Optimizer):
                 newer lorapre has written it. The message names the parameter and what was found and
                 expected, and the optimizer is as it was.
         """
-        loaded: list[tuple[Tensor, dict[str, Any]]] = []
+        loaded: list[checkpoints.Saved] = []
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            saved_groups = state_dict["param_groups"]
-            checkpoints.check_format(saved_groups)
-            if [len(g["params"]) for g in saved_groups] != [
-                len(g["params"]) for g in self.param_groups
-            ]:
-                return state_dict  # torch refuses, with its own message
-            saved_groups = checkpoints.matched(saved_groups, self.param_groups)
-            for saved, group in zip(saved_groups, self.param_groups, strict=True):
-                for p, key, name in zip(
-                    group["params"], saved["params"], names_of(group), strict=True
-                ):
-                    state = state_dict["state"].get(key)
-                    checkpoints.check_fit(saved, state, group, p, name)
-                    if state is not None:
-                        loaded.append((p, state))
-            pairs = zip(saved_groups, self.param_groups, strict=True)
-            return {**state_dict, "param_groups": [checkpoints.merged(*pair) for pair in pairs]}
+            state_dict, found = checkpoints.checked(state_dict, self.param_groups)
+            loaded.extend(found)
+            return state_dict
 
         def restore(_: Optimizer) -> None:
-            flatten_of = {
-                p: group["flatten"] for group in self.param_groups for p in group["params"]
-            }
-            for p, saved in loaded:
-                self.state[p] = checkpoints.restored(p, flatten_of[p], saved, self.state[p])
+            for saved in loaded:
+                self.state[saved.p] = checkpoints.restored(saved, self.state[saved.p])
 
         # Between the hooks of users, who may adapt a checkpoint before and look at the state after.
         hooks = (
@@ -233,6 +199,7 @@ class LoRAPreOptimizer(Optimizer):
 
     def _prepare(self) -> None:
         """Compile the kernels now: collectives of the first step would wait for the compiler."""
+        self._said: set[str] = set()
         on_cpu = any(p.is_cpu for group in self.param_groups for p in group["params"])
         if on_cpu and (reason := backends.library.prepare()) is not None:
             self._say(reason)
@@ -243,16 +210,12 @@ class LoRAPreOptimizer(Optimizer):
             self._said.add(reason)
             backends.library.warn(f"{type(self).__name__} {reason}")
 
-    @functools.cached_property
-    def _said(self) -> set[str]:
-        return set()
-
 
 class LoRAPreAdamW(LoRAPreOptimizer):
-    r"""AdamW whose moments live as low-rank factors, B (p, r) and A (r, q) (paper, Algorithm 1).
+    """AdamW whose moments live as low-rank factors, B (p, r) and A (r, q) (paper, Algorithm 1).
 
-    The state of a (p, q) weight takes (p + q) (r + 1) float32 numbers instead of 2 p q, or 2 (p +
-    q) r in variants that keep factors for both moments. Weights for which that would not be less,
+    The state of a (p, q) weight takes (p + q) (r + 1) float32 numbers instead of 2 p q; variants
+    that keep factors for both moments take 2 (p + q) r. Weights for which that would not be less,
     and groups with `rank=None`, take AdamW; `lorapre.coverage` shows which took what.
     `lorapre.param_groups` sends embeddings, output head, norms and biases there, as the paper does.
 
@@ -282,11 +245,9 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         ValueError: an option is out of range; the message names it.
 
     State of a factorised weight, all float32: `step`, `m_B` (p, r), `m_A` (r, q), `v_row` (p) and
-        `v_col`
-    (q); in the other variants `v_B` and `v_A`, in the subspace variant beside `v_row` and `v_col`;
-    of an uncompressed moment `exp_avg` or `exp_avg_sq`.
-    Fused experts (E, p, q) are E matrices, and their factors have E in front; a convolution is the
-    matrix (out, in * k * k).
+    `v_col` (q); in the other variants `v_B` and `v_A`, in "subspace" beside `v_row` and `v_col`; of
+    an uncompressed moment `exp_avg` or `exp_avg_sq`. Fused experts (E, p, q) are E matrices, and
+    their factors have E in front; a convolution is the matrix (out, in * k * k).
     """
 
     algorithm = "adam"
