@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lorapre import sharding
+from lorapre.checkpoints import meaning
 from lorapre.optimizers import LoRAPreOptimizer
 
 __all__ = ["GradientRelease", "gradient_release"]
@@ -174,6 +175,8 @@ class _Update:
             nn.utils.clip_grad_norm_([p], self.max_norm)
         number, index = self.place
         position = sum(len(group["params"]) for group in groups[:number]) + index
+        if groups[number]["made_for"] != meaning(groups[number]):  # edited: have others a state?
+            optimizer._check_step(groups[number])
         group = {**groups[number], "params": [p], "param_names": [self.name], "matrices": False}
         optimizer._step([(group, [position])])
         groups[number]["made_for"] = group["made_for"]
