@@ -1,10 +1,10 @@
 """Weights spread over processes as DTensors, by FSDP2, HSDP or tensor parallelism.
 
 Plain tensors pass through. The factors of a DTensor follow it: B is sharded where its rows are, A
-where its columns are. All arithmetic runs on local shards. What that lacks are sums of small
-matrices, B^T g (r, q) and B^T B (r, r) or their mirror images, over the processes that hold the
-other rows or columns of the same matrices. Only Newton-Schulz needs whole matrices: they are dealt
-out over the processes, one or some to each.
+where its columns are. All arithmetic runs on local shards. Small matrices, B^T g (r, q) and
+B^T B (r, r) or their mirror images, are summed over the processes that hold the other rows or
+columns. No matrix is gathered. Newton-Schulz needs whole ones: each process is dealt its share of
+them.
 
 torch.distributed.tensor takes a second to import, so that waits for the first DTensor.
 """
@@ -58,7 +58,7 @@ class _MeshShards(Shards):
     Attributes:
         dims: letters of the dimensions of the DTensor, see `_dims`.
         splits: (mesh dimension, letter of what it splits), the outer split first.
-        ranks: of this process, by mesh dimension.
+        ranks: the ranks of this process, by mesh dimension.
     """
 
     def __init__(self, p: Any, flatten: bool) -> None:
@@ -99,10 +99,10 @@ class _MeshShards(Shards):
         return function(M)
 
     def _deal(self, depth: int, function: Callable[[Tensor], Tensor], M: Tensor) -> Tensor:
-        """`whole`, of matrices that are whole but for the splits up to this depth.
+        """`whole` for matrices that are split up to this depth, and whole in the splits below.
 
-        All-to-all deals the N matrices out over the n processes of the split, and their results
-        back.
+        All-to-all deals the N matrices out over the n processes of the split. Another one deals the
+        results back.
         """
         i, letter = self.splits[depth]
         group, n, dim = self.mesh.get_group(i), self.mesh.size(i), "epq".index(letter)
@@ -121,11 +121,10 @@ class _MeshShards(Shards):
         """Which indices of a dimension are held here.
 
         Args:
-            letter: of the dimension.
-            total: its size: that of the DTensor's, or in a convolution a multiple, when a column
-                is a pixel of an input.
-            ranks: of another process; a split that they leave out does not count.
-            device: of the result.
+            letter: the dimension.
+            total: its size. The columns of a convolution, inputs times pixels, are split by inputs.
+            ranks: those of another process. A split that they leave out does not count.
+            device: where the result lies.
         """
         ranks = self.ranks if ranks is None else ranks
         places = torch.arange(total, device=device)
