@@ -19,7 +19,7 @@ from lorapre import backends, linalg, rounding
 from lorapre.backends import c, library
 from lorapre.backends.c import CGradient
 from lorapre.gradient import Ema, Factors, Gradient, Moments
-from lorapre.shards import Shards
+from lorapre.sharding import Shards
 from operands import EPS
 from test_gradient import CPU, MOMENTS, Problem, check_products, normal, stacked
 

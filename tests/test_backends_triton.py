@@ -21,7 +21,7 @@ from lorapre import rounding
 from lorapre.backends import triton as backend
 from lorapre.backends.triton import TritonGradient
 from lorapre.gradient import Ema, Factors, Gradient, Moments, Number
-from lorapre.shards import Shards
+from lorapre.sharding import Shards
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")

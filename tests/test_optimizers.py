@@ -1,13 +1,15 @@
 """Options, their errors, and which rule each parameter gets."""
 
+import copy
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import lr_scheduler
 
 from cases import (
     CASES,
@@ -18,6 +20,7 @@ from cases import (
     assert_same,
     assert_unchanged,
     everything,
+    gradient,
     parameters,
     set_gradients,
     train,
@@ -282,6 +285,72 @@ def test_dense_weights_in_a_factorised_group_of_muon_keep_their_share_of_a_sched
         optimizer.step()
         reference.step()
     assert_near(weights(ours[1:]), weights(alone[1:]), 1e-6)
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "one-cycle": lambda x: lr_scheduler.OneCycleLR(x, max_lr=_rates(x), total_steps=9),
+    "cyclic": lambda x: lr_scheduler.CyclicLR(x, [lr / 9 for lr in _rates(x)], _rates(x), step_size_up=3),
+    "cosine": lambda x: lr_scheduler.CosineAnnealingLR(x, 8),
+    "warm-up-from-zero": lambda x: lr_scheduler.LambdaLR(x, lambda step: min(step, 4) / 4),
+    "plateau": lambda x: lr_scheduler.ReduceLROnPlateau(x, factor=0.5, patience=0),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_both_routes_of_muon_keep_their_ratio_under_a_scheduler_and_when_resumed(schedule: str) -> None:
+    """Equal vectors, one in a dense group and one in a factorised group, are stepped alike."""
+
+    def make() -> tuple[list[nn.Parameter], LoRAPreMuon, Any]:
+        params = parameters([(12, 20), (7,), (7,)])
+        params[2].data = params[1].detach().clone()
+        groups: list[dict[str, Any]] = [
+            {"params": params[:2], "rank": 3},
+            {"params": params[2:], "rank": None},
+        ]
+        optimizer = LoRAPreMuon(groups, lr=0.1, adamw_lr=0.01)
+        return params, optimizer, SCHEDULES[schedule](optimizer)
+
+    def step(params: list[nn.Parameter], optimizer: LoRAPreMuon, scheduler: Any, number: int) -> None:
+        set_gradients(params, number)
+        params[2].grad = params[1].grad
+        optimizer.step()
+        scheduler.step(*[1.0] * (schedule == "plateau"))
+
+    params, optimizer, scheduler = make()
+    alone = parameters([(12, 20), (7,)])[1]
+    reference = torch.optim.AdamW([alone], betas=(0.9, 0.95), weight_decay=0.1)
+    seen = set()
+    for number in range(8):
+        if number in (1, 5):  # at a rate of zero, or in the middle
+            saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+            before, (params, optimizer, scheduler) = params, make()
+            for p, q in zip(params, before, strict=True):
+                p.data = q.detach().clone()
+            optimizer.load_state_dict(saved[0])
+            scheduler.load_state_dict(saved[1])
+        matrices, dense = _rates(optimizer)
+        assert dense == pytest.approx(matrices / 10)
+        seen.add(matrices)
+        reference.param_groups[0]["lr"] = matrices / 10
+        alone.grad = gradient((7,), number, 1)
+        reference.step()
+        step(params, optimizer, scheduler, number)
+        assert_near([params[1].detach(), params[2].detach()], [alone.detach()] * 2, 1e-6)
+    assert len(seen) > 3
+    assert {group["adamw_betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+
+
+def test_one_rate_for_all_groups_is_that_of_a_dense_group_of_muon_too() -> None:
+    """A scheduler that sets rates instead of multiplying them knows nothing of the routes."""
+    p, q = parameters([(12, 20), (7,)])
+    groups: list[dict[str, Any]] = [{"params": [p], "rank": 3}, {"params": [q], "rank": None}]
+    optimizer = LoRAPreMuon(groups, lr=0.1, adamw_lr=0.01)
+    lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=9)
+    assert _rates(optimizer) == pytest.approx([0.2 / 25] * 2)
 
 
 def test_a_dense_group_of_muon_takes_the_options_of_adamw_unless_it_names_its_own() -> None:

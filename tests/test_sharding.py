@@ -479,7 +479,8 @@ def check_bytes() -> None:
     n = dist.get_world_size()
     for name in (*VARIANTS, *COMPRESS, "muon-calibrated", "adam-dense"):
         for placement in (S0, S1):
-            params = [nn.Parameter(spread(p, mesh, [placement])) for p in parameters([(48, 60), (13, 21)])]
+            shapes = [(48, 60), (13, 21), (4, 20, 30)]
+            params = [nn.Parameter(spread(p, mesh, [placement])) for p in parameters(shapes)]
             optimizer = CASES[name].make(params)
             planned = coverage(optimizer)
             for i, p in enumerate(params):

@@ -620,6 +620,53 @@ def test_options_that_are_edited_in_a_run_are_refused_at_the_next_step(
     assert coverage(optimizer).rows[0].rank == group["rank"]
 
 
+def edit_variant(optimizer: Optimizer) -> None:
+    (group,) = optimizer.param_groups
+    group["variant"] = "paper" if group["variant"] != "paper" else "calibrated"
+
+
+@factorised
+@pytest.mark.parametrize("release", [False, True], ids=["step", "release"])
+def test_an_edited_variant_is_refused_while_any_parameter_of_the_group_has_factors(
+    case: Case, release: bool
+) -> None:
+    """Those too that have no gradient in the step after the edit, and would be met a step later."""
+    params = parameters([(12, 20), (12, 20), (7,)])
+    optimizer = case.make(named(params))
+    handle = gradient_release(nn.ParameterList(params), optimizer) if release else None
+
+    def step(*indices: int) -> None:
+        sum((params[i] * gradient(params[i].shape, 0, i)).sum() for i in indices).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(0, 2)
+    edit_variant(optimizer)
+    before = everything(optimizer)
+    with pytest.raises(RuntimeError, match=r"the state of parameter 'layer\.0' was made for"):
+        step(1)
+    optimizer.zero_grad()
+    assert_unchanged(optimizer, before)
+    del optimizer.state[params[0]]  # as the message says; that of AdamW may stay
+    step(1, 2)
+    step(0, 1, 2)
+    if handle is not None:
+        handle.remove()
+
+
+@factorised
+def test_a_checkpoint_that_does_not_say_what_it_was_made_for_was_made_for_its_options(case: Case) -> None:
+    params, others = parameters([(12, 20)]), parameters([(12, 20)])
+    optimizer, resumed = case.make(params), case.make(others)
+    train(optimizer, params, 1)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["made_for"]  # the first of format 1
+    resumed.load_state_dict(saved)
+    edit_variant(resumed)
+    with pytest.raises(RuntimeError, match="was made for"):
+        train(resumed, others, 1)
+
+
 @every_case
 @pytest.mark.parametrize("release", [False, True], ids=["step", "release"])
 def test_groups_may_lose_gain_and_exchange_parameters(case: Case, release: bool) -> None:

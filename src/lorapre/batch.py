@@ -121,7 +121,7 @@ class Batch:
         sizes = [largest(g).float() if g.numel() else zero for g in self.T.grads]
         bad = ~torch.stack(sizes).isfinite() if sizes else zero.expand(0).bool()
         bad = bad.view(-1, E).any(1) if E else zero.expand(len(self.positions)).bool()
-        return self.T.shards.sum_all(bad.float()) == 0
+        return self.T.shards.sum(bad.float(), "epq") == 0
 
     def _per_matrix(self, x: Tensor) -> Tensor:
         """(N, 1, 1) of (n,)."""

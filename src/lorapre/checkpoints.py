@@ -1,7 +1,7 @@
 """State and what is saved of it: whether it fits a parameter and its options, how it is loaded.
 
-Names, shapes and meaning of the state tensors are those of `groups.state_shapes`. A wrapper may
-keep tensors of its own beside them, which are carried along.
+`groups.state_shapes` has the names and shapes of the state tensors. A wrapper may keep tensors of
+its own beside them, which are carried along.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from lorapre import sharding
 from lorapre.gradient import state_dtype
 from lorapre.groups import is_low_rank, names_of, state_shapes
 
-# What state_dict saves. A release that changes it counts this up and reads the older ones;
-# tests/data has a checkpoint of each. It is an option of every group, since
+# A release that changes what state_dict saves counts this up and reads the older formats, of which
+# tests/data has a checkpoint each. It is an option of every group, because
 # torch.distributed.checkpoint keeps those too.
 STATE_FORMAT = 1
 
@@ -62,9 +62,17 @@ def check_weight(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name:
     """Raise a RuntimeError unless gradient, memory and state of p fit it and its options.
 
     Kernels take addresses: memory of another size or type must never get that far. State of another
-        dtype or
-    device is mended.
+    dtype or device is cast to its own.
+
+    Variants fill the same names and shapes differently, so the state alone does not tell which one
+    made it: "paper" and "calibrated" could each have written any factors. The group remembers
+    (`made_for`). That is exact while a group keeps its parameters, because an edit is refused as
+    long as any of them has factors, with a gradient or without. A parameter with factors that is
+    moved to another group counts as made for the options of that group.
     """
+    factorised = "m_B" in own or "v_B" in own
+    if factorised and group["made_for"] not in (None, meaning(group)):
+        raise _misfit(f"the state of {name} was made for {group['made_for']}", group)
     if p.grad is not None and p.grad.layout is not torch.strided:
         raise RuntimeError(
             f"LoRA-Pre needs dense gradients, but that of {name} is {p.grad.layout}; nn.Embedding "
@@ -83,37 +91,25 @@ def check_weight(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name:
             f"{name} has shape {tuple(p.shape)}, but its gradient {tuple(p.grad.shape)}: the "
             "weight has been replaced since the backward pass"
         )
-    if "step" in own:
-        _check_state(p, own, group, name)
-
-
-def _check_state(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name: str) -> None:
-    if group["made_for"] is not None and group["made_for"] != meaning(group):
-        raise RuntimeError(
-            f"the state of {name} was made for {group['made_for']}; {_remedy(group)}"
-        )
+    if "step" not in own:
+        return
     for key, shape in state_shapes(group, p.shape).items():
-        value = own.get(key)
+        value, dtype = own.get(key), state_dtype(p, key)
         if value is None and key == "skipped":  # `nonfinite` has been edited: the count starts now
             own[key] = torch.zeros_like(own["step"])
         elif value is None or value.shape != shape:
             found = "is missing" if value is None else f"has shape {tuple(value.shape)}"
-            raise RuntimeError(
-                f"the state {key!r} of {name} {found}, but a weight of shape {tuple(p.shape)} "
-                f"needs {shape}; {_remedy(group)}"
-            )
-        elif (
-            value.dtype != state_dtype(p, key)
-            or value.device != p.device
-            or not value.is_contiguous()
-        ):
-            own[key] = value.to(device=p.device, dtype=state_dtype(p, key)).contiguous()
+            needed = f"a weight of shape {tuple(p.shape)} needs {shape}"
+            raise _misfit(f"the state {key!r} of {name} {found}, but {needed}", group)
+        elif value.dtype != dtype or value.device != p.device or not value.is_contiguous():
+            own[key] = value.to(device=p.device, dtype=dtype).contiguous()
 
 
-def _remedy(group: Mapping[str, Any]) -> str:
-    return (
-        f"its options now ask for {meaning(group)}. Where the weight or its options have changed, "
-        "delete the state (`del optimizer.state[weight]`), which starts it anew"
+def _misfit(what: str, group: Mapping[str, Any]) -> RuntimeError:
+    return RuntimeError(
+        f"{what}; its options now ask for {meaning(group)}. Where the weight has changed, or the "
+        "options of its group, delete its state, or that of all weights of the group "
+        "(`del optimizer.state[weight]`), which starts it anew"
     )
 
 
@@ -126,27 +122,19 @@ def matched(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict
     result = []
     everywhere = {name for group in saved for name in group.get("param_names") or ()}
     for theirs, ours in zip(saved, own, strict=True):
-        names, wanted = theirs.get("param_names"), ours.get("param_names")
-        if (
-            names
-            and wanted
-            and len(names) == len(theirs["params"]) == len(wanted)
-            and names != wanted
-        ):
-            if sorted(names) == sorted(wanted) and len(set(names)) == len(names):
-                key_of = dict(zip(names, theirs["params"], strict=True))
-                theirs = {
-                    **theirs,
-                    "params": [key_of[name] for name in wanted],
-                    "param_names": wanted,
-                }
-            else:
-                for name, position in zip(wanted, names, strict=True):
-                    if name != position and name in everywhere:
-                        raise ValueError(
-                            f"state_dict has the parameter {name!r}, but {position!r} in its "
-                            "place; make the optimizer with the same groups in the same order"
-                        )
+        keys, names = theirs["params"], theirs.get("param_names") or []
+        wanted = ours.get("param_names") or []
+        if names and len(names) == len(wanted) == len(keys):  # else one was taken out or put in
+            key_of = dict(zip(names, keys, strict=True))
+            if sorted(names) == sorted(wanted) and len(key_of) == len(names):
+                keys = [key_of[name] for name in wanted]
+                theirs = {**theirs, "params": keys, "param_names": wanted}
+            for name, found in zip(wanted, theirs["param_names"], strict=True):
+                if name != found and name in everywhere:
+                    raise ValueError(
+                        f"state_dict has the parameter {name!r}, but {found!r} in its place; make "
+                        "the optimizer with the same groups in the same order"
+                    )
         result.append(theirs)
     return result
 
@@ -156,11 +144,11 @@ def merged(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     if "rank" not in saved:
         if own["algorithm"] == "muon":  # it has options of the same names for its matrices
             theirs = ("betas", "eps") if own["rank"] is None else ("betas", "eps", "weight_decay")
-            saved = {f"adamw_{k}" if k in theirs else k: v for k, v in saved.items()} | {
-                "dense_ratio": 1.0
-            }
+            saved = {f"adamw_{k}" if k in theirs else k: v for k, v in saved.items()}
+            saved["dense_ratio"] = 1.0
         saved = {k: v for k, v in saved.items() if k in own or k == "initial_lr"}
-    return {**own, **saved, "state_format": STATE_FORMAT}
+    options = {**own, **saved, "state_format": STATE_FORMAT}
+    return {**options, "made_for": saved.get("made_for") or meaning(options)}
 
 
 def check_fit(

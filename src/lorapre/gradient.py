@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lorapre import rounding
-from lorapre.shards import WHOLE, Shards
+from lorapre.sharding import WHOLE, Shards
 
 # Elements of a tile: of the gradient, and of each of some temporaries of its size that an update
 # holds.
@@ -136,11 +136,11 @@ class Gradient:
 
     def sum_p(self, x: Tensor) -> Tensor:
         """The sum of x over the processes that hold other rows."""
-        return self.shards.sum_rows(x)
+        return self.shards.sum(x, "p")
 
     def sum_q(self, x: Tensor) -> Tensor:
         """The sum of x over the processes that hold other columns."""
-        return self.shards.sum_columns(x)
+        return self.shards.sum(x, "q")
 
     def step_(
         self, weights: Sequence[Tensor], M: Moments, *, lr: Number, decay: Number, eps: float,

@@ -302,7 +302,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
             differences.
         adamw_lr: learning rate of the dense weights, None for lr. A group with `rank=None` takes it
             as its lr unless it names its own. Dense weights inside a factorised group keep the
-            ratio adamw_lr / lr that they start with, so that one schedule serves both.
+            ratio adamw_lr / lr that they start with, under every scheduler (docs/choose.md).
         adamw_betas: of the dense weights.
         adamw_eps: of the dense weights.
         adamw_weight_decay: of the dense weights, None for weight_decay. A group with `rank=None`

@@ -10,7 +10,7 @@ from torch import Tensor
 from lorapre import sharding
 from lorapre.variants import VARIANTS
 
-PAIRS = {"betas": 2, "adamw_betas": 2, "ns_coefficients": 3}  # sequences, and their lengths
+SEQUENCES = ("betas", "adamw_betas", "ns_coefficients")
 INTEGERS = ("rank", "seed", "ns_steps")
 
 
@@ -19,53 +19,54 @@ def plain(options: Mapping[str, Any]) -> dict[str, Any]:
 
     Libraries of configurations have types of their own, which a checkpoint would keep.
     """
-    changed: dict[str, Any] = {}
+    result = dict(options)
     for name, value in options.items():
-        if name in PAIRS and isinstance(value, Sequence) and not isinstance(value, str):
-            changed[name] = tuple(float(x) if isinstance(x, numbers.Real) else x for x in value)
-        elif (
-            name in INTEGERS and isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        ):
-            changed[name] = int(value)
-    return {**options, **changed}
+        if name in SEQUENCES and isinstance(value, Sequence) and not isinstance(value, str):
+            result[name] = tuple(float(x) if _is_number(x) else x for x in value)
+        elif name in INTEGERS and isinstance(value, numbers.Integral):
+            result[name] = value if isinstance(value, bool) else int(value)
+    return result
 
 
 def check(group: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first option out of range."""
-    muon = group["algorithm"] == "muon"
-    lr, rank, seed = group["lr"], group["rank"], group["seed"]
-    _require_number(group, "lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr)
-    for name in ("weight_decay", "eps"):
-        _require_number(group, name, group[name])
-    _require(
-        group,
-        "rank",
-        rank is None or (_is_integer(rank) and rank >= 1),
-        "an integer >= 1, or None for dense",
-    )
-    _require(group, "seed", _is_integer(seed) and 0 <= seed < 2**62, "an integer >= 0 and < 2**62")
+    muon, rank = group["algorithm"] == "muon", group["rank"]
+    _require_numbers(group, "lr", "weight_decay", "eps")
+    dense = "an integer >= 1, or None for dense"
+    _require(group, "rank", rank is None or _is_integer(rank, 1), dense)
+    _require(group, "seed", _is_integer(group["seed"], 0, 2**62), "an integer >= 0 and < 2**62")
     _require_choice(group, "nonfinite", "propagate", "skip")
     _require_choice(group, "stochastic_rounding", False, True)
     # "split" makes the second moment of the first one's factors, and Muon has none.
-    _require_choice(
-        group, "variant", *(name for name in VARIANTS if not (muon and name == "split"))
-    )
-    (_check_muon if muon else _check_adam)(group)
+    _require_choice(group, "variant", *(x for x in VARIANTS if not (muon and x == "split")))
+    _require_betas(group, "adamw_betas" if muon else "betas")
+    if not muon:
+        _require_numbers(group, "scale")
+        _require_choice(group, "compress", "both", "first", "second")
+        fits = group["variant"] != "split" or group["compress"] == "both"
+        _require(group, "compress", fits, "'both' with variant='split'")
+        return
+    momentum, steps = group["momentum"], group["ns_steps"]
+    _require(group, "momentum", _is_number(momentum) and 0 <= momentum < 1, "a number in [0, 1)")
+    _require(group, "ns_coefficients", _are_numbers(group["ns_coefficients"], 3), "three numbers")
+    _require(group, "ns_steps", _is_integer(steps, 1, 100), "1 to 99")
+    _require_choice(group, "adjust_lr_fn", None, "original", "match_rms_adamw")
+    given = [name for name in ("adamw_lr", "adamw_weight_decay") if group[name] is not None]
+    _require_numbers(group, "adamw_eps", *given)
+    if rank is not None and group["adamw_lr"] is not None:
+        _require(group, "lr", float(group["lr"]) > 0, "above 0 where adamw_lr is given")
 
 
-def checked_params(group: Mapping[str, Any]) -> list[Any]:
+def checked_params(group: Mapping[str, Any]) -> Any:
     """The parameters, or (name, parameter) pairs, of a new group as a list.
 
     Raises:
-        TypeError: they have no order.
         ValueError: one is no dense tensor of real numbers, or is sharded in a way that cannot be
             stepped.
     """
     params = group["params"]
     if isinstance(params, set):
-        raise TypeError(
-            "params must be ordered, but is a set: a checkpoint finds parameters by their order"
-        )
+        return params  # torch refuses it: it has no order
     params = [params] if isinstance(params, Tensor) else list(params)
     for item in params:
         name, p = item if isinstance(item, tuple) else (None, item)
@@ -80,28 +81,6 @@ def checked_params(group: Mapping[str, Any]) -> list[Any]:
         if p.is_leaf and (why := sharding.refusal(p, group["flatten"])):
             raise ValueError(f"{name} {why}")
     return params
-
-
-def _check_adam(group: Mapping[str, Any]) -> None:
-    _require_betas(group, "betas")
-    _require_number(group, "scale", group["scale"])
-    _require_choice(group, "compress", "both", "first", "second")
-    fits = group["variant"] != "split" or group["compress"] == "both"
-    _require(group, "compress", fits, "'both' with variant='split'")
-
-
-def _check_muon(group: Mapping[str, Any]) -> None:
-    momentum, steps = group["momentum"], group["ns_steps"]
-    _require(group, "momentum", _is_number(momentum) and 0 <= momentum < 1, "a number in [0, 1)")
-    _require(group, "ns_coefficients", _are_numbers(group["ns_coefficients"], 3), "three numbers")
-    _require(group, "ns_steps", _is_integer(steps) and 1 <= steps < 100, "1 to 99")
-    _require_choice(group, "adjust_lr_fn", None, "original", "match_rms_adamw")
-    _require_betas(group, "adamw_betas")
-    for name in ("adamw_lr", "adamw_eps", "adamw_weight_decay"):
-        if group[name] is not None or name == "adamw_eps":
-            _require_number(group, name, group[name])
-    if group["rank"] is not None and group["adamw_lr"] is not None:
-        _require(group, "lr", float(group["lr"]) > 0, "above 0 where adamw_lr is given")
 
 
 def _require(group: Mapping[str, Any], name: str, condition: bool, wanted: str) -> None:
@@ -119,8 +98,12 @@ def _require_betas(group: Mapping[str, Any], name: str) -> None:
     _require(group, name, valid, "two numbers in [0, 1)")
 
 
-def _require_number(group: Mapping[str, Any], name: str, value: Any) -> None:
-    _require(group, name, _is_number(value) and value >= 0, "a number >= 0")
+def _require_numbers(group: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        value = group[name]
+        if name == "lr" and isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        _require(group, name, _is_number(value) and value >= 0, "a number >= 0")
 
 
 def _is_number(value: Any) -> bool:
@@ -131,5 +114,5 @@ def _are_numbers(value: Any, count: int) -> bool:
     return isinstance(value, tuple) and len(value) == count and all(map(_is_number, value))
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_integer(value: Any, least: int, below: float = float("inf")) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < below

@@ -1,10 +1,9 @@
 """Stochastic rounding of float32 to bfloat16, with which the smallest updates count.
 
-The noise is a hash of the element and a key: no generator, no state, no wait for the device, the
-    same on
-every device, for every sharding and after every resume. All arithmetic is that of 32-bit integers,
-modulo 2**32: torch has it for int32, in which only the right shift differs, and there the sign is
-    masked away.
+The noise is a hash of the element and a key. It needs no generator, no state and no wait for the
+device, and it is the same on every device, for every sharding and after every resume. All
+arithmetic is that of 32-bit integers, modulo 2**32. torch has it for int32, where only the right
+shift differs: it copies the sign, which is masked away.
 """
 
 from collections.abc import Sequence
@@ -21,13 +20,12 @@ def keys(seed: int, positions: Sequence[int], steps: Sequence[Tensor], experts: 
 
     Args:
         seed: the group's.
-        positions: of the weights among all parameters of the optimizer.
+        positions: of the n weights among all parameters of the optimizer.
         steps: n scalars on the device, the steps counted in the state, this one included.
-        experts: (E,), which of its matrices a weight holds here; zero of an ordinary one.
+        experts: (E,), which matrices of a weight are held here; zero for an ordinary weight.
     """
     t = torch.stack(list(steps)).to(torch.int32)
-    # A tensor made of a list would wait for the device to copy it there; scalars of a kernel do
-    # not.
+    # A tensor made of a list waits for the copy to the device; scalars of a kernel do not.
     position = torch.stack(torch._foreach_add(torch._foreach_mul(list(steps), 0), list(positions)))
     key = torch.zeros_like(t)
     for part in (_signed(seed), _signed(seed >> 32), position.to(torch.int32), t):
@@ -40,31 +38,27 @@ def noise(key: Tensor, rows: Tensor, columns: Tensor, width: int) -> Tensor:
 
     Args:
         key: (N,), one for each matrix.
-        rows: their indices in the whole matrix.
-        columns: likewise.
+        rows: the indices of the rows in the whole matrix.
+        columns: those of the columns.
         width: columns of the whole matrix.
     """
-    index = _int32(rows * width)[:, None] + _int32(columns)
-    return _mix(index.mul_(_signed(GOLDEN)) ^ _int32(key)[:, None, None]).bitwise_and_(0xFFFF)
+    # A conversion of int64 to int32 keeps the lower 32 bits.
+    index = (rows * width).to(torch.int32)[:, None] + columns.to(torch.int32)
+    key = key.to(torch.int32)[:, None, None]
+    return _mix(index.mul_(_signed(GOLDEN)) ^ key).bitwise_and_(0xFFFF)
 
 
 def round_(x: Tensor, key: Tensor, rows: Tensor, columns: Tensor, width: int) -> Tensor:
     """Round x (N, rows, columns), float32, in place to a neighbour among the bfloat16 numbers.
 
-    It goes up with the probability that makes the mean x, and stays if it is one of them. Infinity
-    and NaN stay too. A finite number never becomes infinite: beyond the largest bfloat16 it becomes
-    that.
+    A number goes up with the probability that makes the mean x. A bfloat16 number, infinity and NaN
+    stay. What is finite stays finite: beyond the largest bfloat16 it becomes that.
 
-    Args:
-        x: overwritten.
-        key: (N,), of `keys`.
-        rows: indices of the rows in the whole matrix, so that a shard or a tile is rounded as the
-            whole is.
-        columns: likewise.
-        width: columns of the whole matrix.
+    The other arguments are those of `noise`. Indices in the whole matrix make the rounding of a
+    shard or a tile that of the whole.
     """
     sums = noise(key, rows, columns, width).add_(x.view(torch.int32)).bitwise_and_(-0x10000)
-    # The sums of what is finite are numbers or, by a carry, infinity; those of NaN can be anything.
+    # By a carry a finite number can become infinite here, and NaN anything.
     rounded = sums.view(torch.float32).clamp_(-LARGEST, LARGEST)
     return torch.where(x.isfinite(), rounded, x, out=x)
 
@@ -76,11 +70,6 @@ def _mix(x: Tensor) -> Tensor:
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
-def _int32(x: Tensor) -> Tensor:
-    """The lower 32 bits of int64."""
-    return x.to(torch.int32)
-
-
 def _signed(x: int) -> int:
-    """The lower 32 bits of a number, as int32 has them."""
+    """The lower 32 bits of a number, as int32 reads them."""
     return (x + 2**31) % 2**32 - 2**31

@@ -1,31 +1,173 @@
 """Weights spread over processes as DTensors, by FSDP2, HSDP or tensor parallelism.
 
-Plain tensors pass through.
+Plain tensors pass through. The factors of a DTensor follow it: B is sharded where its rows are, A
+where its columns are. All arithmetic runs on local shards. Small matrices, B^T g (r, q) and
+B^T B (r, r) or their mirror images, are summed over the processes that hold the other rows or
+columns. No matrix is gathered. Newton-Schulz needs whole ones: each process is dealt its share of
+them.
 
-The factors of a weight follow it: B is sharded where rows are and else replicated, A where columns
-    are, and
-all arithmetic runs on local shards. What is missing are sums, over the processes that hold the
-other rows or
-the other columns of the same matrices, of small matrices: B^T g and B^T B, (r, q) and (r, r), or
-    their mirror
-images. No matrix is gathered, except for Newton-Schulz, where whole matrices are dealt out over the
-processes.
-
-torch.distributed.tensor is imported where a DTensor is met: it takes a second.
+torch.distributed.tensor takes a second to import, so that waits for the first DTensor.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lorapre.shards import WHOLE, Shards
-
 REMEDY = "shard the model with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps the matrices"
-ROWS, COLUMNS, EXPERTS = "rows", "columns", "experts"
+# The dimensions of factors and means: experts e, rows p, columns q, rank r.
+STATE_DIMS = {"B": "epr", "A": "erq", "row": "ep", "col": "eq"}
+
+
+class Shards:
+    """The part of some whole matrices that a process holds: here all of them."""
+
+    count = 1  # processes that hold parts of the same parameters
+
+    def size(self, p: int, q: int) -> tuple[int, int]:
+        """Size of a whole matrix, of which (p, q) is held here."""
+        return p, q
+
+    def rows(self, p: int) -> range | Tensor:
+        """Which rows of the whole are the p held here."""
+        return range(p)
+
+    def columns(self, q: int) -> range | Tensor:
+        """Which columns of the whole are the q held here."""
+        return range(q)
+
+    def sum(self, x: Tensor, letters: str) -> Tensor:
+        """Sum over the processes that hold other experts (e), rows (p) or columns (q)."""
+        return x
+
+    def whole(self, function: Callable[[Tensor], Tensor], M: Tensor) -> Tensor:
+        """What is held here of `function` of whole matrices, of which M (N, p, q) is held here."""
+        return function(M)
+
+
+WHOLE = Shards()
+
+
+class _MeshShards(Shards):
+    """The part of the matrices of a DTensor.
+
+    Attributes:
+        dims: letters of the dimensions of the DTensor, see `_dims`.
+        splits: (mesh dimension, letter of what it splits), the outer split first.
+        ranks: the ranks of this process, by mesh dimension.
+    """
+
+    def __init__(self, p: Any, flatten: bool) -> None:
+        self.mesh, self.shape, self.dims = p.device_mesh, p.shape, _dims(p.ndim, flatten)
+        sizes = list(zip(self.dims, p.shape, strict=True))
+        self.p = math.prod(n for letter, n in sizes if letter == "p")
+        self.q = math.prod(n for letter, n in sizes if letter in "qk")
+        # A strided shard splits what the other shards of its dimension have left.
+        placements = sorted(enumerate(p.placements), key=lambda x: getattr(x[1], "split_factor", 0))
+        self.splits = [
+            (i, self.dims[placement.dim])
+            for i, placement in placements
+            if not placement.is_replicate() and self.mesh.size(i) > 1
+        ]
+        self.ranks = {i: self.mesh.get_local_rank(i) for i, _ in self.splits}
+        self.count = math.prod(self.mesh.size(i) for i in self.ranks)
+
+    def size(self, p: int, q: int) -> tuple[int, int]:
+        return self.p, self.q
+
+    def rows(self, p: int) -> range | Tensor:
+        return _as_range(self.places("p", self.p))
+
+    def columns(self, q: int) -> range | Tensor:
+        return _as_range(self.places("q", self.q))
+
+    def sum(self, x: Tensor, letters: str) -> Tensor:
+        mesh_dims = [i for i, letter in self.splits if letter in letters]
+        x = x.contiguous() if mesh_dims else x
+        for i in mesh_dims:
+            dist.all_reduce(x, group=self.mesh.get_group(i))
+        return x
+
+    def whole(self, function: Callable[[Tensor], Tensor], M: Tensor) -> Tensor:
+        for depth, (_, letter) in enumerate(self.splits):
+            if letter != "e":
+                function = functools.partial(self._deal, depth, function)
+        return function(M)
+
+    def _deal(self, depth: int, function: Callable[[Tensor], Tensor], M: Tensor) -> Tensor:
+        """`whole` for matrices that are split up to this depth, and whole in the splits below.
+
+        All-to-all deals the N matrices out over the n processes of the split. Another one deals the
+        results back.
+        """
+        i, letter = self.splits[depth]
+        group, n, dim = self.mesh.get_group(i), self.mesh.size(i), "epq".index(letter)
+        total = self.p if letter == "p" else self.q
+        outer = {j: self.ranks[j] for j, _ in self.splits[:depth]}
+        lengths = [len(self.places(letter, total, {**outer, i: rank})) for rank in range(n)]
+        hands = M.tensor_split(n)
+        own = hands[self.ranks[i]].shape
+        parts = _exchange(hands, [(*own[:dim], x, *own[dim + 1 :]) for x in lengths], group)
+        result = torch.split(function(torch.cat(parts, dim)), lengths, dim)
+        return torch.cat(_exchange(result, [hand.shape for hand in hands], group))
+
+    def places(
+        self, letter: str, total: int, ranks: Mapping[int, int] | None = None, device: Any = "cpu"
+    ) -> Tensor:
+        """Which indices of a dimension are held here.
+
+        Args:
+            letter: the dimension.
+            total: its size. The columns of a convolution, inputs times pixels, are split by inputs.
+            ranks: those of another process. A split that they leave out does not count.
+            device: where the result lies.
+        """
+        ranks = self.ranks if ranks is None else ranks
+        places = torch.arange(total, device=device)
+        splits = [i for i, split in self.splits if split == letter and i in ranks]
+        if splits:
+            size = self.shape[self.dims.index(letter)]
+            places = places.view(-1, max(1, total // max(1, size)))
+        for i in splits:
+            chunks = places.chunk(self.mesh.size(i))  # as DTensor does: the last ones may get none
+            places = chunks[ranks[i]] if ranks[i] < len(chunks) else places[:0]
+        return places.reshape(-1)
+
+
+def _as_range(places: Tensor) -> range | Tensor:
+    """Increasing places, as a range where they have no gaps."""
+    if not len(places):
+        return range(0)
+    first, last = int(places[0]), int(places[-1])
+    return range(first, last + 1) if last - first < len(places) else places
+
+
+def _exchange(
+    parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: dist.ProcessGroup
+) -> list[Tensor]:
+    """Send one part to every process of the group, receive one of each shape."""
+    sizes = [math.prod(shape) for shape in shapes]
+    sent = torch.cat([part.reshape(-1) for part in parts])
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group)
+    return [x.view(*shape) for x, shape in zip(torch.split(received, sizes), shapes, strict=True)]
+
+
+def _dims(ndim: int, flatten: bool, name: str = "exp_avg") -> str:
+    """The dimensions of a state tensor, as letters; those of `exp_avg` are the weight's.
+
+    A vector is one row. k are the pixels of a convolution.
+    """
+    kind = name.rpartition("_")[2]
+    if kind in STATE_DIMS:
+        return STATE_DIMS[kind][-ndim:]
+    if ndim < 2:
+        return "q" * ndim
+    return "epq" if ndim == 3 and not flatten else "pq" + "k" * (ndim - 2)
 
 
 def is_spread(x: object) -> bool:
@@ -51,53 +193,42 @@ def gradient(p: Any) -> Tensor:
 def refusal(p: Any, flatten: bool) -> str | None:
     """Why p cannot be stepped, and what to do instead; None if it can.
 
-    FSDP1 and DeepSpeed ZeRO cut the concatenation of all weights into equal pieces, each a vector
-    that has
-    lost rows and columns: it would be stepped as a dense vector, or as a matrix of other weights'
-        rows.
+    FSDP1 and DeepSpeed ZeRO cut the concatenation of all weights into equal pieces. Such a vector
+    has lost its rows and columns. It would be stepped as a dense vector, or as a matrix made of
+    other weights' rows.
     """
     if getattr(p, "_fsdp_flattened", False):
-        return f"is a flat piece of FSDP1, which has no rows and columns; {REMEDY}"
+        return f"is a flat piece of FSDP1; {REMEDY}"
     if any(getattr(p, name, None) is not None for name in ("ds_id", "ds_tensor", "_hp_mapping")):
-        return (
-            f"is partitioned by DeepSpeed ZeRO, into flat pieces without rows and columns; {REMEDY}"
-        )
-    if not is_spread(p):
-        mixed = "is a plain tensor with a DTensor as its gradient; make it a DTensor"
-        return mixed if is_spread(p.grad) else None
-    if p.grad is not None and not is_spread(p.grad):
-        return (
-            "is a DTensor with a plain tensor as its gradient; make that a DTensor of the same mesh"
-        )
+        return f"is partitioned by DeepSpeed ZeRO, into flat pieces; {REMEDY}"
+    if p.grad is not None and is_spread(p.grad) != is_spread(p):
+        return "and its gradient are a DTensor and a plain tensor; make both DTensors of one mesh"
     pixels = p.ndim > 3 or (p.ndim == 3 and flatten)
-    for i, placement in enumerate(p.placements):
+    for i, placement in enumerate(p.placements if is_spread(p) else ()):
         dim = getattr(placement, "dim", None)
         if dim is None and not placement.is_replicate():
             return f"is placed as {placement!r}; weights can be replicated or sharded"
         if pixels and dim is not None and dim > 1:
             return f"is a convolution placed as {placement!r}; shard its outputs or its inputs"
         # The columns of A, inputs times pixels, must split where a DTensor of their number does.
-        count = p.device_mesh.size(i)
-        if pixels and dim == 1 and p.shape[1] % count:
-            return (
-                f"is a convolution with {p.shape[1]} inputs on {count} processes; shard its outputs"
-            )
+        inputs, n = p.shape[1:2], p.device_mesh.size(i)
+        if pixels and dim == 1 and inputs[0] % n:
+            return f"is a convolution with {inputs[0]} inputs on {n} processes; shard its outputs"
     return None
 
 
 def spread(model: nn.Module) -> str | None:
     """What spreads the training of a model over processes; None if nothing does."""
-    if not processes() and not any(is_spread(p) for p in model.parameters()):
-        return next((why for p in model.parameters() if (why := refusal(p, flatten=False))), None)
+    names = [name for name, p in model.named_parameters() if is_spread(p)]
+    if not names and not processes():
+        return None
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
 
     kinds = (nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
-    found = (
-        kind.__name__ for module in model.modules() for kind in kinds if isinstance(module, kind)
-    )
-    if (kind := next(found, None)) is not None:
-        return f"a module of torch's {kind}"
-    names = [name for name, p in model.named_parameters() if is_spread(p)]
+    for module in model.modules():
+        for kind in kinds:
+            if isinstance(module, kind):
+                return f"a module of torch's {kind.__name__}"
     return f"a DTensor, {names[0]!r}" if names else processes()
 
 
@@ -108,8 +239,8 @@ def processes() -> str | None:
 
 
 def shards(p: Tensor, flatten: bool) -> Shards:
-    """How to sum over the shards of p."""
-    return MeshShards(p, flatten) if is_spread(p) else WHOLE
+    """Which part of the matrices of p is held here."""
+    return _MeshShards(p, flatten) if is_spread(p) else WHOLE
 
 
 def layout(p: Any) -> Hashable:
@@ -119,235 +250,62 @@ def layout(p: Any) -> Hashable:
 
 def experts(p: Any, flatten: bool) -> Tensor:
     """Which of the matrices of p are held here, (E,)."""
-    fused = p.ndim == 3 and not flatten
-    held = torch.arange(p.shape[0] if fused else 1, device=local(p).device)
-    return _part(held, p, p.placements, 0) if fused and is_spread(p) else held
+    total, device = p.shape[0] if p.ndim == 3 and not flatten else 1, local(p).device
+    if not is_spread(p):
+        return torch.arange(total, device=device)
+    return _MeshShards(p, flatten).places("e", total, device=device)
 
 
 def zeros(p: Any, flatten: bool, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A state tensor of p under its name: zeros, sharded where it shares a dimension with p."""
+    part = torch.zeros(held(p, flatten, name, shape), dtype=dtype, device=local(p).device)
     if not is_spread(p) or not shape:
-        return torch.zeros(shape, dtype=dtype, device=local(p).device)
-    placements, part_shape = _place(p, flatten, name, shape)
-    part = torch.zeros(part_shape, dtype=dtype, device=local(p).device)
-    stride = torch.empty(shape, device="meta").stride()
-    sharded: Tensor = p.from_local(
-        part, p.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
-    return sharded
+        return part
+    return _joined(p, part, _placement(p, flatten, name, shape)[0], shape)
 
 
 def held(p: Tensor, flatten: bool, name: str, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of what this process holds of a state tensor of p."""
-    return _place(p, flatten, name, shape)[1] if is_spread(p) else tuple(shape)
+    return tuple(map(len, _placement(p, flatten, name, shape)[1])) if is_spread(p) else tuple(shape)
 
 
-def place(p: Any, flatten: bool, name: str, value: Any) -> Tensor:
+def place(p: Any, flatten: bool, name: str, value: Any) -> Any:
     """A loaded state tensor of p, whole or a DTensor, placed as `zeros` places it.
 
-    Every process must hold the whole of one that is no DTensor. Any other is gathered: a
-    collective.
+    Every process must hold the whole of a plain tensor. A DTensor with other placements is
+    gathered, which is a collective.
     """
-    placements = _place(p, flatten, name, value.shape)[0] if is_spread(p) and value.shape else None
+    shape = value.shape
+    sharded = is_spread(p) and len(shape) > 0
+    placements, places = _placement(p, flatten, name, shape) if sharded else ((), [])
     if is_spread(value):
-        if placements is not None and (value.device_mesh, value.placements) == (
-            p.device_mesh,
-            tuple(placements),
-        ):
-            return value  # type: ignore[no-any-return]
+        if sharded and (value.device_mesh, value.placements) == (p.device_mesh, placements):
+            return value
         value = value.full_tensor()
-    if placements is None:
-        return value  # type: ignore[no-any-return]
-    like = zeros(p, flatten, name, value.shape, value.dtype)
-    for dim in range(value.ndim):
-        value = value.index_select(
-            dim, _part(torch.arange(value.shape[dim], device=value.device), p, placements, dim)
-        )
-    local(like).copy_(value)
-    return like
+    for dim, chosen in enumerate(places):
+        value = value.index_select(dim, chosen.to(value.device))
+    return _joined(p, value, placements, shape) if sharded else value
 
 
-def _place(
+def _placement(
     p: Any, flatten: bool, name: str, shape: Sequence[int]
-) -> tuple[list[Any], tuple[int, ...]]:
-    """Placements of a state tensor of p, and the shape of the part that is held here."""
+) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """Placements of a state tensor of p, and which indices of each dimension are held here."""
     from torch.distributed.tensor import Replicate
 
-    held, placements = list(shape), []
+    mesh, dims, placements = _MeshShards(p, flatten), _dims(len(shape), flatten, name), []
     for placement in p.placements:
-        dim = _state_dim(name, _role(p, placement, flatten), placement, len(shape))
-        placements.append(Replicate() if dim is None else _moved(placement, dim))
-        if dim is not None:
-            held[dim] = local(p).shape[placement.dim] * (shape[dim] // p.shape[placement.dim])
-    return placements, tuple(held)
+        dim = -1 if placement.is_replicate() else dims.find(mesh.dims[placement.dim])
+        strided = hasattr(placement, "split_factor")
+        options = {"split_factor": placement.split_factor} if strided else {}
+        placements.append(Replicate() if dim < 0 else type(placement)(dim, **options))
+    return tuple(placements), [mesh.places(x, n) for x, n in zip(dims, shape, strict=True)]
 
 
-class MeshShards(Shards):
-    """The shards of the matrices of a DTensor parameter."""
-
-    def __init__(self, p: Any, flatten: bool) -> None:
-        self.mesh = p.device_mesh
-        shape = p.shape
-        fused = len(shape) == 3 and not flatten
-        self.inner = 1  # columns that a sharded one stands for: the pixels of a convolution
-        if len(shape) < 2:
-            self.shape = (1, max(1, shape.numel()))
-        elif fused:
-            self.shape = (shape[1], shape[2])
-        else:
-            self.inner = shape[2:].numel()
-            self.shape = (shape[0], shape[1:].numel())
-        roles = {
-            i: _role(p, p.placements[i], flatten)
-            for i in _outer_first(p.placements, range(self.mesh.ndim))
-        }
-        self.splits = [
-            (i, role) for i, role in roles.items() if role is not None and self.mesh.size(i) > 1
-        ]
-        self.count = 1
-        for i, _ in self.splits:
-            self.count *= self.mesh.size(i)
-
-    def size(self, p: int, q: int) -> tuple[int, int]:
-        """Size of a whole matrix."""
-        return self.shape
-
-    def rows(self, p: int) -> range | Tensor:
-        """Which rows of the whole are held here."""
-        return _as_range(self._held(ROWS))
-
-    def columns(self, q: int) -> range | Tensor:
-        """Which columns of the whole are held here."""
-        return _as_range(self._held(COLUMNS))
-
-    def sum_rows(self, x: Tensor) -> Tensor:
-        """Sum over the processes that hold other rows of the same matrices."""
-        return self._sum(x, ROWS)
-
-    def sum_columns(self, x: Tensor) -> Tensor:
-        """Sum over the processes that hold other columns of the same matrices."""
-        return self._sum(x, COLUMNS)
-
-    def sum_all(self, x: Tensor) -> Tensor:
-        """Sum over the processes that hold other parts of the same parameters."""
-        return self._sum(x, ROWS, COLUMNS, EXPERTS)
-
-    def whole(self, function: Callable[[Tensor], Tensor], M: Tensor) -> Tensor:
-        """What is held here of `function` of whole matrices, of which M (N, p, q) is held here.
-
-        Each process is dealt about N / count of them by all-to-all, and deals the result back.
-        """
-        for depth, (_, role) in enumerate(self.splits):
-            if role != EXPERTS:
-                function = functools.partial(self._deal, depth, function)
-        return function(M)
-
-    def _deal(self, depth: int, function: Callable[[Tensor], Tensor], M: Tensor) -> Tensor:
-        i, role = self.splits[depth]
-        group, n, here = self.mesh.get_group(i), self.mesh.size(i), self.mesh.get_local_rank(i)
-        hands = M.tensor_split(n)
-        dim = 1 if role == ROWS else 2
-        # The splits inside this one are whole already.
-        outside = {j: self.mesh.get_local_rank(j) for j, _ in self.splits[:depth]}
-        lengths = [len(self._held(role, {**outside, i: j})) for j in range(n)]
-        shapes = [list(hands[here].shape) for _ in range(n)]
-        for shape, length in zip(shapes, lengths, strict=True):
-            shape[dim] = length
-        parts = _exchange(list(hands), shapes, group)
-        result = function(torch.cat(parts, dim))
-        back = torch.split(result, lengths, dim)
-        return torch.cat(_exchange(list(back), [hand.shape for hand in hands], group))
-
-    def _sum(self, x: Tensor, *roles: str) -> Tensor:
-        dims = [i for i, role in self.splits if role in roles]
-        x = x.contiguous() if dims else x
-        for i in dims:
-            dist.all_reduce(x, group=self.mesh.get_group(i))
-        return x
-
-    def _held(self, role: str, coordinates: Mapping[int, int] | None = None) -> Tensor:
-        """Indices of the rows or columns held here, or at `coordinates` (mesh dimension -> one)."""
-        total, inner = (self.shape[0], 1) if role == ROWS else (self.shape[1], self.inner)
-        held = torch.arange(total, device="cpu").view(-1, inner)
-        if coordinates is None:
-            coordinates = {i: self.mesh.get_local_rank(i) for i, _ in self.splits}
-        splits = [i for i, split in self.splits if split == role and i in coordinates]
-        for i in splits:
-            held = _chunk(held, self.mesh.size(i), coordinates[i])
-        return held.reshape(-1)
-
-
-def _as_range(places: Tensor) -> range | Tensor:
-    """Places without gaps as a range."""
-    start, count = (int(places[0]) if len(places) else 0), len(places)
-    return (
-        range(start, start + count)
-        if torch.equal(places, torch.arange(start, start + count, device="cpu"))
-        else places
+def _joined(p: Any, part: Tensor, placements: Sequence[Any], shape: Sequence[int]) -> Tensor:
+    """The DTensor of a shape of which this process holds `part`."""
+    stride = torch.empty(shape, device="meta").stride()
+    joined: Tensor = p.from_local(
+        part, p.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
-
-
-def _part(x: Tensor, p: Any, placements: Sequence[Any], dim: int) -> Tensor:
-    """The part of x, along a whole dimension that placements split, that this process holds."""
-    for i in _outer_first(
-        placements, [i for i, y in enumerate(placements) if getattr(y, "dim", None) == dim]
-    ):
-        x = _chunk(x, p.device_mesh.size(i), p.device_mesh.get_local_rank(i))
-    return x
-
-
-def _outer_first(placements: Sequence[Any], dims: Iterable[int]) -> list[int]:
-    """Mesh dimensions in the order of their splits: a strided shard splits what others left."""
-    return sorted(dims, key=lambda i: getattr(placements[i], "split_factor", 0))
-
-
-def _chunk(x: Tensor, count: int, index: int) -> Tensor:
-    """The part of x that a DTensor puts on process `index` of `count`; the last may get none."""
-    chunks = x.chunk(count)
-    return chunks[index] if index < len(chunks) else x[:0]
-
-
-def _exchange(
-    parts: list[Tensor], shapes: Sequence[Sequence[int]], group: dist.ProcessGroup
-) -> list[Tensor]:
-    """Send one part to every process of the group, receive one of each shape."""
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    sent = torch.cat([part.reshape(-1) for part in parts])
-    received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group)
-    return [
-        piece.view(*shape)
-        for piece, shape in zip(torch.split(received, sizes), shapes, strict=True)
-    ]
-
-
-def _role(p: Tensor, placement: Any, flatten: bool) -> str | None:
-    """What a mesh dimension spreads of the matrices of p: rows, columns, experts or nothing."""
-    names = {0: ROWS, 1: COLUMNS}
-    if p.ndim < 2:
-        names = {0: COLUMNS}
-    elif p.ndim == 3 and not flatten:
-        names = {0: EXPERTS, 1: ROWS, 2: COLUMNS}
-    return (
-        None if placement.is_replicate() else names[placement.dim]
-    )  # anything else has been refused
-
-
-def _state_dim(name: str, role: str | None, placement: Any, ndim: int) -> int | None:
-    """The dimension of a state tensor that a mesh dimension spreads."""
-    if role is None:
-        return None
-    if name in ("exp_avg", "exp_avg_sq"):
-        return int(placement.dim)
-    if role == EXPERTS:
-        return 0
-    last = {ROWS: {"_B": ndim - 2, "row": ndim - 1}, COLUMNS: {"_A": ndim - 1, "col": ndim - 1}}[
-        role
-    ]
-    return next((dim for ending, dim in last.items() if name.endswith(ending)), None)
-
-
-def _moved(placement: Any, dim: int) -> Any:
-    """The same split of another dimension."""
-    split = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
-    return type(placement)(dim, **split)
+    return joined
