@@ -13,8 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lorapre.backends import library
-
 # Of the trace of a Gram matrix (departure a): less would be below the resolution of float32.
 DAMPING = 1e-6
 TINY = torch.finfo(torch.float32).tiny
@@ -63,8 +61,6 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 def matmul(X: Tensor, Y: Tensor) -> Tensor:
     """X Y (N, a, c) of X (N, a, b) and Y (N, b, c)."""
-    if library.takes(X, X.numel() * Y.shape[-1]):
-        return library.products(X, Y)
     return torch.mm(X[0], Y[0])[None] if len(X) == 1 else X @ Y
 
 
@@ -77,8 +73,6 @@ def inverse_root(G: Tensor) -> Tensor:
     """
     r = G.shape[-1]
     if r <= 128:
-        if library.takes(G, G.numel() * r):
-            return library.inverse_roots(G)
         eye = torch.eye(r, dtype=G.dtype, device=G.device).expand_as(G)
         root: Tensor = torch.linalg.solve_triangular(
             torch.linalg.cholesky_ex(G).L, eye, upper=False
