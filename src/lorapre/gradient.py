@@ -218,8 +218,9 @@ class Gradient:
         rows = torch.zeros(len(self), self.held[0], 1, dtype=torch.float32, device=self.device)
         columns = torch.zeros(len(self), 1, self.held[1], dtype=torch.float32, device=self.device)
         kernel = self._has_adamw(weights, M, lr, decay)
-        single = kernel and self._as_it_is and all(w.dtype == torch.float32 for w in weights)
-        for n, i in self._tiles(whole=single):
+        in_place = kernel and self._as_it_is and all(w.dtype == torch.float32 for w in weights)
+        one_by_one = ((slice(n, n + 1), slice(0, self.held[0])) for n in range(len(self)))
+        for n, i in one_by_one if in_place else self._tiles():
             g = self._tile(n, i).to(self.dtype)
             g = g * self.scale if self.scale != 1 else g
             if sums:
@@ -241,6 +242,7 @@ class Gradient:
         return (
             M.exp_avg is not None
             and M.exp_avg_sq is not None
+            and self.finite is None
             and not any(isinstance(x, Tensor) and x.ndim for x in (lr, decay))
             and all(at_hand(x) and x.is_contiguous() for x in (*weights, *self.grads))
         )

@@ -77,7 +77,10 @@ class CGradient(Gradient):
         products = [*M.products, None, None][:2]
         in_order = all(E.is_contiguous() for ema in emas if ema for E in ema.E)
         # One buffer holds a product, or the moment that is kept in full in its place.
-        if not in_order or any(f and ema for f, ema in zip(products, emas, strict=True)):
+        both = any(f and ema for f, ema in zip(products, emas, strict=True))
+        plain = N > 0 and weights[0].dtype == torch.float32
+        fused = plain and self._has_adamw(weights, M, lr, decay)
+        if not in_order or both or fused:  # torch's own kernel is the fastest for AdamW in float32
             return super()._step_(weights, M, lr, decay, eps, keys, sums)
         assert not self.absolute
         assert len(M.products) <= 2
