@@ -13,8 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lorapre.backends import library
-
 # Of the trace of a Gram matrix (departure a): less would be below the resolution of float32.
 DAMPING = 1e-6
 TINY = torch.finfo(torch.float32).tiny
@@ -65,8 +63,6 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 def matmul(X: Tensor, Y: Tensor) -> Tensor:
     """X Y (N, a, c) of X (N, a, b) and Y (N, b, c)."""
-    if library.takes(X, X.numel() * Y.shape[-1]):
-        return library.products(X, Y)
     return torch.mm(X[0], Y[0])[None] if len(X) == 1 else X @ Y
 
 
@@ -75,13 +71,11 @@ def inverse_root(G: Tensor) -> Tensor:
 
     Applied as R^T (R X) it is as stable as substitution, since the errors of both products lie
     where G is nearly singular; R^T R formed explicitly is not. Large G are taken by halves, so that
-    most of the work is
-    products of matrices: libraries solve triangular systems at a fraction of their speed.
+    most of the work is products of matrices: libraries solve triangular systems at a fraction of
+    their speed.
     """
     r = G.shape[-1]
     if r <= 128:
-        if library.takes(G, G.numel() * r):
-            return library.inverse_roots(G)
         eye = torch.eye(r, dtype=G.dtype, device=G.device).expand_as(G)
         root: Tensor = torch.linalg.solve_triangular(
             torch.linalg.cholesky_ex(G).L, eye, upper=False

@@ -1,12 +1,13 @@
-"""The three primitives of `lorapre.gradient.Gradient` in C, for CPUs: what `kernels.c` is given.
+"""The update of `lorapre.gradient.Gradient` in C, for CPUs: what `kernels.c` is given.
 
-Everything is checked before its address is handed over. All buffers are float32 on the CPU,
-whatever the default of torch.
+Products with the gradient are left to torch, which is as fast. Everything is checked before its
+address is handed over. All buffers are float32 on the CPU, whatever the default of torch.
 """
 
 import ctypes
+import itertools
 from collections.abc import Sequence
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -14,24 +15,30 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lorapre.backends import library
-from lorapre.backends.library import DTYPES, Matrices
 from lorapre.gradient import Gradient, Moments, Number
 
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # their numbers in kernels.c
 HEIGHT = 128  # rows that a thread takes at a time, at least
 PARTS = 64  # of a matrix, at most: each has its own sums over its rows
 
+_Addresses = POINTER(c_void_p)
+
+
+class _Matrices(ctypes.Structure):
+    _fields_ = (("data", _Addresses), ("row", c_int64), ("dtype", c_int64))
+
 
 class _Step(ctypes.Structure):
+    """The struct of the same name."""
+
     _fields_ = (
         *((name, c_int64) for name in ("count", "rows", "columns", "height", "threads")),
-        ("weights", Matrices), ("grads", Matrices), ("B", Matrices * 2), ("A", Matrices * 2),
-        ("rank", c_int64 * 2), ("in_m", c_int64 * 2), ("in_v", c_int64 * 2),
-        ("a", c_void_p * 2), ("b", c_void_p), ("c", c_void_p * 2), ("d", c_void_p),
-        ("row", c_void_p), ("column", c_void_p),
-        ("ema", Matrices * 2), ("rate", c_void_p * 2), ("unbias", c_void_p * 2),
-        ("lr", c_void_p), ("decay", c_void_p), ("scale", c_float), ("eps", c_float),
-        *((name, c_void_p) for name in ("finite", "keys", "row_index", "column_index")),
-        ("row_sums", c_void_p), ("column_sums", c_void_p),
+        ("weights", _Matrices), ("grads", _Matrices),
+        ("B", c_void_p * 2), ("A", c_void_p * 2), ("rank", c_int64 * 2), ("ema", _Addresses * 2),
+        ("numbers", POINTER(c_float)),
+        *((name, c_void_p) for name in ("row", "column", "finite", "keys")),
+        *((name, c_void_p) for name in ("row_index", "column_index", "row_sums", "column_sums")),
+        ("scale", c_float), ("eps", c_float),
     )  # fmt: skip
 
 
@@ -62,128 +69,72 @@ def why_not(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> str | None:
 class CGradient(Gradient):
     """N same-shaped gradients, which `why_not` has nothing against, as one operand."""
 
-    def _right(self, X: Tensor) -> Tensor:
-        return self._product(X, (len(self), self.held[1], X.shape[-1]), left=False)
-
-    def _left(self, L: Tensor) -> Tensor:
-        return self._product(L, (len(self), L.shape[-2], self.held[0]), left=True)
-
-    def _product(self, X: Tensor, shape: tuple[int, ...], left: bool) -> Tensor:
-        """T X or X T."""
-        (N, p, q), held = (len(self), *self.held), _Held()
-        X = _checked(X, shape)
-        a, b, c = (shape[1], p, q) if left else (p, q, shape[2])
-        out = torch.empty(N, a, c, dtype=torch.float32, device="cpu")
-        T, other = held.matrices(self.grads), held.stack(X)
-        T.absolute = self.absolute
-        first, second = (other, T) if left else (T, other)
-        library.loaded().products(
-            N, a, b, c, ctypes.byref(first), ctypes.byref(second), held.finite(self.finite, N),
-            out.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        return out
-
     def _step_(
         self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float,
         keys: Tensor | None, sums: bool,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        (N, p, q), held = (len(self), *self.held), _Held()
+        (N, p, q), emas = (len(self), *self.held), (M.exp_avg, M.exp_avg_sq)
+        products = [*M.products, None, None][:2]
+        in_order = all(E.is_contiguous() for ema in emas if ema for E in ema.E)
+        # One buffer holds a product, or the moment that is kept in full in its place.
+        if not in_order or any(f and ema for f, ema in zip(products, emas, strict=True)):
+            return super()._step_(weights, M, lr, decay, eps, keys, sums)
+        assert not self.absolute
+        assert len(M.products) <= 2
+        alive: list[Tensor] = []  # what addresses point to has to live until the call
+
+        def address(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> int:
+            alive.append(_checked(x, shape, dtype).contiguous())
+            return alive[-1].data_ptr()
+
         height = max(HEIGHT, -(-p // (PARTS * HEIGHT)) * HEIGHT)
         rows = torch.zeros(N, p, 1, dtype=torch.float32, device="cpu")
         columns = torch.zeros(N, -(-p // height), q, dtype=torch.float32, device="cpu")
-        if len(weights) != N:
-            raise ValueError(f"{len(weights)} weights have {N} gradients")
         s = _Step(
-            N, p, q, height, torch.get_num_threads(), held.matrices(weights),
-            held.matrices(self.grads), scale=self.scale, eps=eps,
-            finite=held.finite(self.finite, N), row_sums=rows.data_ptr() if sums else None,
-            column_sums=columns.data_ptr(),
+            N, p, q, height, torch.get_num_threads(), _matrices("weights", weights, N),
+            _matrices("gradients", self.grads, N), scale=self.scale, eps=eps,
+            row_sums=rows.data_ptr() if sums else None, column_sums=columns.data_ptr(),
         )  # fmt: skip
-        s.grads.absolute = self.absolute
-        numbers: list[Number] = [lr, decay, 0.0 if M.exp_avg else M.b, 0.0 if M.exp_avg_sq else M.d]
-        for x, ema in enumerate((M.exp_avg, M.exp_avg_sq)):
-            factors = M.products[x] if x < len(M.products) else None
-            a, c = (M.a[x], M.c[x] if M.c else 0.0) if factors is not None else (0.0, 0.0)
+        in_m, in_v = M.exp_avg is None, M.exp_avg_sq is None  # no other term counts beside a full m
+        numbers = [lr, decay, M.b if in_m else 0.0, M.d if in_v else 0.0]
+        for k, (factors, ema) in enumerate(zip(products, emas, strict=True)):
+            term: list[Number] = [0.0, 0.0, 0.0, 0.0]
             if factors is not None:
                 r = factors.B.shape[-1]
-                s.B[x] = held.stack(_rows(_checked(factors.B, (N, p, r))))
-                s.A[x] = held.stack(_rows(_checked(factors.A, (N, r, q))))
-                s.rank[x], s.in_m[x], s.in_v[x] = r, _counts(a), _counts(c)
-            rate: Number = 0.0
-            unbias: Number = 0.0
+                s.rank[k], s.B[k] = r, address(factors.B, N, p, r)
+                s.A[k] = address(factors.A, N, r, q)
+                term[:2] = M.a[k] if in_m else 0.0, M.c[k] if in_v else 0.0
             if ema is not None:
-                if factors is not None and (_counts(a) or _counts(c)):
-                    raise ValueError("a moment that is kept in full takes the place of a product")
-                if len(ema.E) != N:
-                    raise ValueError(f"{len(ema.E)} moments have {N} gradients")
-                for E in ema.E:
-                    _checked(E, (p, q))
-                s.ema[x] = held.matrices(ema.E)
-                s.rank[x], s.in_v[x] = 0, 0
-                rate, unbias = ema.rate, ema.scale
-                if x == 0:
-                    a, s.in_m[0] = 1.0, 1
-            numbers += [a, c, rate, unbias]
-        pointers = held.numbers(numbers, N)
-        s.lr, s.decay, s.b, s.d = pointers[:4]
-        for x in range(2):
-            s.a[x], s.c[x], s.rate[x], s.unbias[x] = pointers[4 + 4 * x : 8 + 4 * x]
+                E = [_checked(E, (p, q), torch.float32) for E in ema.E]
+                s.ema[k] = _addresses("moments", E, N)
+                term = [1.0 if ema is M.exp_avg else 0.0, 0.0, ema.rate, ema.scale]
+            numbers += term
+        each = [_for_each(x, N) for x in numbers]
+        s.numbers = (c_float * (N * len(each)))(*itertools.chain(*zip(*each, strict=True)))
         if M.row is not None and M.column is not None:
-            s.row = held.tensor(_checked(M.row, (N, p, 1)).contiguous())
-            s.column = held.tensor(_checked(M.column, (N, 1, q)).contiguous())
+            s.row, s.column = address(M.row, N, p, 1), address(M.column, N, 1, q)
+        if self.finite is not None:
+            s.finite = address(self.finite, N, dtype=torch.bool)
         if keys is not None:
-            s.keys = held.tensor(_checked(keys, (N,), torch.int64).contiguous())
-            s.row_index = held.tensor(_index(self.rows, p, self.q))
-            s.column_index = held.tensor(_index(self.columns, q, 1))
+            s.keys = address(keys, N, dtype=torch.int64)
+            s.row_index = address(_index(self.rows, self.q), p, dtype=torch.int32)
+            s.column_index = address(_index(self.columns, 1), q, dtype=torch.int32)
         library.loaded().step(ctypes.byref(s))
         return (rows, columns.sum(1, keepdim=True)) if sums else None
 
 
-class _Held:
-    """What addresses point to; it has to live until the call."""
-
-    def __init__(self) -> None:
-        self.objects: list[Any] = []
-
-    def tensor(self, x: Tensor) -> int:
-        self.objects.append(x)
-        return x.data_ptr()
-
-    def finite(self, x: Tensor | None, N: int) -> int | None:
-        return None if x is None else self.tensor(_checked(x, (N,), torch.bool).contiguous())
-
-    def matrices(self, tensors: Sequence[Tensor]) -> Matrices:
-        """Matrices of one shape, dtype and stride."""
-        if not tensors:
-            return Matrices(None, 1, 1, 0, 0)
-        x = tensors[0]
-        return self._matrices(x, [y.data_ptr() for y in tensors], *x.stride())
-
-    def stack(self, x: Tensor) -> Matrices:
-        """Matrices (N, ...) of a tensor."""
-        first, step = x.data_ptr(), x.stride(0) * x.element_size()
-        return self._matrices(x, [first + n * step for n in range(len(x))], *x.stride()[1:])
-
-    def _matrices(self, x: Any, addresses: list[int], row: int, column: int) -> Matrices:
-        array = (c_int64 * len(addresses))(*addresses)
-        self.objects += [x, array]
-        return Matrices(ctypes.addressof(array), row, column, DTYPES[x.dtype], 0)
-
-    def numbers(self, numbers: Sequence[Number], N: int) -> list[int]:
-        """Vectors of N numbers each."""
-        values: list[float] = []
-        for x in numbers:
-            own = x.reshape(-1).tolist() if isinstance(x, Tensor) else [x]
-            values += own * N if len(own) == 1 else own
-        if len(values) != N * len(numbers):
-            raise ValueError(f"a number is there for each of {N} matrices, or one for all")
-        array = (c_float * len(values))(*values)
-        self.objects.append(array)
-        start = ctypes.addressof(array)
-        return [start + 4 * N * k for k in range(len(numbers))]
+def _matrices(name: str, tensors: Sequence[Tensor], N: int) -> Any:
+    addresses, x = _addresses(name, tensors, N), next(iter(tensors), None)
+    return _Matrices() if x is None else _Matrices(addresses, x.stride(0), DTYPES[x.dtype])
 
 
-def _checked(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+def _addresses(name: str, tensors: Sequence[Tensor], N: int) -> Any:
+    if len(tensors) != N:
+        raise ValueError(f"{len(tensors)} {name} have {N} gradients")
+    return (c_void_p * N)(*[x.data_ptr() for x in tensors])
+
+
+def _checked(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if type(x) not in (Tensor, Parameter) or x.shape != shape or x.dtype != dtype or not x.is_cpu:
         found = f"{type(x).__name__} {tuple(x.shape)} in {x.dtype} on {x.device}"
         raise ValueError(
@@ -192,17 +143,16 @@ def _checked(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float
     return x
 
 
-def _rows(x: Tensor) -> Tensor:
-    """With contiguous rows."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _for_each(x: Number, N: int) -> list[float]:
+    """The number of each of N matrices."""
+    values = x.reshape(-1).tolist() if isinstance(x, Tensor) else [x]
+    if len(values) not in (1, N):
+        raise ValueError(f"{len(values)} numbers are not one for each of {N} matrices, or for all")
+    return values * N if len(values) == 1 else values
 
 
-def _counts(x: Number) -> bool:
-    return isinstance(x, Tensor) or x != 0
-
-
-def _index(places: range | Tensor, n: int, step: int) -> Tensor:
+def _index(places: range | Tensor, step: int) -> Tensor:
     """The lower 32 bits of places times `step`."""
     if isinstance(places, range):
         places = torch.arange(places.start, places.stop, dtype=torch.int64, device="cpu")
-    return (_checked(places, (n,), torch.int64) * step).to(torch.int32).contiguous()
+    return (places * step).to(torch.int32)
