@@ -1,4 +1,4 @@
-"""The three primitives of `lorapre.gradient.Gradient` as compiled kernels: in C, and in Triton."""
+"""Compiled kernels for `lorapre.gradient.Gradient`: the update in C, all primitives in Triton."""
 
 from collections.abc import Sequence
 

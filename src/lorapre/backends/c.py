@@ -127,10 +127,8 @@ class CGradient(Gradient):
 
 
 def _matrices(name: str, tensors: Sequence[Tensor], N: int) -> Any:
-    addresses = _addresses(name, tensors, N)
-    return (
-        _Matrices(addresses, tensors[0].stride(0), DTYPES[tensors[0].dtype]) if N else _Matrices()
-    )
+    addresses, x = _addresses(name, tensors, N), next(iter(tensors), None)
+    return _Matrices() if x is None else _Matrices(addresses, x.stride(0), DTYPES[x.dtype])
 
 
 def _addresses(name: str, tensors: Sequence[Tensor], N: int) -> Any:

@@ -7,11 +7,10 @@ A launch serves all N matrices of a batch. Each weight and gradient is a tensor 
 addresses travel in a table on the device. Nothing waits for the device, and CUDA graphs can capture
 everything. Each program writes sums of its own, so no result depends on their order.
 
-Precision: everything is float32 but for products. A product with a bfloat16 gradient rounds the
-other operand to bfloat16. Where gradients have 16 bits, all other products take TF32 operands: TF32
-has float16's mantissa and float32's range, so it holds such a gradient exactly, and rounds a factor
-no more coarsely than the gradient itself was rounded. Where gradients are float32, TF32 would be
-the largest error of the step, and products are split in three (tf32x3). Sums are float32.
+Everything is float32 but for the operands of products. With a bfloat16 gradient the other operand
+is rounded to bfloat16. Beside gradients of 16 bits all other products take TF32 operands, which
+hold such a gradient exactly and a factor no more coarsely. With float32 gradients TF32 would be the
+largest error of the step, so products are split in three (tf32x3).
 """
 
 import functools
@@ -38,13 +37,12 @@ MAX_COUNT = 2**16 - 1  # what the last dimension of a grid holds
 MAX_STRIDE = 2**24  # places within a tile are numbers of 32 bits
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Blocks. A program of a product owns R rows of the rank and BJ columns of the result, and streams
-# through BK elements of the length at a time. A program of an update owns a tile (BM, BN), and
-# multiplies factors in chunks of R of the rank, so nothing a program holds grows with the rank.
-# For capabilities 8.0 and 9.0 the compiler reports at most 56 KB of shared memory (small devices
-# have 99) and no spilled registers (8 bytes where rows are not aligned). Programs that update more
-# tiles would write fewer sums, but take twice the registers, for the addresses of the next tile.
-# The first key: whether gradients, and so products, are float32.
+# A program of a product owns R rows of the rank and BJ columns of the result, and streams through
+# BK elements of the length at a time. A program of an update owns a tile (BM, BN), and multiplies
+# factors in chunks of R of the rank, so nothing a program holds grows with the rank. Compiled for
+# capabilities 8.0 and 9.0 it takes at most 56 KB of shared memory (small devices have 99) and 8
+# bytes of spilled registers. With more tiles for a program there would be fewer sums, but it takes
+# twice the registers. The first key: whether gradients, and so products, are float32.
 _PRODUCT = {  # padded rank, at most 128: BK, BJ, warps, stages
     False: {16: (64, 128, 8, 3), 32: (64, 64, 8, 3), 64: (64, 64, 8, 2), 128: (32, 64, 8, 2)},
     True: {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (32, 64, 8, 3), 128: (32, 64, 8, 2)},
@@ -83,7 +81,7 @@ def why_not(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> str | None:
 
 
 class TritonGradient(Gradient):
-    """One gradient or more, as `why_not` accepts them; see `Gradient`."""
+    """N same-shaped gradients, which `why_not` has nothing against, as one operand."""
 
     def _right(self, X: Tensor) -> Tensor:
         return self._product(X, transposed=True)
@@ -120,18 +118,17 @@ class TritonGradient(Gradient):
         emas = (M.exp_avg, M.exp_avg_sq)
         if any(not E.is_contiguous() or E.dtype != torch.float32 for x in emas if x for E in x.E):
             return super()._step_(weights, M, lr, decay, eps, keys, sums)
-        assert not self.absolute
-        assert (M.row is None) == (M.column is None)
+        assert not self.absolute and (M.row is None) == (M.column is None)
         (p, q), N, g = self.held, len(self), self.grads[0]
         r, *others = {x.B.shape[-1] for x in M.products if x is not None} or {1}
         assert not others, "the products of an update have one rank"
         chunk, BM, BN, warps, stages = _UPDATE[g.dtype == torch.float32]
         R = min(chunk, triton.next_power_of_2(max(16, r)))
         blocks, parts = -(-p // BM), -(-q // BN)
-        rows, columns = (
-            torch.empty(shape, dtype=torch.float32, device=self.device) if sums else None
-            for shape in ((parts, N, p, 1), (blocks, N, 1, q))
-        )
+        rows = columns = None
+        if sums:
+            rows = torch.empty(parts, N, p, 1, dtype=torch.float32, device=self.device)
+            columns = torch.empty(blocks, N, 1, q, dtype=torch.float32, device=self.device)
         rates = [self._number(y) for x in emas for y in ((x.rate, x.scale) if x else (None, None))]
         table, aligned = _table(weights, self.grads, *(x and x.E for x in emas))
         with torch.cuda.device_of(table):
@@ -150,8 +147,8 @@ class TritonGradient(Gradient):
         arguments: list[Any] = []
         for factors, *weights in zip(M.products, M.a, M.c, strict=True):
             if factors is not None:
-                numbers = [x if isinstance(x, Tensor) or x else None for x in weights]
-                arguments += [*map(_packed, factors), *map(self._number, numbers)]
+                numbers = [self._number(x if isinstance(x, Tensor) or x else None) for x in weights]
+                arguments += [*map(_packed, factors), *numbers]
         assert len(arguments) <= 8, "an update has two products"
         return arguments + [None] * (8 - len(arguments))
 
@@ -166,7 +163,7 @@ class TritonGradient(Gradient):
         if keys is None:
             return [None, None, None]
         places = [
-            x if isinstance(x, Tensor) else torch.arange(x.start, x.stop, device=self.device)
+            torch.arange(x.start, x.stop, device=self.device) if isinstance(x, range) else x
             for x in (self.rows, self.columns)
         ]
         return [x.to(self.device, torch.int64).contiguous() for x in (keys, *places)]
@@ -225,8 +222,8 @@ def _table(*arrays: Sequence[Tensor] | None) -> tuple[Tensor, bool]:
 def _upload(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """The addresses on the device, (count,), int64; a steady loop does not send them again.
 
-    They travel as arguments of a kernel: no host waits, no host memory has to live on, and a CUDA
-    graph holds them. On another `stream` the table might be read before it is written.
+    They travel as arguments of a kernel: no host waits, and a CUDA graph holds them. On another
+    `stream` the table might be read before it is written.
     """
     table = torch.zeros(len(addresses), dtype=torch.int64, device=device)
     torch._foreach_add_(list(table.unbind()), list(addresses))
