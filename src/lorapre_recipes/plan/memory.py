@@ -1,4 +1,4 @@
-"""What a training step holds in memory: arithmetic on the shapes of weights, which the tests count."""
+"""The memory of a training step: arithmetic on the shapes of weights, which the tests count."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -29,42 +29,35 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """Of a training step, at most; activations and buffers of collectives come on top."""
+        """The most that a step holds, without activations and buffers of collectives."""
         return self.weights + self.gradients + self.state + self.transient
 
 
 def memory(weights: Iterable[Weight], settings: Settings, mesh: Mesh = ONE_GPU) -> Memory:
-    """What a GPU of `mesh` holds in a training step."""
+    """The memory of a GPU of `mesh` in a training step."""
     weights, item = list(weights), settings.item
-    held = sum(weight.held(mesh) for weight in weights) * item
-    weights = [weight for weight in weights if not weight.frozen]
-    gradients = sum(weight.held(mesh) for weight in weights) * item
-    transient = step_bytes(settings, weights, mesh)
+    trained = [weight for weight in weights if not weight.frozen]
+    gradients = sum(weight.held(mesh) for weight in trained) * item
+    transient = step_bytes(settings, trained, mesh)
     if settings.release:  # one gradient at a time, until its weight is updated
-        gradients, transient = max(
-            (
-                (weight.held(mesh) * item, step_bytes(settings, [weight], mesh))
-                for weight in weights
-            ),
-            key=sum,
-        )
+        each = [(x.held(mesh) * item, step_bytes(settings, [x], mesh)) for x in trained]
+        gradients, transient = max(each, key=sum)
     return Memory(
-        weights=held,
+        weights=sum(weight.held(mesh) for weight in weights) * item,
         gradients=gradients,
-        matrices=sum(weight.state_bytes(mesh) for weight in weights if weight.matrix),
-        dense=sum(weight.state_bytes(mesh) for weight in weights if not weight.matrix),
+        matrices=sum(weight.state_bytes(mesh) for weight in trained if weight.matrix),
+        dense=sum(weight.state_bytes(mesh) for weight in trained if not weight.matrix),
         transient=transient,
-        adamw=sum(weight.adamw_bytes(mesh, item) for weight in weights),
+        adamw=sum(weight.adamw_bytes(mesh, item) for weight in trained),
     )
 
 
 def step_bytes(settings: Settings, weights: Sequence[Weight], mesh: Mesh) -> int:
     """Bytes that optimizer.step allocates beside weights, gradients and state, at most."""
-    held = [weight.held(mesh) * settings.item for weight in weights]
     if settings.optimizer == "adamw":  # foreach, as on a GPU: the denominators of all weights
-        return sum(held)
+        return sum(weight.held(mesh) for weight in weights) * settings.item
     if settings.optimizer == "muon":
-        dense = sum(size for size, weight in zip(held, weights, strict=True) if not weight.matrix)
+        dense = sum(weight.held(mesh) for weight in weights if not weight.matrix) * settings.item
         matrices = [weight for weight in weights if weight.matrix]
         return max(dense, *(newton_schulz_bytes(weight, settings.item) for weight in matrices))
     alike = Counter(weight.shape for weight in weights)
@@ -81,7 +74,8 @@ def step_bytes(settings: Settings, weights: Sequence[Weight], mesh: Mesh) -> int
 def newton_schulz_bytes(weight: Weight, item: int) -> int:
     """Bytes that Muon needs for whole matrices.
 
-    The momentum, two iterates in bfloat16 and their Grams; or the momentum, the last iterate and the update.
+    It holds the momentum and either two iterates in bfloat16 with their Gram matrices, or the last
+    iterate and the update.
     """
     E, p, q = matrix_shape(weight.shape, weight.flatten)
     return E * (p * q * (item + 2 * BF16) + BF16 * max(2 * min(p, q) ** 2, p * q))

@@ -21,12 +21,10 @@ from lorapre_recipes.train.optim import freeze
 
 FLOAT32 = 4  # bytes
 
-# Which dimension of a weight (..., out, in) the styles of a transformers tp_plan divide. Others replicate it.
-TP_DIM = dict.fromkeys(
-    ("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise", "embedding_rowwise"), -2
-) | dict.fromkeys(
-    ("rowwise", "rowwise_rep", "rowwise_split_input", "packed_rowwise", "embedding_colwise"), -1
-)
+# The styles of a transformers tp_plan that divide a weight (..., out, in). Others replicate it.
+OUT = ("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise", "embedding_rowwise")
+IN = ("rowwise", "rowwise_rep", "rowwise_split_input", "packed_rowwise", "embedding_colwise")
+TP_DIM = dict.fromkeys(OUT, -2) | dict.fromkeys(IN, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,7 @@ class Weight:
         return math.prod(self.part(mesh))
 
     def state_bytes(self, mesh: Mesh) -> int:
-        """Bytes of state on a GPU: B is divided as rows are, A as columns are, else they are whole."""
+        """Bytes of state on a GPU: B is divided like rows, A like columns, the others are whole."""
         E, p, q = matrix_shape(self.part(mesh), self.flatten)
         r = self.rank or 0
         sizes = {"B": E * p * r, "A": E * r * q, "row": E * p, "col": E * q}
@@ -69,12 +67,15 @@ class Weight:
         return total
 
     def adamw_bytes(self, mesh: Mesh, item: int) -> int:
-        """Bytes of the state of torch.optim.AdamW on a GPU: two moments in the weight's dtype and a step."""
+        """Bytes of the state of torch.optim.AdamW: two moments in the weight's dtype and a step."""
         return 2 * self.held(mesh) * item + FLOAT32
 
 
 def routed(model: PreTrainedModel, settings: Settings) -> list[Weight]:
-    """The parameters of a model with the state that the optimizer makes for them. Raises UserError."""
+    """The parameters of a model with the state that the optimizer makes for them.
+
+    Raises UserError for a rank or a rule that does not fit.
+    """
     freeze(model, settings.freeze)
     try:
         with warnings.catch_warnings():
@@ -109,7 +110,7 @@ def routed(model: PreTrainedModel, settings: Settings) -> list[Weight]:
 
 
 def groups_of(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """The optimizer's groups with all their options; for the dense optimizers, rank 1 marks the matrices."""
+    """The optimizer's groups with all their options. For muon, rank 1 marks the matrices."""
     if not settings.low_rank:
         rank = 1 if settings.optimizer == "muon" else None
         return LoRAPreAdamW(param_groups(model, rank=rank)).param_groups
@@ -137,23 +138,22 @@ def tp_dims(model: PreTrainedModel) -> dict[str, int]:
 
 
 def check_mesh(model: PreTrainedModel, weights: Iterable[Weight], mesh: Mesh) -> None:
-    """Refuse a tensor parallelism that does not fit the model. FSDP2 pads, and fits any. Raises UserError."""
+    """Refuse a tensor parallelism that does not fit the model. FSDP2 pads, so that any fits.
+
+    Raises UserError.
+    """
     if mesh.tp == 1:
         return
     config, option = model.config.get_text_config(), f"--mesh tp={mesh.tp}"
-    heads = getattr(config, "num_key_value_heads", None) or getattr(
-        config, "num_attention_heads", 1
-    )
-    assert isinstance(heads, int)
+    attention_heads: int = getattr(config, "num_attention_heads", 1)
+    heads: int = getattr(config, "num_key_value_heads", None) or attention_heads
     if all(weight.tp_dim is None for weight in weights):
-        raise UserError(
-            f"{option}: transformers has no tensor-parallel plan for {config.model_type}"
-        )
+        missing = f"transformers has no tensor-parallel plan for {config.model_type}"
+        raise UserError(f"{option}: {missing}")
     if heads % mesh.tp:
         raise UserError(f"{option}: does not divide the model's {heads} key-value heads")
     for weight in weights:
         if weight.tp_dim is not None and weight.shape[weight.tp_dim] % mesh.tp:
+            dimension = f"dimension {weight.tp_dim} of {weight.name}"
             shape = "x".join(map(str, weight.shape))
-            raise UserError(
-                f"{option}: does not divide dimension {weight.tp_dim} of {weight.name}, {shape}"
-            )
+            raise UserError(f"{option}: does not divide {dimension}, {shape}")
