@@ -150,16 +150,24 @@ def test_one_that_breaks_down_does_not_end_the_others(
     assert math.isfinite(float(next(table_rows(stdout, "sgd"))[6]))
 
 
-def test_a_process_of_its_own(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus.txt"
+def test_processes_and_a_pipe(tmp_path: Path) -> None:
+    """Each cell has a process of its own; plan and cells are printed at once, not at the end."""
+    corpus, out = tmp_path / "corpus.txt", tmp_path / "out"
     corpus.write_text("".join(TEXTS) * 3)
-    changes = {"data": str(corpus), "steps": 2, "batch_size": 2}
-    comparison = Comparison(
-        preset="llama-1m", contenders=("adamw",), grid={}, seeds=1, extend=0, changes=changes
-    )
-    (outcome,) = compare.compare(comparison, tmp_path / "out", jobs=2)
-    assert math.isfinite(outcome.loss), (tmp_path / "out/adamw/seed0/log.txt").read_text()
-    assert json.loads((tmp_path / "out/adamw/seed0/config.json").read_text())["steps"] == 2
+    sizes = ["--data", corpus, "--steps", "2", "--batch-size", "2", "--vocab-size", "300", "--layers", "1"]
+    options = ["--optimizers", "adamw", "--optimizers", "sgd", "--jobs", "1", "--out", out]
+    command = [sys.executable, "-m", "lorapre_recipes", "compare", *sizes, *options]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "2 runs of 512 tokens, 1 at a time; no more\n"
+        assert not list(out.rglob("summary.json"))
+        assert running.stdout.readline().startswith("time: ")
+        words = running.stdout.readline()
+        assert re.fullmatch(r"1/2  (adamw|sgd)/seed0  validation loss [\d.]+; about .* left\n", words), words
+        assert len(list(out.rglob("summary.json"))) == 1
+        assert "Sorted by loss" in running.stdout.read()
+    assert running.returncode == 0
+    assert json.loads((out / "adamw/seed0/config.json").read_text())["steps"] == 2
 
 
 # Which cells
@@ -319,7 +327,7 @@ def test_progress(
     watch = begun(4)
     plan = capsys.readouterr().out
     assert "4 runs of 384 tokens, 2 at a time; more for edges and seeds" in plan
-    assert "time: known when the first run has ended" in plan
+    assert "time: not known before a run has ended" in plan
     cells = [Path("a", f"seed{seed}") for seed in range(2)]
     for cell in cells:
         watch.begin(cell)
@@ -327,7 +335,7 @@ def test_progress(
     (tmp_path / cells[1] / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n')
     now += 60
     watch.end(cells[0], "validation loss 3.0000", finished=True)
-    assert capsys.readouterr().out == "1/4  a/seed0  validation loss 3.0000\n"
+    assert capsys.readouterr().out == "1/4  a/seed0  validation loss 3.0000; about 1 min 00 s left\n"
     # Three are left, one of them for no more than a moment; two run at a time.
     assert watch.left() == "about 1 min 00 s"
     log = tmp_path / "progress.log"

@@ -58,6 +58,8 @@ class Progress:
             self.seconds = seconds / self.tokens
             self.times.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.times, self.known_times() | {self.kind: self.seconds})
+        if self.ended < self.planned:
+            words += f"; {self.left()} left"
         print(f"{self.ended}/{self.planned}  {cell}  {words}", flush=True)
 
     def stop(self) -> None:
@@ -67,7 +69,7 @@ class Progress:
     def left(self) -> str:
         """How long the cells that are planned by now will take, in words."""
         if self.seconds is None:
-            return "known when the first run has ended"
+            return "not known before a run has ended"
         whole = self.seconds * self.tokens
         begun = sum(min(whole, time.monotonic() - start) for start in list(self.running.values()))
         return f"about {duration((whole * (self.planned - self.ended) - begun) / self.jobs)}"

