@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -157,7 +158,10 @@ def test_processes_and_a_pipe(tmp_path: Path) -> None:
     sizes = ["--data", corpus, "--steps", "2", "--batch-size", "2", "--vocab-size", "300", "--layers", "1"]
     options = ["--optimizers", "adamw", "--optimizers", "sgd", "--jobs", "1", "--out", out]
     command = [sys.executable, "-m", "lorapre_recipes", "compare", *sizes, *options]
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as running:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, env=buffered, text=True
+    ) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == "2 runs of 512 tokens, 1 at a time; no more\n"
         assert not list(out.rglob("summary.json"))

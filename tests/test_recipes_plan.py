@@ -27,11 +27,10 @@ from lorapre.batch import transient_bytes
 from lorapre.groups import matrix_shape
 from lorapre_recipes.config import PretrainConfig
 from lorapre_recipes.console import binary, short
-from lorapre_recipes.plan.memory import memory
+from lorapre_recipes.plan.memory import Weight, memory, routed
 from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
 from lorapre_recipes.plan.shapes import BUILT_IN, meta_model
 from lorapre_recipes.plan.tables import render
-from lorapre_recipes.plan.weights import Weight, routed
 from lorapre_recipes.train.optim import DTYPES, WithAdamW, storage_bytes
 from lorapre_recipes.train.pretrain import build_model
 from tiny_runs import write_corpus

@@ -5,7 +5,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +56,8 @@ def read_corpus(config: PretrainConfig) -> Corpus:
         if not paths:
             wanted = ", ".join("*" + suffix for suffix in SUFFIXES)
             raise UserError(f"--data {path}: no text in this folder; it should hold {wanted}")
-        documents = Files(paths)
-        skipped = documents.check()
+        documents = Documents(lambda: read_files(paths))
+        skipped = sum(map(corrupt_lines, paths))
     elif looks_like_hub_name(config.data):
         return read_hub(config)
     else:
@@ -94,40 +94,38 @@ class CorruptLine(ValueError):
 
 
 @dataclass(frozen=True)
-class Files:
-    """The documents of files, which are read line by line, and without their corrupt lines."""
+class Documents:
+    """The documents of `read`, from their start at every iteration."""
 
-    paths: list[Path]
+    read: Callable[[], Iterator[str]]
 
     def __iter__(self) -> Iterator[str]:
-        for document in itertools.chain.from_iterable(map(read_file, self.paths)):
-            if isinstance(document, str) and document.strip():
-                yield document
-
-    def check(self) -> int:
-        """Count the corrupt lines. Raises UserError for a file with too many, see CORRUPT_SHARE."""
-        total = 0
-        for path in self.paths:
-            lines, corrupt = 0, []
-            for document in read_file(path):
-                lines += 1
-                if isinstance(document, CorruptLine):
-                    corrupt.append(document)
-            if len(corrupt) > CORRUPT_SHARE * lines:
-                raise UserError(f"--data {path}: {corrupt[0]}")
-            total += len(corrupt)
-        return total
+        return self.read()
 
 
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
+def read_files(paths: Iterable[Path]) -> Iterator[str]:
+    """The documents of files, which are read line by line, without their corrupt lines."""
+    for document in itertools.chain.from_iterable(map(read_file, paths)):
+        if isinstance(document, str) and document.strip():
+            yield document
+
+
+def corrupt_lines(path: Path) -> int:
+    """How many lines are corrupt. Raises UserError where more than CORRUPT_SHARE of a file are."""
+    lines, corrupt = 0, []
+    for document in read_file(path):
+        lines += 1
+        if isinstance(document, CorruptLine):
+            corrupt.append(document)
+    if len(corrupt) > CORRUPT_SHARE * lines:
+        raise UserError(f"--data {path}: {corrupt[0]}")
+    return len(corrupt)
+
+
+def readable(path: Path) -> AbstractContextManager[None]:
     """Raises UserError where reading a file fails within the block."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data {path}: not UTF-8 text (byte {error.start})") from error
-    except PermissionError as error:
-        raise UserError(f"--data {path}: not readable for this user") from error
+    wrong = f"--data {path}: not readable for this user, or not UTF-8 text"
+    return user_errors(wrong, PermissionError, UnicodeDecodeError)
 
 
 def read_file(path: Path) -> Iterator[str | CorruptLine]:
@@ -156,19 +154,6 @@ def read_line(number: int, line: bytes) -> str | CorruptLine:
         return CorruptLine(f"line {number} has no field 'text' that holds a string")
 
 
-@dataclass(frozen=True)
-class Part:
-    """The documents that are the last of each `every`, or all the others."""
-
-    documents: Iterable[str]
-    every: int
-    last: bool
-
-    def __iter__(self) -> Iterator[str]:
-        numbered = enumerate(self.documents, start=1)
-        return (text for number, text in numbered if (number % self.every == 0) == self.last)
-
-
 def split(documents: Iterable[str], every: int) -> tuple[Iterable[str], Iterable[str]]:
     """Hold out the last document of each `every`; of a single document, its last part.
 
@@ -179,8 +164,9 @@ def split(documents: Iterable[str], every: int) -> tuple[Iterable[str], Iterable
         (text,) = documents
         cut = len(text) - len(text) // every
         return [text[:cut]], [text[cut:]]
-    every = min(every, count)
-    return Part(documents, every, last=False), Part(documents, every, last=True)
+    every = max(1, min(every, count))
+    train = Documents(lambda: (x for i, x in enumerate(documents, start=1) if i % every))
+    return train, Documents(lambda: itertools.islice(documents, every - 1, None, every))
 
 
 def looks_like_hub_name(name: str) -> bool:

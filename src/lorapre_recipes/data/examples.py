@@ -79,7 +79,8 @@ def load_examples(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast) ->
         "train_examples": len(train),
         "validation_examples": len(validation),
     }
-    return Examples(as_dataset(train), as_dataset(validation), facts)
+    make = datasets.Dataset.from_list
+    return Examples(make(train), make(validation), facts)
 
 
 def spaced(values: Sequence[T], count: int) -> list[T]:
@@ -87,11 +88,6 @@ def spaced(values: Sequence[T], count: int) -> list[T]:
     if count >= len(values):
         return list(values)
     return [values[i] for i in np.linspace(0, len(values) - 1, count).astype(int)]
-
-
-def as_dataset(rows: Sequence[dict[str, list[int]]]) -> datasets.Dataset:
-    """Rows as a dataset."""
-    return datasets.Dataset.from_list(list(rows))
 
 
 def labels_per_batch(rows: datasets.Dataset, batch_size: int) -> float:

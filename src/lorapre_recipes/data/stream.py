@@ -18,17 +18,15 @@ from lorapre_recipes.config import PretrainConfig, UserError
 from lorapre_recipes.data.corpus import Corpus, hash_documents, read_corpus, take_characters
 from lorapre_recipes.data.tokens import (
     Sequence,
-    as_dataset,
     cached_sequences,
     cached_tokenizer,
+    features,
     for_transformers,
     load_tokenizer,
     sequences,
 )
 
 TOKENIZER_CHARACTERS = 50_000_000  # of a large corpus: how much the tokenizer is trained on
-
-Encode = Callable[[Iterable[str]], Iterator[Sequence]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class TokenStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
     To the trainer all this is one epoch, for it cannot know where an epoch of a stream ends.
     """
 
-    def __init__(self, corpus: Corpus, encode: Encode) -> None:
+    def __init__(self, corpus: Corpus, encode: Callable[[Iterable[str]], Iterator[Sequence]]):
         self.corpus, self.encode = corpus, encode
 
     def __iter__(self) -> Iterator[dict[str, Sequence]]:
@@ -101,8 +99,9 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
     if corpus.set_epoch is not None:
         train = TokenStream(corpus, encode)
         # Reading on until every held-out document of a stream is found would take for ever.
-        held_out = itertools.islice(encode(corpus.validation), config.eval_sequences)
-        validation = as_dataset(held_out, length)
+        held_out = list(itertools.islice(encode(corpus.validation), config.eval_sequences))
+        validation = datasets.Dataset.from_dict({"input_ids": held_out}, features=features(length))
+        validation = validation.with_format("torch")
     else:
         words = hash_documents([tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id)])
         form = f"{length} {config.packed} {config.vocab_size} {words}"

@@ -116,12 +116,6 @@ def cached_sequences(
         raise
 
 
-def as_dataset(sequences: Iterable[Sequence], length: int) -> datasets.Dataset:
-    """Rows `input_ids` in memory."""
-    columns = {"input_ids": list(sequences)}
-    return datasets.Dataset.from_dict(columns, features=features(length)).with_format("torch")
-
-
 def features(length: int) -> datasets.Features:
     """The one column of a data set: `length` tokens, which come out as an int64 tensor."""
     return datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=length)})

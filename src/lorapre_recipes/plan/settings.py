@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args
 
 from lorapre_recipes.config import (
-    DEFAULT_VARIANT,
     LOW_RANK,
-    ONLY_FOR,
     OptimizerConfig,
     OptimizerName,
     PlannedOptimizer,
@@ -32,10 +30,9 @@ class Settings(OptimizerConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.variant is None:
-            object.__setattr__(self, "variant", DEFAULT_VARIANT.get(self.optimizer))
-        if self.compress is None and self.optimizer in ONLY_FOR["compress"]:
-            object.__setattr__(self, "compress", "both")
+        defaults = self.fitting(self.optimizer, rank=0, refresh=0)
+        for name in ("variant", "compress"):
+            object.__setattr__(self, name, getattr(self, name) or defaults[name])
         super().__post_init__()
 
     @classmethod

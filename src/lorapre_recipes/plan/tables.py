@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 from lorapre_recipes.config import UserError
 from lorapre_recipes.console import binary, short
-from lorapre_recipes.plan.memory import memory
+from lorapre_recipes.plan.memory import check_mesh, memory, routed
 from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
 from lorapre_recipes.plan.shapes import meta_model
-from lorapre_recipes.plan.weights import check_mesh, routed
 from lorapre_recipes.train.optim import DTYPES
 
 MOST_MESHES = 3  # that fit into 80 columns
