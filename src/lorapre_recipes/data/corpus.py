@@ -5,7 +5,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,10 +122,15 @@ def corrupt_lines(path: Path) -> int:
     return len(corrupt)
 
 
-def readable(path: Path) -> AbstractContextManager[None]:
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
     """Raises UserError where reading a file fails within the block."""
-    wrong = f"--data {path}: not readable for this user, or not UTF-8 text"
-    return user_errors(wrong, PermissionError, UnicodeDecodeError)
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {path}: not UTF-8 text (byte {error.start})") from error
+    except PermissionError as error:
+        raise UserError(f"--data {path}: not readable for this user") from error
 
 
 def read_file(path: Path) -> Iterator[str | CorruptLine]:
