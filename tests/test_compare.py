@@ -1,7 +1,9 @@
 """`lorapre compare`: cells, seeds, edges, resuming, records, progress, tables and pictures, mistakes."""
 
+import io
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -149,16 +151,27 @@ def test_one_that_breaks_down_does_not_end_the_others(
     assert math.isfinite(float(next(table_rows(stdout, "sgd"))[6]))
 
 
-def test_a_process_of_its_own(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus.txt"
+def test_processes_and_a_pipe(tmp_path: Path) -> None:
+    """Each cell has a process of its own; plan and cells are printed at once, not at the end."""
+    corpus, out = tmp_path / "corpus.txt", tmp_path / "out"
     corpus.write_text("".join(TEXTS) * 3)
-    changes = {"data": str(corpus), "steps": 2, "batch_size": 2}
-    comparison = Comparison(
-        preset="llama-1m", contenders=("adamw",), grid={}, seeds=1, extend=0, changes=changes
-    )
-    (outcome,) = compare.compare(comparison, tmp_path / "out", jobs=2)
-    assert math.isfinite(outcome.loss), (tmp_path / "out/adamw/seed0/log.txt").read_text()
-    assert json.loads((tmp_path / "out/adamw/seed0/config.json").read_text())["steps"] == 2
+    sizes = ["--data", corpus, "--steps", "2", "--batch-size", "2", "--vocab-size", "300", "--layers", "1"]
+    options = ["--optimizers", "adamw", "--optimizers", "sgd", "--jobs", "1", "--out", out]
+    command = [sys.executable, "-m", "lorapre_recipes", "compare", *sizes, *options]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, env=buffered, text=True
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "2 runs of 512 tokens, 1 at a time; no more\n"
+        assert not list(out.rglob("summary.json"))
+        assert running.stdout.readline().startswith("time: ")
+        words = running.stdout.readline()
+        assert re.fullmatch(r"1/2  (adamw|sgd)/seed0  validation loss [\d.]+; about .* left\n", words), words
+        assert len(list(out.rglob("summary.json"))) == 1
+        assert "Sorted by loss" in running.stdout.read()
+    assert running.returncode == 0
+    assert json.loads((out / "adamw/seed0/config.json").read_text())["steps"] == 2
 
 
 # Which cells
@@ -229,10 +242,10 @@ def test_ends_of_low_rank(optimizer: OptimizerName, tiny: Any) -> None:
     ("arguments", "message"),
     [
         (["--optimizers", "adam"], "--optimizers: there is no 'adam'; choose from lorapre-adamw"),
-        (["--optimizers", "adamw:size=3"], "--optimizers adamw:size=3: there is no option 'size'"),
+        (["--optimizers", "adamw:size=3"], "--optimizers adamw:size=3: there is no 'size'; choose from"),
         (["--optimizers", "adamw:rank=3"], "--rank: adamw has no such option"),
         (["--optimizers", "adamw:lr=fast"], "--optimizers adamw:lr=fast: give numbers"),
-        (["--sweep", "speed=1"], "--sweep speed=1: there is no 'speed' to sweep"),
+        (["--sweep", "speed=1"], "--sweep speed=1: there is no 'speed'; choose from lr"),
         (["--sweep", "lr="], "--sweep lr=: give numbers"),
         (["--seeds", "0"], "--seeds: must be at least 1"),
         (["--jobs", "0"], "--jobs: must be at least 1"),
@@ -310,7 +323,7 @@ def test_progress(
     comparison = Comparison(preset="tiny", contenders=("a",), grid={}, seeds=2, extend=0, changes={})
 
     def begun(planned: int) -> Progress:
-        watch = Progress(tmp_path, tiny(), jobs=2, threads=1)
+        watch = Progress(tmp_path, tiny(), jobs=2)
         watch.planned = planned
         watch.start(comparison)
         return watch
@@ -318,7 +331,7 @@ def test_progress(
     watch = begun(4)
     plan = capsys.readouterr().out
     assert "4 runs of 384 tokens, 2 at a time; more for edges and seeds" in plan
-    assert "time: known when the first run has ended" in plan
+    assert "time: not known before a run has ended" in plan
     cells = [Path("a", f"seed{seed}") for seed in range(2)]
     for cell in cells:
         watch.begin(cell)
@@ -326,7 +339,7 @@ def test_progress(
     (tmp_path / cells[1] / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n')
     now += 60
     watch.end(cells[0], "validation loss 3.0000", finished=True)
-    assert capsys.readouterr().out == "1/4  a/seed0  validation loss 3.0000\n"
+    assert capsys.readouterr().out == "1/4  a/seed0  validation loss 3.0000; about 1 min 00 s left\n"
     # Three are left, one of them for no more than a moment; two run at a time.
     assert watch.left() == "about 1 min 00 s"
     log = tmp_path / "progress.log"
@@ -546,6 +559,10 @@ def test_every_optimizer_trains(optimizer: OptimizerName, tiny: Any) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert state_bytes(built) > 0
+    # A cell goes on from a checkpoint, which a safe load must take.
+    torch.save(built.state_dict(), saved := io.BytesIO())
+    saved.seek(0)
+    torch.load(saved, weights_only=True)
     for group in built.param_groups:
         ours = optimizer in ONLY_FOR["variant"] and group.get("rank") is not None
         rate = group["lr"] * (group.get("scale", 1.0) if ours else 1.0)

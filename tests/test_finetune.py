@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lorapre_recipes.config import FinetuneConfig, Method, UserError
-from lorapre_recipes.data.arithmetic import make_problem, train_tokenizer
+from lorapre_recipes.data.arithmetic import VOCABULARY, make_problem
 from lorapre_recipes.data.examples import IGNORED, Example, encode, load_examples, read_examples
+from lorapre_recipes.data.tokens import for_transformers, train_tokenizer
 from lorapre_recipes.presets import FINETUNE as PRESETS
 from lorapre_recipes.presets import arithmetic, metamath100k
 from lorapre_recipes.train.finetune import collator, finetune, load_tokenizer
@@ -43,7 +44,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     problems = [make_problem(random.Random(seed)) for seed in range(50)]
-    tokenizer = train_tokenizer([Example(*problem).prompt + " " + problem.answer for problem in problems])
+    texts = [Example(*problem).prompt + " " + problem.answer for problem in problems]
+    tokenizer = for_transformers(train_tokenizer(texts, VOCABULARY, digits=True))
     tokenizer.save_pretrained(folder)
     LlamaForCausalLM(
         LlamaConfig(

@@ -9,9 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorapre import gradient_release
 from lorapre_recipes.config import RunConfig, parse_rules
-from lorapre_recipes.plan.memory import memory
+from lorapre_recipes.plan.memory import memory, routed
 from lorapre_recipes.plan.settings import Settings
-from lorapre_recipes.plan.weights import routed
 from lorapre_recipes.presets import llama_tiny
 from lorapre_recipes.train.optim import DTYPES, build_optimizer, freeze, state_bytes, storage_bytes
 from test_recipes_plan import check_peak

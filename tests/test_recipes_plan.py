@@ -1,6 +1,8 @@
 """`lorapre plan`: predicted bytes against what optimizers allocate."""
 
 import contextlib
+import json
+import re
 import runpy
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,12 +25,15 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, gradient_release, param_groups
 from lorapre.batch import transient_bytes
 from lorapre.groups import matrix_shape
-from lorapre_recipes.plan.memory import memory
+from lorapre_recipes.config import PretrainConfig
+from lorapre_recipes.console import binary, short
+from lorapre_recipes.plan.memory import Weight, memory, routed
 from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
 from lorapre_recipes.plan.shapes import BUILT_IN, meta_model
 from lorapre_recipes.plan.tables import render
-from lorapre_recipes.plan.weights import Weight, routed
 from lorapre_recipes.train.optim import DTYPES, WithAdamW, storage_bytes
+from lorapre_recipes.train.pretrain import build_model
+from tiny_runs import write_corpus
 
 RANK = 4
 DOCS = Path(__file__).parents[1] / "docs"
@@ -328,10 +333,36 @@ def test_tables_fit_eighty_columns(lorapre: Run, model: str, optimizer: str) -> 
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_a_preset_has_its_rank(lorapre: Run) -> None:
+    assert lorapre("plan", "llama-60m") == lorapre("plan", "llama-60m", "--rank", "128")
+    assert "lorapre-muon, rank 32" in lorapre("plan", "llama-tiny", "--optimizer", "lorapre-muon")[1]
+    assert lorapre("plan", "llama-60m", "--optimizer", "adamw")[0] == 0
+
+
+def test_a_run_folder_has_its_model_and_options(lorapre: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    data = write_corpus(tmp_path)
+    sizes = ["--data", data, "--steps", 2, "--batch-size", 2, "--vocab-size", 300, "--layers", 1]
+    own = ["--rank", 7, "--variant", "subspace", "--dtype", "bf16", "--rules", "lm_head=5"]
+    assert lorapre("pretrain", *sizes, *own, "--freeze", "embed_tokens", "--out", run)[0] == 0
+    code, out, err = lorapre("plan", run)
+    assert (code, err) == (0, "")
+    head = ["lorapre-adamw, rank 7, subspace, bf16 weights", "rules: lm_head=5", "frozen: embed_tokens"]
+    assert out.splitlines()[1:4] == head
+    numel = build_model(PretrainConfig.load(run / "config.json"), 0).num_parameters()
+    assert f"{short(numel)} parameters in bf16" in out
+    planned = json.loads((run / "summary.json").read_text())["state_bytes"]
+    assert re.search(rf"optimizer state +{re.escape(binary(planned))}", out)
+    # What is given goes over the run's; another optimizer takes none of its options.
+    assert "rank 3, subspace" in lorapre("plan", run, "--rank", 3)[1]
+    assert lorapre("plan", run, "--optimizer", "adamw")[1].splitlines()[1] == "adamw"
+    assert "--rank: lorapre-muon needs a value" in lorapre("plan", run, "--optimizer", "lorapre-muon")[2]
+
+
 MISTAKES: dict[str, tuple[str, ...]] = {
     "there is no such folder": ("./nowhere", "--rank", "8"),
     "not built in": ("no-such-model", "--rank", "8"),
-    "needs a value": ("llama-60m",),
+    "needs a value": ("llama-3.1-8b",),
     "at least 1": ("llama-60m", "--rank", "0"),
     "no trainable parameter": ("llama-60m", "--rank", "9999"),
     "no such option": ("llama-60m", "--optimizer", "adamw", "--rank", "8"),

@@ -1,4 +1,4 @@
-"""What a user reads on the console: numbers and errors in few words, and no notes of other libraries."""
+"""What a user reads on the console: numbers and errors in few words, no notes of libraries."""
 
 import logging
 
@@ -38,7 +38,7 @@ def one_line(error: BaseException) -> str:
 
 
 def quieten() -> None:
-    """Leave the console to our bar and to errors: the libraries' notes are not about what a user did."""
+    """Leave the console to our bar and to errors: other notes are not about what a user did."""
     import datasets  # type: ignore[import-untyped]
     from transformers.utils import logging as transformers_logging
 

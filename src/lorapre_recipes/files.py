@@ -16,9 +16,7 @@ def write_whole(file: Path, text: str) -> None:
 
 def write_json(file: Path, value: Any) -> None:
     """Write a value, or every field of a dataclass, as JSON."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    write_whole(file, json.dumps(value, indent=2) + "\n")
+    write_whole(file, json.dumps(value, indent=2, default=dataclasses.asdict) + "\n")
 
 
 def read_json(file: Path) -> Any:

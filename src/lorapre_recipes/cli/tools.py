@@ -8,21 +8,24 @@ from lorapre_recipes.config import ArithmeticConfig
 from lorapre_recipes.plan.settings import Mesh, Settings
 
 
-@options(Settings)
+@options(Settings, preset=True)
 def plan(model: str, /, *, mesh: list[str] | None = None, changes: dict[str, Any]) -> None:
     """Compute the memory of a training step of a model, without loading its weights.
 
-    The peak is that of weights, gradients, optimizer state and what the step allocates for its own use;
-    activations, which depend on the batch and on checkpointing, come on top.
+    The peak is that of weights, gradients, optimizer state and what the step allocates for its own
+    use; activations, which depend on the batch and on checkpointing, come on top. A run folder has
+    its optimizer and options, a preset its rank; without them it is lorapre-adamw in float32.
 
     Args:
-        model: a Hugging Face config (a name on the hub, a folder, a config.json), or one that is built in:
-            llama-60m, -130m, -350m, -1b, -7b, llama-3.1-8b, -70b, -405b.
-        mesh: GPUs: fsdp=8 (FSDP2), hsdp=4x8 (four replicas of eight shards), tp=8 (tensor parallel), or
-            both kinds with a comma: fsdp=128,tp=8. May be given three times, to compare.
+        model: a Hugging Face config (a name on the hub, a folder, a config.json), a run folder or a
+            preset of `lorapre pretrain`, or one that is built in: llama-60m, -130m, -350m, -1b,
+            -7b, llama-3.1-8b, -70b, -405b.
+        mesh: GPUs: fsdp=8 (FSDP2), hsdp=4x8 (four replicas of eight shards), tp=8 (tensor
+            parallel), or both kinds with a comma: fsdp=128,tp=8. May be given three times.
         changes: the other options.
     """
-    settings, meshes = Settings(**changes), [Mesh.parse(text) for text in mesh or ()]
+    settings = Settings.complete(model, changes)
+    meshes = [Mesh.parse(text) for text in mesh or ()]
     from lorapre_recipes.plan.tables import render
 
     print(render(model, settings, meshes))
@@ -30,11 +33,11 @@ def plan(model: str, /, *, mesh: list[str] | None = None, changes: dict[str, Any
 
 @options(ArithmeticConfig)
 def arithmetic(out: Path, /, *, changes: dict[str, Any]) -> None:
-    """Write a small arithmetic reasoning task: stories with a question, and answers worked out line by line.
+    """Write a small arithmetic reasoning task: stories with a question, and worked-out answers.
 
-    For models of a million parameters, which can be trained from nothing on a CPU: see docs/finetuning.md.
-    The folder then holds train.jsonl and test.jsonl with GSM8K's fields, text.jsonl and a tokenizer to
-    pre-train with, where stories have no answers.
+    It is for models of a million parameters, which a CPU can train from nothing: see
+    docs/finetuning.md. The folder then holds train.jsonl and test.jsonl with GSM8K's fields, and to
+    pre-train with a tokenizer and text.jsonl, where stories have no answers.
 
     Args:
         out: a folder, new or empty.
@@ -44,7 +47,5 @@ def arithmetic(out: Path, /, *, changes: dict[str, Any]) -> None:
     from lorapre_recipes.data.arithmetic import write_task
 
     write_task(out, sizes)
-    print(
-        f"{sizes.train:,} problems to train on, {sizes.test:,} to test, "
-        f"{sizes.text:,} documents to pre-train on: {out}"
-    )
+    problems = f"{sizes.train:,} problems to train on, {sizes.test:,} to test"
+    print(f"{problems}, {sizes.text:,} documents to pre-train on: {out}")

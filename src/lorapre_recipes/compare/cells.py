@@ -1,6 +1,6 @@
-"""What a comparison consists of: contenders, a grid of values, and cells, each a run folder.
+"""The parts of a comparison: contenders, a grid of values, and cells, each a run folder.
 
-compare.json              contenders, grid, seeds, the changes to the preset: what is needed to go on
+compare.json              contenders, grid, seeds and the changes to the preset, to go on from
 CONTENDER/VALUES-seedN/   the cells: summary.json, or ended.json with the reason why there is none
 runs.json                 a row for each of them, see `compare/record.py`
 tables.md, *.png          see `compare/tables.py`
@@ -9,32 +9,20 @@ tables.md, *.png          see `compare/tables.py`
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 from lorapre_recipes.config import OptimizerName, PretrainConfig, UserError, choices_of, user_errors
 from lorapre_recipes.files import read_json
 from lorapre_recipes.presets import PRETRAIN, get_preset
 
 # Numbers of a config that may be swept. beta1 and beta2 are the two in `betas`.
-SWEPT = (
-    "lr",
-    "scale",
-    "rank",
-    "beta1",
-    "beta2",
-    "momentum",
-    "eps",
-    "warmup",
-    "batch_size",
-    "refresh",
-)
+SWEPT = ("lr", "scale", "rank", "beta1", "beta2", "momentum", "warmup", "batch_size", "refresh")
 CHOICES = choices_of(PretrainConfig).keys() - {"optimizer"}
 Values = dict[str, float]
-Grid = dict[str, tuple[float, ...]]
+Grid = dict[str, Sequence[float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,32 +35,23 @@ class Contender:
     name: str
     optimizer: OptimizerName
     choices: dict[str, Any]
-    grid: Grid  # over the comparison's
+    grid: Grid  # its own values, in place of the comparison's
 
     @classmethod
     def parse(cls, text: str) -> Contender:
-        """Read a contender. Raises UserError where it is none."""
+        """Read a contender. Raises UserError for an unknown optimizer, option or number."""
         optimizer, _, rest = text.partition(":")
-        known = get_args(OptimizerName)
-        if optimizer not in known:
-            raise UserError(
-                f"--optimizers: there is no {optimizer!r}; choose from {', '.join(known)}"
-            )
+        check_known("--optimizers", optimizer, get_args(OptimizerName))
         choices: dict[str, Any] = {}
         grid: Grid = {}
+        option = f"--optimizers {text}"
         for part in rest.split(",") if rest else ():
             name, _, value = part.partition("=")
-            if name in CHOICES:
-                choices[name] = value
-            elif name == "rules":
-                choices[name] = tuple(value.split("/"))
-            elif name in SWEPT:
-                grid[name] = numbers(value, "/", f"--optimizers {text}")
+            check_known(option, name, (*sorted(CHOICES), "rules", *SWEPT))
+            if name in SWEPT:
+                grid[name] = numbers(value, "/", option)
             else:
-                known = (*sorted(CHOICES), "rules", *SWEPT)
-                raise UserError(
-                    f"--optimizers {text}: there is no option {name!r}; choose from {', '.join(known)}"
-                )
+                choices[name] = tuple(value.split("/")) if name == "rules" else value
         return cls(name=text, optimizer=optimizer, choices=choices, grid=grid)  # type: ignore[arg-type]
 
 
@@ -81,26 +60,23 @@ class Comparison:
     """All that decides the numbers of a comparison; kept as `compare.json`."""
 
     preset: str
-    contenders: tuple[str, ...]
+    contenders: Sequence[str]
     grid: Grid
     seeds: int
     extend: int
-    changes: dict[str, Any]  # to the preset, of all cells
+    changes: dict[str, Any]  # to the preset, for all cells
 
     @classmethod
     def load(cls, folder: Path) -> Comparison:
         """Read compare.json. Raises UserError where there is no such file."""
         wrong = f"--resume {folder}: not a comparison, compare.json cannot be read"
-        with user_errors(wrong, OSError, ValueError, KeyError, TypeError, AttributeError):
-            fields = read_json(folder / "compare.json")
-            fields["contenders"] = tuple(fields["contenders"])
-            fields["grid"] = {name: tuple(values) for name, values in fields["grid"].items()}
-            return cls(**fields)
+        with user_errors(wrong, OSError, ValueError, TypeError):
+            return cls(**read_json(folder / "compare.json"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run: a contender with values of its own, on a seed."""
+    """One run: a contender with one set of values and a seed."""
 
     contender: Contender
     values: Values
@@ -114,43 +90,27 @@ class Cell:
         return Path(folder, f"{values}seed{self.seed}")
 
 
-class Ending(NamedTuple):
-    """How a run ended."""
-
-    loss: float  # of the last evaluation, infinite where training broke down
-    reason: str | None  # why there is no figure
-    summary: dict[str, Any]
-
-
-def ending_of(run: Path) -> Ending | None:
-    """How a run ended, or None of one that has not."""
-    if (run / "summary.json").is_file():
-        summary = read_json(run / "summary.json")
-        return Ending(summary["validation_loss"], None, summary)
-    if (run / "ended.json").is_file():
-        return Ending(math.inf, read_json(run / "ended.json")["reason"], {})
-    return None
-
-
 def read_sweep(texts: Sequence[str]) -> Grid:
     """`lr=0.01,0.005` and `scale=0.1` as a grid. Raises UserError."""
     grid: Grid = {}
     for text in texts:
         name, _, values = text.partition("=")
-        if name not in SWEPT:
-            raise UserError(
-                f"--sweep {text}: there is no {name!r} to sweep; choose from {', '.join(SWEPT)}"
-            )
+        check_known(f"--sweep {text}", name, SWEPT)
         grid[name] = numbers(values, ",", f"--sweep {text}")
     return grid
 
 
-def numbers(text: str, separator: str, where: str) -> tuple[float, ...]:
+def numbers(text: str, separator: str, option: str) -> tuple[float, ...]:
     """Numbers in order. Raises UserError."""
-    with user_errors(
-        f"{where}: give numbers, one or several with {separator!r} between them", ValueError
-    ):
+    wrong = f"{option}: give numbers, one or several with {separator!r} between them"
+    with user_errors(wrong, ValueError):
         return tuple(sorted({float(value) for value in text.split(separator)}))
+
+
+def check_known(option: str, name: str, known: Iterable[str]) -> None:
+    """Raises UserError where a name is none of those that are known."""
+    if name not in known:
+        raise UserError(f"{option}: there is no {name!r}; choose from {', '.join(known)}")
 
 
 def cell_config(comparison: Comparison, cell: Cell) -> PretrainConfig:

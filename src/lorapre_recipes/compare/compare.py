@@ -1,10 +1,8 @@
 """Compare optimizers on the same model, data, order and evaluation: `lorapre compare`.
 
-Every contender is run with every combination of the swept values on the first seed; where its best value lies
-at the edge of the grid, the grid goes on from there; and the best combination is then run on the other seeds.
-
-A cell that is cut off goes on from its last checkpoint, or from its start where the optimizer keeps objects
-in its state that a safe load refuses.
+Every contender runs with every combination of the swept values on the first seed. If its best value
+lies at the edge of the grid, the grid goes on from there. The best combination then runs on the
+other seeds. A cell that is cut off goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -22,45 +20,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from lorapre_recipes.compare.cells import (
-    Cell,
-    Comparison,
-    Contender,
-    Values,
-    cell_config,
-    ending_of,
-)
+from lorapre_recipes.compare.cells import Cell, Comparison, Contender, Values, cell_config
 from lorapre_recipes.compare.progress import Progress
 from lorapre_recipes.compare.record import record
-from lorapre_recipes.config import COMPRESSED, LOW_RANK, UserError
-from lorapre_recipes.files import write_json
-
-# Of the rest some keep objects in their state, which a safe load refuses.
-OURS = (
-    "racs",
-    "alice",
-    "scale",
-    "column-sgd",
-    "muon-no-momentum",
-    "muon-bf16",
-    "apollo",
-    "apollo-mini",
-)
-RESUMABLE = (*LOW_RANK, *COMPRESSED, *OURS, "adamw", "muon", "sgd")
+from lorapre_recipes.config import UserError
+from lorapre_recipes.files import read_json, write_json
 
 
 class Outcome(NamedTuple):
-    """How a cell ended: `loss` is that of the last evaluation, infinite where training broke down."""
+    """The end of a cell; `loss` is that of the last evaluation, infinite if training broke down."""
 
     cell: Cell
     loss: float
-    reason: str | None = None  # why there is no figure
+    reason: str | None = None  # why there is no loss
 
 
 def compare(
     comparison: Comparison, out: Path, *, jobs: int, files: Sequence[Path] = ()
 ) -> list[Outcome]:
-    """Run what is missing of a comparison; print the plan, and a line for each cell.
+    """Run the cells of a comparison that have not ended; print the plan, and a line for each cell.
 
     Args:
         comparison: what to run.
@@ -72,25 +50,17 @@ def compare(
         UserError: before the first cell, where one of them could not run.
     """
     contenders = [Contender.parse(text) for text in dict.fromkeys(comparison.contenders)]
-    first: dict[str, list[Cell]] = {}
-    for contender in contenders:
-        grid = comparison.grid | contender.grid
-        combinations = [
-            dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
-        ]
-        first[contender.name] = [Cell(contender=contender, values=x, seed=0) for x in combinations]
+    first = {contender.name: first_cells(contender, comparison) for contender in contenders}
     configs = [cell_config(comparison, cell) for cell in itertools.chain(*first.values())]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "compare.json", comparison)
-
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    progress = Progress(out, configs[0], jobs, threads)
+    progress = Progress(out, configs[0], jobs)
     progress.planned = len(configs)
 
     def run(cell: Cell) -> Outcome:
         new = not (out / cell.path).exists()
         progress.begin(cell.path)
-        outcome = start_cell(cell, out, threads)
+        outcome = start_cell(cell, out, threads=max(1, (os.cpu_count() or 1) // jobs))
         words = outcome.reason or f"validation loss {outcome.loss:.4f}"
         progress.end(cell.path, words, finished=new and outcome.reason is None)
         for file in files:
@@ -105,13 +75,11 @@ def compare(
         outcomes = list(pool.map(run, first[contender.name]))
         for _ in range(comparison.extend):
             outcomes += run_more(beyond_the_edge(outcomes))
-        best = best_values(outcomes)
-        if best is None:
-            return outcomes
-        seeds = range(1, comparison.seeds)
-        return outcomes + run_more(
-            Cell(contender=contender, values=best, seed=seed) for seed in seeds
-        )
+        if (best := best_values(outcomes)) is not None:
+            cell = Cell(contender=contender, values=best, seed=0)
+            seeds = range(1, comparison.seeds)
+            outcomes += run_more(dataclasses.replace(cell, seed=seed) for seed in seeds)
+        return outcomes
 
     progress.start(comparison)
     # Threads that wait: one for each contender, and one for the process of each cell.
@@ -125,6 +93,15 @@ def compare(
             progress.stop()
 
 
+def first_cells(contender: Contender, comparison: Comparison) -> list[Cell]:
+    """Every combination of the swept values, on the first seed."""
+    grid = comparison.grid | contender.grid
+    return [
+        Cell(contender=contender, values=dict(zip(grid, values, strict=True)), seed=0)
+        for values in itertools.product(*grid.values())
+    ]
+
+
 def best_values(outcomes: Iterable[Outcome]) -> Values | None:
     """The values with the lowest loss on the first seed; None where no run has one."""
     finished = [each for each in outcomes if each.cell.seed == 0 and math.isfinite(each.loss)]
@@ -132,7 +109,7 @@ def best_values(outcomes: Iterable[Outcome]) -> Values | None:
 
 
 def beyond_the_edge(outcomes: Sequence[Outcome]) -> Iterator[Cell]:
-    """Cells beyond the best one where that lies at the edge of what has been run, in geometric steps."""
+    """Cells one geometric step beyond the best one, where that lies at the edge of what was run."""
     best = best_values(outcomes)
     if best is None:
         return
@@ -146,26 +123,31 @@ def beyond_the_edge(outcomes: Sequence[Outcome]) -> Iterator[Cell]:
         yield dataclasses.replace(outcomes[0].cell, values=values)
 
 
-def start_cell(cell: Cell, out: Path, threads: int) -> Outcome:
+def start_cell(cell: Cell, out: Path, *, threads: int) -> Outcome:
     """Run a cell that has not ended in a process of its own, and read how it ended."""
     run = out / cell.path
-    ending = ending_of(run)
-    if ending is None:
-        run.mkdir(parents=True, exist_ok=True)
-        arguments = json.dumps(dataclasses.asdict(cell) | {"contender": cell.contender.name})
-        with (run / "log.txt").open("a", encoding="utf-8") as log:
-            code = subprocess.run(
-                [sys.executable, "-m", "lorapre_recipes.compare.compare", str(out), arguments],
-                env=os.environ
-                | {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"},
-                stdout=log,
-                stderr=log,
-                check=False,
-            ).returncode
-        ending = ending_of(run)
-        if ending is None:  # it is tried again when the comparison goes on
-            return Outcome(cell, math.inf, f"exit code {code}, see {run / 'log.txt'}")
-    return Outcome(cell, ending.loss, ending.reason)
+    if (outcome := outcome_of(cell, run)) is not None:
+        return outcome
+    run.mkdir(parents=True, exist_ok=True)
+    arguments = json.dumps(dataclasses.asdict(cell) | {"contender": cell.contender.name})
+    command = [sys.executable, "-m", "lorapre_recipes.compare.compare", str(out), arguments]
+    shares = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    with (run / "log.txt").open("a", encoding="utf-8") as log:
+        ended = subprocess.run(
+            command, env=os.environ | shares, stdout=log, stderr=log, check=False
+        )
+    # A cell that fails otherwise is tried again when the comparison goes on.
+    failure = f"exit code {ended.returncode}, see {run / 'log.txt'}"
+    return outcome_of(cell, run) or Outcome(cell, math.inf, failure)
+
+
+def outcome_of(cell: Cell, run: Path) -> Outcome | None:
+    """The end of a run; None where it has not ended."""
+    if (run / "summary.json").is_file():
+        return Outcome(cell, read_json(run / "summary.json")["validation_loss"])
+    if (run / "ended.json").is_file():
+        return Outcome(cell, math.inf, read_json(run / "ended.json")["reason"])
+    return None
 
 
 def run_cell(out: Path, arguments: str) -> None:
@@ -178,19 +160,13 @@ def run_cell(out: Path, arguments: str) -> None:
     fields = json.loads(arguments)
     cell = Cell(**(fields | {"contender": Contender.parse(fields["contender"])}))
     run = out / cell.path
-    resume = sound_checkpoint(run) is not None and cell.contender.optimizer in RESUMABLE
-    if not resume:
-        for file in run.glob("*"):
-            if file.is_dir():
-                shutil.rmtree(file)
-            elif file.name != "log.txt":
-                file.unlink()
     quieten()
     try:
-        pretrain(cell_config(Comparison.load(out), cell), run, resume=resume)
+        config = cell_config(Comparison.load(out), cell)
+        pretrain(config, run, resume=sound_checkpoint(run) is not None)
     except (Diverged, UserError) as error:
         write_json(run / "ended.json", {"reason": str(error)})
-    for checkpoint in run.glob("checkpoint-*"):  # hundreds of cells; the weights of none are needed
+    for checkpoint in run.glob("checkpoint-*"):  # hundreds of cells; no weights are needed
         shutil.rmtree(checkpoint)
 
 

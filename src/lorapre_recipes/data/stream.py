@@ -1,4 +1,4 @@
-"""From `--data` to what the trainer takes: read, hold out, tokenize, and keep the tokens on disk."""
+"""From `--data` to what the trainer takes: read, hold out, tokenize, keep the tokens on disk."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lorapre_recipes.config import PretrainConfig, UserError
 from lorapre_recipes.data.corpus import Corpus, hash_documents, read_corpus, take_characters
 from lorapre_recipes.data.tokens import (
     Sequence,
-    as_dataset,
     cached_sequences,
     cached_tokenizer,
+    features,
     for_transformers,
     load_tokenizer,
     sequences,
@@ -28,12 +28,10 @@ from lorapre_recipes.data.tokens import (
 
 TOKENIZER_CHARACTERS = 50_000_000  # of a large corpus: how much the tokenizer is trained on
 
-Encode = Callable[[Iterable[str]], Iterator[Sequence]]
-
 
 @dataclass(frozen=True)
 class TokenData:
-    """What the trainer needs: sequences of `sequence_length` token ids under the key `input_ids`."""
+    """What the trainer needs: sequences of `sequence_length` tokens under the key `input_ids`."""
 
     tokenizer: PreTrainedTokenizerFast
     train: datasets.Dataset | TokenStream
@@ -43,23 +41,22 @@ class TokenData:
     @property
     def facts(self) -> dict[str, Any]:
         """What must be the same when a run goes on, and how many records were skipped so far."""
+        count = len(self.train) if isinstance(self.train, datasets.Dataset) else None
         return {
             "sha256": self.corpus.fingerprint,
-            "train_sequences": len(self.train)
-            if isinstance(self.train, datasets.Dataset)
-            else None,
+            "train_sequences": count,
             "validation_sequences": len(self.validation),
             "skipped": self.corpus.skipped(),
         }
 
 
 class TokenStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
-    """Tokenizes a stream of documents as it is read, epoch after epoch, each shuffled anew, without end.
+    """Tokenizes a stream of documents as it is read, without end; each epoch is shuffled anew.
 
-    To the trainer all this is one epoch: where that of a stream ends it cannot know.
+    To the trainer all this is one epoch, for it cannot know where an epoch of a stream ends.
     """
 
-    def __init__(self, corpus: Corpus, encode: Encode) -> None:
+    def __init__(self, corpus: Corpus, encode: Callable[[Iterable[str]], Iterator[Sequence]]):
         self.corpus, self.encode = corpus, encode
 
     def __iter__(self) -> Iterator[dict[str, Sequence]]:
@@ -74,9 +71,10 @@ class TokenStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
 
 
 def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
-    """Read, split and tokenize; what another run has tokenized is found in the cache. Raises UserError.
+    """Read, split and tokenize. Raises UserError.
 
-    A stream is tokenized as it is read, and not kept. A run that goes on has its tokenizer in its folder.
+    Tokens of another run with the same data are found in the cache. A stream is tokenized as it is
+    read, and not kept. The folder `run` of a run that goes on has its tokenizer.
     """
     corpus, length = read_corpus(config), config.sequence_length
     if run is not None:  # not AutoTokenizer: it would take the run's config.json for a model's
@@ -85,26 +83,25 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
         tokenizer = load_tokenizer(config.tokenizer, length)
     else:
         sample = take_characters(corpus.sample, TOKENIZER_CHARACTERS)
-        tokenizer = for_transformers(
-            cached_tokenizer(sample, corpus.fingerprint, config.vocab_size), length
-        )
-
-    def encode(documents: Iterable[str]) -> Iterator[Sequence]:
-        return sequences(
-            documents, tokenizer, length, packed=config.packed, vocab_size=config.vocab_size
-        )
-
-    too_little = UserError(
-        f"--data {config.data}: too little text, under {length} tokens to train on or held out "
-        f"(one document in {config.held_out_every})"
+        trained = cached_tokenizer(sample, corpus.fingerprint, config.vocab_size)
+        tokenizer = for_transformers(trained, length)
+    encode = partial(
+        sequences,
+        tokenizer=tokenizer,
+        length=length,
+        packed=config.packed,
+        vocab_size=config.vocab_size,
     )
+    under = f"under {length} tokens to train on or held out"
+    share = f"(one document in {config.held_out_every})"
+    too_little = UserError(f"--data {config.data}: too little text, {under} {share}")
     train: datasets.Dataset | TokenStream
     if corpus.set_epoch is not None:
         train = TokenStream(corpus, encode)
-        # Reading on until a stream's every held-out document is found would take for ever.
-        validation = as_dataset(
-            itertools.islice(encode(corpus.validation), config.eval_sequences), length
-        )
+        # Reading on until every held-out document of a stream is found would take for ever.
+        held_out = list(itertools.islice(encode(corpus.validation), config.eval_sequences))
+        validation = datasets.Dataset.from_dict({"input_ids": held_out}, features=features(length))
+        validation = validation.with_format("torch")
     else:
         words = hash_documents([tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id)])
         form = f"{length} {config.packed} {config.vocab_size} {words}"
@@ -114,10 +111,9 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
             for part, fingerprint in zip((corpus.train, corpus.validation), sums, strict=True)
         )
         if len(train) < config.sequences_per_step:
-            few, step = f"{len(train)} sequences of {length} tokens", config.sequences_per_step
-            raise UserError(
-                f"--data {config.data}: too little text, {few} where one step takes {step}"
-            )
+            few = f"{len(train)} sequences of {length} tokens"
+            step = f"one step takes {config.sequences_per_step}"
+            raise UserError(f"--data {config.data}: too little text, {few} where {step}")
         # An epoch has whole steps, all of one size.
         train = train.select(range(len(train) - len(train) % config.sequences_per_step))
     if len(validation) == 0:

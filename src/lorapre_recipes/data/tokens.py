@@ -1,4 +1,4 @@
-"""From documents to sequences of tokens: the tokenizer, packing or padding, and the cache of both on disk."""
+"""From documents to sequences of tokens: the tokenizer, packing or padding, and their cache."""
 
 import hashlib
 import itertools
@@ -22,9 +22,7 @@ PADDING = -100  # in place of a token; it is what losses of torch and transforme
 Sequence = npt.NDArray[np.int32]
 
 
-def load_tokenizer(
-    name: str, length: int, kind: type[AutoTokenizer | PreTrainedTokenizerFast] = AutoTokenizer
-) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str, length: int, kind: Any = AutoTokenizer) -> PreTrainedTokenizerFast:
     """A tokenizer from a folder or the Hugging Face Hub. Raises UserError where it cannot serve."""
     missing = "neither a folder with a tokenizer nor found on the Hugging Face Hub"
     with user_errors(f"--tokenizer {name}: {missing}", *NOT_LOADED):
@@ -38,9 +36,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def train_tokenizer(
-    documents: Iterable[str], vocab_size: int, *, digits: bool = False
-) -> Tokenizer:
+def train_tokenizer(documents: Iterable[str], vocab_size: int, digits: bool = False) -> Tokenizer:
     """Train byte-level BPE: every text can be encoded and decoded without loss.
 
     With `digits`, every digit is a token of its own: all numbers are read alike.
@@ -62,7 +58,7 @@ def train_tokenizer(
 
 
 def for_transformers(tokenizer: Tokenizer, length: int | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers saves and loads it beside a model that reads `length` tokens."""
+    """The tokenizer as transformers saves and loads it, for a model that reads `length` tokens."""
     limit = {} if length is None else {"model_max_length": length}
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, eos_token=END_OF_DOCUMENT, **limit
@@ -71,16 +67,14 @@ def for_transformers(tokenizer: Tokenizer, length: int | None = None) -> PreTrai
 
 def writable_cache() -> AbstractContextManager[None]:
     """Raises UserError where the block cannot write the cache."""
-    message = (
-        f"the cache {cache_folder()} cannot be written; set LORAPRE_CACHE to a folder that can"
-    )
-    return user_errors(message, OSError)
+    message = f"the cache {cache_folder()} cannot be written"
+    return user_errors(f"{message}; set LORAPRE_CACHE to a folder that can", OSError)
 
 
 def cached_tokenizer(documents: Iterable[str], fingerprint: str, vocab_size: int) -> Tokenizer:
     """The byte-level BPE tokenizer of these documents, trained at first use.
 
-    The cache's key is `fingerprint`, the `hash_documents` of them, and the size of the vocabulary.
+    The key in the cache is `fingerprint`, their `hash_documents`, and the size of the vocabulary.
     """
     file = cache_folder() / "tokenizers" / f"bpe-{vocab_size}-{fingerprint[:32]}.json"
     if file.is_file():
@@ -95,10 +89,10 @@ def cached_tokenizer(documents: Iterable[str], fingerprint: str, vocab_size: int
 def cached_sequences(
     key: str, length: int, make: Callable[[], Iterator[Sequence]], empty: UserError
 ) -> datasets.Dataset:
-    """Rows `input_ids` of `make()`, memory-mapped from a file that the first call with this key writes.
+    """Rows `input_ids` of `make()`, memory-mapped from a file that the first call writes.
 
-    The key is of all that decides the sequences. If `make()` is cut off, nothing is left of the file; where
-    it makes no sequence, `empty` is raised.
+    The key names all that decides the sequences. If `make()` is cut off, nothing is left of the
+    file; if it makes no sequence, `empty` is raised.
     """
 
     def rows() -> Iterator[dict[str, Sequence]]:
@@ -122,12 +116,6 @@ def cached_sequences(
         raise
 
 
-def as_dataset(sequences: Iterable[Sequence], length: int) -> datasets.Dataset:
-    """The same in memory."""
-    columns = {"input_ids": list(sequences)}
-    return datasets.Dataset.from_dict(columns, features=features(length)).with_format("torch")
-
-
 def features(length: int) -> datasets.Features:
     """The one column of a data set: `length` tokens, which come out as an int64 tensor."""
     return datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=length)})
@@ -143,8 +131,8 @@ def sequences(
 ) -> Iterator[Sequence]:
     """Documents as sequences of `length` tokens, each document closed by the tokenizer's end token.
 
-    If `packed`, the documents are cut one after the other, and what is left at the end is dropped; else each
-    is truncated, and padded with PADDING. Raises UserError for a token that is not below `vocab_size`.
+    If `packed`, the documents are cut one after the other, and the rest at the end is dropped; else
+    each is truncated, and padded with PADDING. Raises UserError for a token above `vocab_size`.
     """
     rest = np.empty(0, np.int32)
     end = [tokenizer.eos_token_id]
@@ -162,7 +150,6 @@ def sequences(
                 ids = ids[: length - 1] + end
                 row[: len(ids)] = ids
         if rows.size and (largest := rows.max()) >= vocab_size:
-            raise UserError(
-                f"--tokenizer: it makes token {largest}, and the model's vocabulary is {vocab_size}"
-            )
+            makes = f"it makes token {largest}"
+            raise UserError(f"--tokenizer: {makes}, and the model's vocabulary is {vocab_size}")
         yield from rows

@@ -1,15 +1,158 @@
-"""What a training step holds in memory: arithmetic on the shapes of weights, which the tests count."""
+"""The memory of a training step: arithmetic on the shapes of weights, which the tests count.
 
+"A GPU" is the one that holds the most: the first, where a mesh does not divide a weight evenly.
+"""
+
+import math
+import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+from torch import nn
+from transformers import PreTrainedModel
+
+from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
 from lorapre.batch import transient_bytes
-from lorapre.groups import matrix_shape
+from lorapre.groups import is_low_rank, matrix_shape, state_shapes
+from lorapre_recipes.config import UserError, parse_rules
 from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
-from lorapre_recipes.plan.weights import FLOAT32, Weight
+from lorapre_recipes.train.optim import freeze
 
-BF16 = 2  # bytes
+BF16, FLOAT32 = 2, 4  # bytes
+
+# The styles of a transformers tp_plan that divide a weight (..., out, in). Others replicate it.
+OUT = ("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise", "embedding_rowwise")
+IN = ("rowwise", "rowwise_rep", "rowwise_split_input", "packed_rowwise", "embedding_colwise")
+TP_DIM = dict.fromkeys(OUT, -2) | dict.fromkeys(IN, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A parameter: its shape, the state that an optimizer makes for it, and where it is cut."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole
+    rank: int | None  # of its factors
+    flatten: bool  # whether three dimensions are one matrix, a convolution
+    matrix: bool  # whether it takes the route of the matrices, low rank or torch.optim.Muon's
+    state: tuple[str, ...]  # names of the state tensors
+    state_item: int  # bytes of an element of the state, steps aside
+    tp_dim: int | None  # the dimension that tensor parallelism divides; else it is replicated
+    frozen: bool  # whether it has neither gradient nor state
+
+    def part(self, mesh: Mesh) -> tuple[int, ...]:
+        """Shape of the largest shard: FSDP2 cuts rows, after tensor parallelism if both do."""
+        shape = list(self.shape)
+        if self.tp_dim is not None:
+            shape[self.tp_dim] = math.ceil(shape[self.tp_dim] / mesh.tp)
+        if shape:
+            shape[0] = math.ceil(shape[0] / mesh.shards)
+        return tuple(shape)
+
+    def held(self, mesh: Mesh) -> int:
+        """Elements of the largest shard."""
+        return math.prod(self.part(mesh))
+
+    def state_bytes(self, mesh: Mesh) -> int:
+        """Bytes of state on a GPU: B is divided like rows, A like columns, the others are whole."""
+        E, p, q = matrix_shape(self.part(mesh), self.flatten)
+        r = self.rank or 0
+        sizes = {"B": E * p * r, "A": E * r * q, "row": E * p, "col": E * q}
+        total = 0
+        for name in self.state:
+            size = sizes.get(name.partition("_")[2], self.held(mesh))
+            total += FLOAT32 if name in ("step", "skipped") else size * self.state_item
+        return total
+
+
+def routed(model: PreTrainedModel, settings: Settings) -> list[Weight]:
+    """The parameters of a model with the state that the optimizer makes for them.
+
+    Raises UserError for a rank or a rule that does not fit.
+    """
+    freeze(model, settings.freeze)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            groups = groups_of(model, settings)
+    except (ValueError, UserWarning) as error:
+        option = "--rules" if str(error).startswith("rules:") else f"--rank {settings.rank}"
+        raise UserError(f"{option}: {error}") from error
+    dims = tp_dims(model)
+    weights: dict[str, Weight] = {}
+    for group in groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            shape = tuple(parameter.shape)
+            matrix = is_low_rank(shape, group["rank"], group["flatten"])
+            if settings.low_rank:
+                state = tuple(state_shapes(group, shape))
+            else:
+                state = ("momentum_buffer",) if matrix else ("step", "exp_avg", "exp_avg_sq")
+            weights[name] = Weight(
+                name=name,
+                shape=shape,
+                rank=group["rank"] if matrix and settings.low_rank else None,
+                flatten=group["flatten"],
+                matrix=matrix,
+                state=state,
+                state_item=FLOAT32 if settings.low_rank else settings.item,
+                tp_dim=dims.get(name),
+                frozen=not parameter.requires_grad,
+            )
+    return [weights[name] for name, _ in model.named_parameters()]
+
+
+def groups_of(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """The optimizer's groups with all their options. For muon, rank 1 marks the matrices."""
+    if not settings.low_rank:
+        rank = 1 if settings.optimizer == "muon" else None
+        return LoRAPreAdamW(param_groups(model, rank=rank)).param_groups
+    options: dict[str, Any] = {"variant": settings.variant}
+    groups = param_groups(model, rank=settings.rank, rules=parse_rules(settings.rules))
+    if settings.optimizer == "lorapre-muon":
+        return LoRAPreMuon(groups, **options).param_groups
+    return LoRAPreAdamW(groups, compress=settings.compress or "both", **options).param_groups
+
+
+def tp_dims(model: PreTrainedModel) -> dict[str, int]:
+    """The dimension that the model's tensor-parallel plan divides, by name of the parameter."""
+    styles = {
+        re.compile(re.escape(pattern).replace(r"\*", r"\d+") + r"(?:\.(?:weight|bias))?"): style
+        for pattern, style in (model.tp_plan or {}).items()
+    }
+    dims = {}
+    for name, parameter in model.named_parameters():
+        style = next((style for pattern, style in styles.items() if pattern.fullmatch(name)), None)
+        dim = TP_DIM.get(style or "")
+        if dim is None or parameter.ndim == 0 or (parameter.ndim == 1 and dim == -1):
+            continue  # the bias of a rowwise layer is whole everywhere
+        dims[name] = dim + parameter.ndim if parameter.ndim > 1 else 0
+    return dims
+
+
+def check_mesh(model: PreTrainedModel, weights: Iterable[Weight], mesh: Mesh) -> None:
+    """Refuse a tensor parallelism that does not fit the model. FSDP2 pads, so that any fits.
+
+    Raises UserError.
+    """
+    if mesh.tp == 1:
+        return
+    config, option = model.config.get_text_config(), f"--mesh tp={mesh.tp}"
+    attention_heads: int = getattr(config, "num_attention_heads", 1)
+    heads: int = getattr(config, "num_key_value_heads", None) or attention_heads
+    if all(weight.tp_dim is None for weight in weights):
+        missing = f"transformers has no tensor-parallel plan for {config.model_type}"
+        raise UserError(f"{option}: {missing}")
+    if heads % mesh.tp:
+        raise UserError(f"{option}: does not divide the model's {heads} key-value heads")
+    for weight in weights:
+        if weight.tp_dim is not None and weight.shape[weight.tp_dim] % mesh.tp:
+            dimension = f"dimension {weight.tp_dim} of {weight.name}"
+            shape = "x".join(map(str, weight.shape))
+            raise UserError(f"{option}: does not divide {dimension}, {shape}")
 
 
 class Memory(NamedTuple):
@@ -29,42 +172,36 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """Of a training step, at most; activations and buffers of collectives come on top."""
+        """The most that a step holds, without activations and buffers of collectives."""
         return self.weights + self.gradients + self.state + self.transient
 
 
 def memory(weights: Iterable[Weight], settings: Settings, mesh: Mesh = ONE_GPU) -> Memory:
-    """What a GPU of `mesh` holds in a training step."""
+    """The memory of a GPU of `mesh` in a training step."""
     weights, item = list(weights), settings.item
-    held = sum(weight.held(mesh) for weight in weights) * item
-    weights = [weight for weight in weights if not weight.frozen]
-    gradients = sum(weight.held(mesh) for weight in weights) * item
-    transient = step_bytes(settings, weights, mesh)
+    trained = [weight for weight in weights if not weight.frozen]
+    gradients = sum(weight.held(mesh) for weight in trained) * item
+    transient = step_bytes(settings, trained, mesh)
     if settings.release:  # one gradient at a time, until its weight is updated
-        gradients, transient = max(
-            (
-                (weight.held(mesh) * item, step_bytes(settings, [weight], mesh))
-                for weight in weights
-            ),
-            key=sum,
-        )
+        each = [(x.held(mesh) * item, step_bytes(settings, [x], mesh)) for x in trained]
+        gradients, transient = max(each, key=sum)
     return Memory(
-        weights=held,
+        weights=sum(weight.held(mesh) for weight in weights) * item,
         gradients=gradients,
-        matrices=sum(weight.state_bytes(mesh) for weight in weights if weight.matrix),
-        dense=sum(weight.state_bytes(mesh) for weight in weights if not weight.matrix),
+        matrices=sum(weight.state_bytes(mesh) for weight in trained if weight.matrix),
+        dense=sum(weight.state_bytes(mesh) for weight in trained if not weight.matrix),
         transient=transient,
-        adamw=sum(weight.adamw_bytes(mesh, item) for weight in weights),
+        # two moments in the weight's dtype, and a step
+        adamw=sum(2 * weight.held(mesh) * item + FLOAT32 for weight in trained),
     )
 
 
 def step_bytes(settings: Settings, weights: Sequence[Weight], mesh: Mesh) -> int:
     """Bytes that optimizer.step allocates beside weights, gradients and state, at most."""
-    held = [weight.held(mesh) * settings.item for weight in weights]
     if settings.optimizer == "adamw":  # foreach, as on a GPU: the denominators of all weights
-        return sum(held)
+        return sum(weight.held(mesh) for weight in weights) * settings.item
     if settings.optimizer == "muon":
-        dense = sum(size for size, weight in zip(held, weights, strict=True) if not weight.matrix)
+        dense = sum(weight.held(mesh) for weight in weights if not weight.matrix) * settings.item
         matrices = [weight for weight in weights if weight.matrix]
         return max(dense, *(newton_schulz_bytes(weight, settings.item) for weight in matrices))
     alike = Counter(weight.shape for weight in weights)
@@ -81,7 +218,8 @@ def step_bytes(settings: Settings, weights: Sequence[Weight], mesh: Mesh) -> int
 def newton_schulz_bytes(weight: Weight, item: int) -> int:
     """Bytes that Muon needs for whole matrices.
 
-    The momentum, two iterates in bfloat16 and their Grams; or the momentum, the last iterate and the update.
+    It holds the momentum and either two iterates in bfloat16 with their Gram matrices, or the last
+    iterate and the update.
     """
     E, p, q = matrix_shape(weight.shape, weight.flatten)
     return E * (p * q * (item + 2 * BF16) + BF16 * max(2 * min(p, q) ** 2, p * q))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Annotated, ClassVar, get_args
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, get_args
 
 from lorapre_recipes.config import (
-    DEFAULT_VARIANT,
     LOW_RANK,
-    ONLY_FOR,
     OptimizerConfig,
+    OptimizerName,
     PlannedOptimizer,
+    PretrainConfig,
     UserError,
 )
+from lorapre_recipes.presets import PRETRAIN
 from lorapre_recipes.train.summary import describe_optimizer
 
 
@@ -23,14 +25,28 @@ class Settings(OptimizerConfig):
 
     METHODS: ClassVar[tuple[str, ...]] = get_args(PlannedOptimizer)
 
-    optimizer: Annotated[PlannedOptimizer, "what to train with."] = "lorapre-adamw"
+    optimizer: Annotated[PlannedOptimizer, "what to train with. Default: lorapre-adamw."] = (
+        "lorapre-adamw"
+    )
 
     def __post_init__(self) -> None:
-        if self.variant is None:
-            object.__setattr__(self, "variant", DEFAULT_VARIANT.get(self.optimizer))
-        if self.compress is None and self.optimizer in ONLY_FOR["compress"]:
-            object.__setattr__(self, "compress", "both")
+        defaults = self.fitting(self.optimizer, rank=0, refresh=0)
+        for name in ("variant", "compress"):
+            object.__setattr__(self, name, getattr(self, name) or defaults[name])
         super().__post_init__()
+
+    @classmethod
+    def complete(cls, model: str, given: dict[str, Any]) -> Settings:
+        """The options given, and a preset's rank or the other options of a run folder.
+
+        Of a run with another optimizer than the one given, nothing is taken.
+        """
+        config = pretrain_config(model, given.get("optimizer", "lorapre-adamw"))
+        if config is None or given.get("optimizer", config.optimizer) != config.optimizer:
+            return cls(**given)
+        names = [field.name for field in dataclasses.fields(cls)]
+        own = {name: getattr(config, name) for name in (["rank"] if model in PRETRAIN else names)}
+        return cls(**(own | given))
 
     @property
     def low_rank(self) -> bool:
@@ -50,6 +66,17 @@ class Settings(OptimizerConfig):
         return "\n".join(lines)
 
 
+def pretrain_config(
+    model: str, optimizer: OptimizerName = "lorapre-adamw"
+) -> PretrainConfig | None:
+    """The config of a run folder of `lorapre pretrain` or of a preset; None for other models."""
+    folder = Path(model).expanduser()
+    if (folder / "data.json").is_file():
+        return PretrainConfig.load(folder / "config.json")
+    is_preset = model in PRETRAIN and not folder.exists()
+    return PRETRAIN[model](optimizer) if is_preset else None
+
+
 _COUNT = r"[1-9]\d{0,5}"
 _MESH = re.compile(
     rf"(?:fsdp=(?P<fsdp>{_COUNT})|hsdp=(?P<replicas>{_COUNT})x(?P<hsdp>{_COUNT}))?"
@@ -59,31 +86,23 @@ _MESH = re.compile(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """GPUs as replicas x FSDP2 shards x tensor parallelism; one GPU, where nothing is given."""
+    """GPUs as replicas x FSDP2 shards x tensor parallelism."""
 
+    name: str = "one GPU"
     replicas: int = 1
     shards: int = 1
     tp: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Mesh:
-        """Read fsdp=8, hsdp=8x8 (replicas x shards), tp=8, or fsdp or hsdp with tp behind a comma."""
+        """Read fsdp=8, hsdp=8x8 (replicas x shards), tp=8, or one of the first two with tp."""
         match = _MESH.fullmatch(text)
         if not text or match is None:
-            kinds = "fsdp=SHARDS or hsdp=REPLICASxSHARDS, tp=RANKS"
-            raise UserError(
-                f"--mesh {text!r}: write {kinds}, or both with a comma, as in fsdp=128,tp=8"
-            )
+            kinds = "write fsdp=SHARDS or hsdp=REPLICASxSHARDS, tp=RANKS"
+            raise UserError(f"--mesh {text!r}: {kinds}, or both with a comma, as in fsdp=128,tp=8")
+        shards = int(match["fsdp"] or match["hsdp"] or 1)
         replicas, tp = int(match["replicas"] or 1), int(match["tp"] or 1)
-        return cls(replicas=replicas, shards=int(match["fsdp"] or match["hsdp"] or 1), tp=tp)
-
-    def __str__(self) -> str:
-        data = (
-            f"fsdp={self.shards}" if self.replicas == 1 else f"hsdp={self.replicas}x{self.shards}"
-        )
-        if self.tp == 1:
-            return data
-        return f"{data},tp={self.tp}" if self.replicas * self.shards > 1 else f"tp={self.tp}"
+        return cls(name=text, replicas=replicas, shards=shards, tp=tp)
 
 
 ONE_GPU = Mesh()

@@ -10,19 +10,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfi
 
 from lorapre_recipes.config import NOT_LOADED, UserError, user_errors
 from lorapre_recipes.console import quieten
+from lorapre_recipes.plan.settings import pretrain_config
 
 
 def llama(hidden: int, intermediate: int, heads: int, layers: int, **fields: Any) -> LlamaConfig:
-    """The Llamas of the pre-training experiments in GaLore and LoRA-Pre: 32,000 tokens, a head of its own."""
-    return LlamaConfig(
-        vocab_size=fields.pop("vocab_size", 32_000),
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        num_hidden_layers=layers,
-        tie_word_embeddings=False,
-        **fields,
-    )
+    """A Llama of GaLore's and LoRA-Pre's pre-training: 32,000 tokens, a head of its own."""
+    sizes: dict[str, Any] = dict(vocab_size=32_000, hidden_size=hidden, num_hidden_layers=layers)
+    sizes |= dict(intermediate_size=intermediate, num_attention_heads=heads) | fields
+    return LlamaConfig(**sizes, tie_word_embeddings=False)
 
 
 # The published shapes of Llama 3.1: 128,256 tokens, eight heads of keys and values.
@@ -43,26 +38,36 @@ BUILT_IN: dict[str, LlamaConfig] = {
 def meta_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """A model with parameters of `dtype` on the meta device.
 
-    `name` is one in `BUILT_IN` (meta-llama/Llama-3.1-8B means the same and does not ask the hub), a folder
-    with a config.json, the file itself, or a model on the hub. Raises UserError where there is none.
+    `name` is one in `BUILT_IN` (meta-llama/Llama-3.1-8B means the same and does not ask the hub),
+    a preset or a run folder of `lorapre pretrain`, a folder with a config.json, that file itself,
+    or a model on the hub. Raises UserError where there is none.
     """
+    from lorapre_recipes.train.pretrain import build_model  # not for those who need a shape alone
+
     quieten()
-    config = config_of(name)
-    named = getattr(transformers, (config.architectures or [""])[0], None)
     wrong = f"MODEL {name}: transformers cannot build it"
     with user_errors(wrong, ValueError, ImportError), torch.device("meta"):
-        if named is not None:
-            model: PreTrainedModel = named(config)
-        else:  # what transformers takes for the type
-            causal = type(config) in AutoModelForCausalLM._model_mapping
-            kind = AutoModelForCausalLM if causal else AutoModel
-            model = kind.from_config(config)  # type: ignore[no-untyped-call]
+        if (run := pretrain_config(name)) is not None:
+            model: PreTrainedModel = build_model(run, end_of_document=0)
+        else:
+            model = from_config(config_of(name))
     model.to(dtype)  # type: ignore[arg-type]
     return model
 
 
+def from_config(config: transformers.PreTrainedConfig) -> PreTrainedModel:
+    """The model of the class that a config names, or else of what transformers takes for it."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is not None:
+        model: PreTrainedModel = named(config)
+        return model
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    kind = AutoModelForCausalLM if causal else AutoModel
+    return kind.from_config(config)  # type: ignore[no-untyped-call,no-any-return]
+
+
 def config_of(name: str) -> transformers.PreTrainedConfig:
-    """The config of a model, which is the caller's to change. Raises UserError: see `meta_model`."""
+    """The config of a model, for the caller to change. Raises UserError: see `meta_model`."""
     built_in = BUILT_IN.get(name.removeprefix("meta-llama/").lower())
     path = Path(name).expanduser()
     if built_in is not None and not path.exists():
@@ -71,7 +76,7 @@ def config_of(name: str) -> transformers.PreTrainedConfig:
         raise UserError(f"MODEL {name}: there is no such folder or file")
     missing = f"not built in ({', '.join(BUILT_IN)}), and no config that transformers can read"
     with user_errors(f"MODEL {name}: {missing}", *NOT_LOADED):
-        config: transformers.PreTrainedConfig = AutoConfig.from_pretrained(
+        found: transformers.PreTrainedConfig = AutoConfig.from_pretrained(
             path if path.exists() else name
         )
-    return config
+    return found

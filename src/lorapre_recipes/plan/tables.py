@@ -1,15 +1,13 @@
 """`lorapre plan`: memory of a training step of a model, without its weights, as a table."""
 
 import math
-import re
 from collections.abc import Sequence
 
 from lorapre_recipes.config import UserError
 from lorapre_recipes.console import binary, short
-from lorapre_recipes.plan.memory import memory
+from lorapre_recipes.plan.memory import check_mesh, memory, routed
 from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
 from lorapre_recipes.plan.shapes import meta_model
-from lorapre_recipes.plan.weights import check_mesh, routed
 from lorapre_recipes.train.optim import DTYPES
 
 MOST_MESHES = 3  # that fit into 80 columns
@@ -18,21 +16,20 @@ Row = tuple[str, ...]
 
 
 def render(name: str, settings: Settings, meshes: Sequence[Mesh] = ()) -> str:
-    """The text that `lorapre plan` prints. Raises UserError where that cannot be."""
+    """The text that `lorapre plan` prints. Raises UserError for a plan that cannot be made."""
     if meshes and settings.release:
-        raise UserError(
-            "--release: gradients of sharded weights are not released; leave out --mesh"
-        )
+        sharded = "gradients of sharded weights are not released"
+        raise UserError(f"--release: {sharded}; leave out --mesh")
     if len(meshes) > MOST_MESHES:
-        raise UserError(
-            f"--mesh: {MOST_MESHES} fit into a table, not {len(meshes)}; run the command again"
-        )
+        most = f"{MOST_MESHES} fit into a table, not {len(meshes)}"
+        raise UserError(f"--mesh: {most}; run the command again")
     model = meta_model(name, DTYPES[settings.dtype])
     weights = routed(model, settings)
     for mesh in meshes:
         check_mesh(model, weights, mesh)
     numel = short(sum(math.prod(weight.shape) for weight in weights))
-    columns = [memory(weights, settings, mesh) for mesh in (ONE_GPU, *meshes)]
+    meshes = (ONE_GPU, *meshes)
+    columns = [memory(weights, settings, mesh) for mesh in meshes]
 
     def row(label: str, field: str) -> Row:
         return (label, *(binary(getattr(column, field)) for column in columns))
@@ -55,18 +52,17 @@ def render(name: str, settings: Settings, meshes: Sequence[Mesh] = ()) -> str:
         ("state / AdamW's", *(f"{column.state / column.adamw:.2f}" for column in columns)),
     ]
     head = f"{name}, {numel} parameters in {settings.dtype}\n{settings}"
-    return f"{head}\n\n{table('Memory of a GPU', ['one GPU', *map(str, meshes)], body)}"
+    return f"{head}\n\n{table(('Memory of a GPU', *(mesh.name for mesh in meshes)), body)}"
 
 
-def table(title: str, header: Sequence[str], body: Sequence[Row]) -> str:
-    """Rows under a header, aligned. The header of a mesh of two kinds takes two lines."""
-    lines = max(cell.count(",") for cell in header) + 1
-    split = [[*[""] * (lines - 1 - cell.count(",")), *re.split("(?<=,)", cell)] for cell in header]
-    heads = [(title if i == lines - 1 else "", *(cell[i] for cell in split)) for i in range(lines)]
-    widths = [max(map(len, column)) for column in zip(*heads, *body, strict=True)]
-    text = []
-    for name, *cells in (*heads, *body):
-        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        text.append("  ".join([name.ljust(widths[0]), *right]))
-    text.insert(lines, "-" * len(text[0]))
-    return "\n".join(row.rstrip() for row in text)
+def table(header: Row, body: Sequence[Row]) -> str:
+    """Rows under a header, aligned. A header with a comma is broken behind it."""
+    heads = [header]
+    if any("," in name for name in header):
+        parts = [name.rpartition(",") for name in header]
+        heads = [tuple(x + y for x, y, _ in parts), tuple(last for *_, last in parts)]
+    first, *others = [max(map(len, column)) for column in zip(*heads, *body, strict=True)]
+    form = "  ".join([f"{{:<{first}}}", *(f"{{:>{width}}}" for width in others)])
+    line = "-" * (first + sum(width + 2 for width in others))
+    rows = [form.format(*row).rstrip() for row in (*heads, *body)]
+    return "\n".join([*rows[: len(heads)], line, *rows[len(heads) :]])

@@ -1,12 +1,11 @@
 """Published optimizers that no package has, or not as published; and what they share.
 
-Each is written from its paper's equations, one matrix (p, q) at a time, as (out, in) of a linear layer.
+Each is written from its paper's equations, for one matrix (p, q) at a time: the weight (out, in)
+of a linear layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,18 +13,20 @@ from torch.optim import Optimizer
 
 
 class MatrixOptimizer(Optimizer):
-    """W <- W - lr (update + weight_decay W), where a subclass says what the update of one matrix is.
+    """W <- W - lr (update + weight_decay W); a subclass gives the update of one matrix.
 
     Args:
         params: matrices, or groups of them.
-        **options: of the subclass; a group may have its own.
+        **options: those of the subclass; a group may have its own.
     """
 
+    OPTIONS: ClassVar[dict[str, Any]] = {}  # the defaults of a subclass
+
     def __init__(self, params: Any, **options: Any) -> None:
-        super().__init__(params, {"lr": 1e-3, "weight_decay": 0.0} | options)
+        super().__init__(params, {"lr": 1e-3, "weight_decay": 0.0} | self.OPTIONS | options)
 
     def update(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """What a gradient (p, q) in float32 becomes. `state` is empty at the first step."""
+        """The update (p, q) for a float32 gradient (p, q); `state` is empty at the first step."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -39,11 +40,11 @@ class MatrixOptimizer(Optimizer):
                     W.add_(update, alpha=-group["lr"])
 
 
-def limited(update: Tensor, state: dict[str, Any], growth: float = 1.01) -> Tensor:
-    """Fira's limiter: an update whose norm is at most `growth` times that of the step before."""
+def limited(update: Tensor, state: dict[str, Any]) -> Tensor:
+    """Fira's limiter: the norm of the update grows by at most 1 % from step to step."""
     norm = update.norm()
     if state.get("norm", 0.0) > 0:
-        norm = norm.minimum(growth * state["norm"])
+        norm = norm.minimum(1.01 * state["norm"])
         update = update * (norm / update.norm().clamp_min(1e-30))
     state["norm"] = norm
     return update

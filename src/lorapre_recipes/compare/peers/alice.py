@@ -1,7 +1,7 @@
 """Alice, adaptive low-dimensional subspace estimation, arXiv 2502.07752, Algorithms 2 to 4.
 
-Adam without bias corrections in r directions U (m, r) of the shorter side of a gradient G (m, n), and what
-these miss, its columns normalised, beside:
+Adam without bias corrections in r directions U (m, r) of the shorter side of a gradient G (m, n).
+The part of G outside of them is added with its columns normalised:
 
     S <- b3 S + (1 - b3) (U^T G) (U^T G)^T                             tracking, (r, r)
     M <- b1 M + (1 - b1) U^T G       V <- b2 V + (1 - b2) (U^T G)**2
@@ -9,16 +9,14 @@ these miss, its columns normalised, beside:
     C  = sqrt(m - r) (G - U U^T G) diag(v)^(-1/2)
     W <- W - lr (U (M / sqrt(V)) + compensation L(C))
 
-L lets the norm grow by 1 % a step at most. At every `refresh` steps U becomes the `leading` eigenvectors of
-b3 U S U^T + (1 - b3) G G^T after one subspace iteration, and r - `leading` directions drawn from the
-complement (switching). The first U is not defined by the iteration, which starts from zero: here the leading
-eigenvectors of G G^T. Recommended: 0.9, 0.9, 0.999; refresh 200; 40 of 128 directions leading; compensation
-0.4; Adam elsewhere.
+L lets the norm grow by 1 % a step at most. Every `refresh` steps U becomes the `leading`
+eigenvectors of b3 U S U^T + (1 - b3) G G^T after one subspace iteration, and r - `leading`
+directions drawn from the complement (switching). The iteration starts from zero and does not define
+the first U: here it is the leading eigenvectors of G G^T. Recommended: betas 0.9, 0.9, 0.999;
+refresh 200; 40 of 128 directions leading; compensation 0.4; Adam for embeddings, head and norms.
 """
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,21 +25,11 @@ from lorapre_recipes.compare.peers import MatrixOptimizer, limited
 
 
 class Alice(MatrixOptimizer):
-    """State: r (m + 2 n + r) + n + 1 numbers of a matrix, where m is the shorter side."""
+    """State: r (m + 2 n + r) + n + 1 numbers for a matrix, where m is the shorter side."""
 
-    def __init__(
-        self,
-        params: Any,
-        *,
-        rank: int,
-        refresh: int = 200,
-        betas: tuple[float, float, float] = (0.9, 0.9, 0.999),
-        compensation: float = 0.4,
-        leading: float = 40 / 128,
-        **options: Any,
-    ) -> None:
-        options |= {"rank": rank, "refresh": refresh, "betas": betas}
-        super().__init__(params, compensation=compensation, leading=leading, **options)
+    OPTIONS: ClassVar[dict[str, Any]] = dict(
+        betas=(0.9, 0.9, 0.999), refresh=200, compensation=0.4, leading=40 / 128
+    )
 
     def update(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """The low-rank update and its compensation."""
@@ -67,26 +55,24 @@ class Alice(MatrixOptimizer):
         V.lerp_(low.square(), 1 - b2)
         missed = (G.square().sum(0) - low.square().sum(0)).clamp_min(0.0)
         v = state["v"].lerp_(missed, 1 - b1)
-        C = (m - r) ** 0.5 * (G - U @ low) / v.sqrt().clamp_min(1e-30)
-        update: Tensor = U @ (M / V.sqrt().add(1e-8)) + group["compensation"] * limited(
-            C, state["limit"]
-        )
+        C = limited((m - r) ** 0.5 * (G - U @ low) / v.sqrt().clamp_min(1e-30), state["limit"])
+        update: Tensor = U @ (M / (V.sqrt() + 1e-8)) + group["compensation"] * C
         return update
 
 
 def eigenvectors(symmetric: Tensor) -> Tensor:
-    """The one of the largest eigenvalue first."""
+    """The eigenvectors as columns; that of the largest eigenvalue comes first."""
     vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors.flip(1)
     return vectors
 
 
 def switched(ordered: Tensor, leading: float, *, seed: int) -> Tensor:
-    """A share of `leading` of the directions (m, r) stays; the others are drawn from their complement."""
+    """Keep a share `leading` of the directions (m, r); draw the others from the complement."""
     m, r = ordered.shape
     kept = round(leading * r)
     complement = torch.linalg.qr(ordered, mode="complete").Q[:, r:]
     drawn = torch.randperm(m - r, generator=torch.Generator().manual_seed(seed))[: r - kept]
-    # A complement with fewer directions than are wanted is filled up with the next of the old ones.
+    # If the complement has too few directions, the next of the old ones fill the gap.
     parts = [ordered[:, :kept], complement[:, drawn.to(ordered.device)], ordered[:, kept:]]
     directions: Tensor = torch.cat(parts, dim=1)[:, :r].clone()  # else more would stay in memory
     return directions

@@ -1,18 +1,17 @@
 """MLorc, momentum low-rank compression, arXiv 2506.01897, Algorithm 1.
 
-Adam whose moments of a matrix (p, q) are stored at rank r between steps, compressed anew at each one:
+Adam whose moments of a matrix (p, q) are stored at rank r between steps, and compressed at each:
 
     M = b1 Qm Bm + (1 - b1) G
-    V = b2 R(Qv Bv) + (1 - b2) G**2      R: negative entries become the mean size of all negative ones
+    V = b2 R(Qv Bv) + (1 - b2) G**2      R: each negative entry becomes the mean size of them all
     Qm, Bm = compress(M)                 Qv, Bv = compress(V)
     W <- W - lr (M / (1 - b1**t)) / (sqrt(V / (1 - b2**t)) + eps)
 
-compress(X) is a randomised singular value decomposition without oversampling: Q (p, r) is an orthonormal
-basis of X Omega, Omega (q, r) Gaussian, and B = Q^T X. The authors decompose B further into U S V^T; the
-product, all that the next step takes, is the same. Recommended: rank 4 for fine-tuning, betas (0.9, 0.999).
+compress(X) is a randomised singular value decomposition without oversampling: Q (p, r) is an
+orthonormal basis of X Omega, Omega (q, r) Gaussian, and B = Q^T X. The authors decompose B further
+into U S V^T; the next step takes only the product, which is the same. Recommended: rank 4 for
+fine-tuning, betas (0.9, 0.999).
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -23,15 +22,10 @@ from lorapre_recipes.compare.peers import MatrixOptimizer
 
 
 class MLorc(MatrixOptimizer):
-    """State: 2 r (p + q) numbers of a matrix."""
-
-    def __init__(
-        self, params: Any, *, rank: int, betas: tuple[float, float], eps: float, **options: Any
-    ) -> None:
-        super().__init__(params, rank=rank, betas=betas, eps=eps, **options)
+    """State: 2 r (p + q) numbers for a matrix."""
 
     def update(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """Adam's update from moments that went through a rank."""
+        """Adam's update from the compressed moments."""
         b1, b2 = group["betas"]
         t = state["step"] = state.get("step", 0) + 1
         M, V = (1 - b1) * G, (1 - b2) * G.square()
@@ -47,14 +41,12 @@ class MLorc(MatrixOptimizer):
 
 def directions(X: Tensor, rank: int, step: int) -> Tensor:
     """Omega (q, r): Gaussian, another one at each step."""
-    drawn = torch.randn(
-        X.shape[1], min(rank, *X.shape), generator=torch.Generator().manual_seed(step)
-    )
-    return drawn.to(X)
+    draw = torch.Generator().manual_seed(step)
+    return torch.randn(X.shape[1], min(rank, *X.shape), generator=draw).to(X)
 
 
 def without_negatives(V: Tensor) -> Tensor:
-    """V, in which negative entries are replaced by the mean of their sizes."""
+    """V with the mean size of its negative entries in their place."""
     negative = V < 0
     size = -V.clamp_max(0).sum() / negative.sum().clamp_min(1)
     return torch.where(negative, size, V)

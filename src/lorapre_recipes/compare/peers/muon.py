@@ -1,15 +1,14 @@
-"""Muon whose momentum is stored in few bits, or not at all; written here, for want of a package.
+"""Muon whose momentum is stored in few bits, or not at all. No package has it.
 
     M <- momentum M + (1 - momentum) G          read from the store, written back rounded
     W <- W - lr 0.2 sqrt(max(p, q)) NewtonSchulz((1 - momentum) G + momentum M)
 
-With a float32 store it is torch.optim.Muon with its Nesterov step, in the size of AdamW's updates. The stores
-are bfloat16, torchao's blockwise dynamic 8 bits (blocks of 256 numbers, as in its AdamW8bit), and none.
+With a float32 store it is torch.optim.Muon with its Nesterov step, in the size of AdamW's updates.
+The other stores are bfloat16, torchao's blockwise dynamic 8 bits (blocks of 256 numbers, as in its
+AdamW8bit), and none.
 """
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,10 +19,7 @@ from lorapre_recipes.compare.peers import MatrixOptimizer
 class StoredMuon(MatrixOptimizer):
     """`store` is "fp32", "bf16" or "8bit"; with momentum 0 nothing is stored."""
 
-    def __init__(
-        self, params: Any, *, momentum: float = 0.95, store: str = "fp32", **options: Any
-    ) -> None:
-        super().__init__(params, momentum=momentum, store=store, **options)
+    OPTIONS: ClassVar[dict[str, Any]] = {"momentum": 0.95, "store": "fp32"}
 
     def update(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """The orthogonalised momentum."""
@@ -50,12 +46,12 @@ def zeros(like: Tensor, store: str) -> Tensor:
 
 def newton_schulz(M: Tensor) -> Tensor:
     """M (p, q) with its singular values near 1, by the five steps of Muon in bfloat16."""
+    if M.shape[0] > M.shape[1]:
+        return newton_schulz(M.mT).mT
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = M.bfloat16()
-    X = X.mT if M.shape[0] > M.shape[1] else X
+    X: Tensor = M.bfloat16()
     X = X / X.norm().clamp_min(1e-7)
     for _ in range(5):
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
-    orthogonal: Tensor = X.mT if M.shape[0] > M.shape[1] else X
-    return orthogonal.float()
+    return X.float()

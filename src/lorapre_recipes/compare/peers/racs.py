@@ -1,19 +1,18 @@
 """RACS, row and column scaled SGD, arXiv 2502.07752, Algorithm 1 and equation 16.
 
-The Fisher information of a gradient G (p, q) is approximated by two diagonals, row and column scales:
+Two diagonals, the scales of rows and of columns, approximate the Fisher information of a gradient
+G (p, q):
 
     five times, from row = 1:   col = (G**2)^T row / |row|**2     row = G**2 col / |col|**2
     a <- beta a + (1 - beta) row      b <- beta b + (1 - beta) col      from a = b = 0
     W <- W - lr L(diag(a)^(-1/2) G diag(b)^(-1/2))
 
-L lets the norm of the update grow by 1 % a step at most. Recommended: beta 0.9, and Adam for embeddings, head
-and norms. pytorch_optimizer has another algorithm under this name: without the iteration both scales are mean
-squares, and the update grows as gradients shrink.
+L lets the norm of the update grow by 1 % a step at most. Recommended: beta 0.9, and Adam for
+embeddings, head and norms. pytorch_optimizer has another algorithm under this name: without the
+iteration both scales are mean squares, and the update grows as gradients shrink.
 """
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,10 +22,9 @@ TINY = 1e-30
 
 
 class Racs(MatrixOptimizer):
-    """State: p + q + 1 numbers of a matrix."""
+    """State: p + q + 1 numbers for a matrix."""
 
-    def __init__(self, params: Any, *, beta: float = 0.9, **options: Any) -> None:
-        super().__init__(params, beta=beta, **options)
+    OPTIONS: ClassVar[dict[str, Any]] = {"beta": 0.9}
 
     def update(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """The gradient with rows and columns scaled, and its norm's growth limited."""

@@ -5,15 +5,14 @@ Normalised gradients everywhere, momentum in the output head alone:
     M <- momentum M + (1 - momentum) G      in the head; elsewhere M = G
     W <- W - lr C(M)
 
-C divides every column of a matrix as the paper has it, (in, out), by its norm. torch's weights are (out, in):
-there it is every row, and of an embedding table (tokens, hidden) every column. As in the authors' code it
-is the root mean square that becomes one, so that rates are those of Adam. Vectors train with Adam.
-Recommended: momentum 0.9 in the head. Without any it is column-normalised SGD, which has no state.
+C divides every column of a matrix by its norm. The paper's weights are (in, out) and torch's are
+(out, in): there C divides every row, and every column of an embedding table (tokens, hidden). As
+in the authors' code C makes the root mean square one, so that rates are those of Adam. Vectors
+train with Adam. Recommended: momentum 0.9 in the head. Without any it is column-normalised SGD,
+which has no state.
 """
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,10 +21,9 @@ from lorapre_recipes.compare.peers import MatrixOptimizer
 
 
 class Scale(MatrixOptimizer):
-    """The options of a group are `momentum`, 0 in all but the head, and `dim`, 0 in an embedding table."""
+    """Options of a group: `momentum`, 0 except in the head; `dim`, 0 in an embedding table."""
 
-    def __init__(self, params: Any, *, momentum: float = 0.0, dim: int = 1, **options: Any) -> None:
-        super().__init__(params, momentum=momentum, dim=dim, **options)
+    OPTIONS: ClassVar[dict[str, Any]] = {"momentum": 0.0, "dim": 1}
 
     def update(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """C(M)."""
