@@ -6,7 +6,6 @@ a weight is ever formed. `lorapre.backends` has the same three in C and in Trito
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,12 +14,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lorapre import rounding
+from lorapre.linalg import TINY, debias, matmul
 from lorapre.sharding import WHOLE, Shards
 
 # Elements of a tile: of the gradient, and of each of some temporaries of its size that an update
 # holds.
 TILE = 2**17
-TINY = torch.finfo(torch.float32).tiny
 SMALL = 2**16  # elements of matrices that are not worth a call each
 
 Number: TypeAlias = float | Tensor  # one for all matrices, or (N, 1, 1)
@@ -186,7 +185,7 @@ class Gradient:
             m = self._tile(n, i).to(self.dtype) * (at(M.b, n) * self.scale)
             for factors, a in zip(M.products, M.a, strict=True):
                 if factors is not None:
-                    m += _product(factors.B[n] * at(a, n), factors.A[n])
+                    m += matmul(factors.B[n] * at(a, n), factors.A[n])
             update = self.shards.whole(newton_schulz, m).to(self.dtype)
             del m
             w = read(weights, n, i).to(self.dtype)
@@ -200,14 +199,14 @@ class Gradient:
         """T X / scale of what is held here."""
         out = X.new_empty(len(self), self.held[0], X.shape[-1])
         for n, i in self._tiles(self._as_it_is):
-            out[n, i] = _product(self._tile(n, i).to(X.dtype), X[n])
+            out[n, i] = matmul(self._tile(n, i).to(X.dtype), X[n])
         return out
 
     def _left(self, L: Tensor) -> Tensor:
         """L T / scale of what is held here."""
         out = L.new_zeros(len(self), L.shape[-2], self.held[1])
         for n, i in self._tiles(self._as_it_is):
-            out[n] += _product(L[n, :, i], self._tile(n, i).to(L.dtype))
+            out[n] += matmul(L[n, :, i], self._tile(n, i).to(L.dtype))
         return out
 
     def _step_(
@@ -304,7 +303,7 @@ def moments(M: Moments, n: slice, i: slice, g: Tensor) -> tuple[Tensor, Tensor]:
     for factors, a, c in zip(M.products, M.a, M.c, strict=True):
         if factors is None:
             continue
-        P = _product(factors.B[n, i], factors.A[n]).to(g.dtype)
+        P = matmul(factors.B[n, i], factors.A[n]).to(g.dtype)
         add_(v, at(c, n), P, P)
         add_(m, at(a, n), P)
     if M.exp_avg is not None:
@@ -339,11 +338,6 @@ def _moved(ema: Ema, n: slice, i: slice, x: Tensor) -> Tensor:
     add_(E.mul_(1 - rate), rate, x)  # not a difference, which is no number where both are infinite
     write_(ema.E, n, i, E)
     return E * at(ema.scale, n)
-
-
-def debias(beta: float, t: Tensor) -> Tensor:
-    """1 - beta**t, exact for beta near one: what an EMA from zero has gathered after t steps."""
-    return -torch.expm1(t * math.log(max(beta, 1e-300)))
 
 
 def add_(out: Tensor, weight: Number, x: Tensor, y: Tensor | None = None) -> None:
@@ -388,10 +382,6 @@ def at_hand(x: Tensor) -> bool:
     """Whether the host may look at numbers, without a wait for a GPU or a break of a graph."""
     plain = type(x) in (Tensor, Parameter)
     return plain and x.is_cpu and not torch.compiler.is_compiling()
-
-
-def _product(X: Tensor, Y: Tensor) -> Tensor:
-    return torch.mm(X[0], Y[0])[None] if len(X) == 1 else X @ Y
 
 
 def _indices(places: range | Tensor, device: torch.device) -> Tensor:

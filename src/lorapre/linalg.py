@@ -220,6 +220,11 @@ def waves(like: Tensor, places: range | Tensor, total: int) -> Tensor:
     return sums.flatten(1)[:, : len(places)]
 
 
+def debias(beta: float, t: Tensor) -> Tensor:
+    """1 - beta**t, exact for beta near one: what an EMA from zero has gathered after t steps."""
+    return -torch.expm1(t * math.log(max(beta, 1e-300)))
+
+
 def newton_schulz(
     M: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float,
     dtype: torch.dtype = torch.bfloat16,

@@ -26,7 +26,7 @@ class LoRAPreOptimizer(Optimizer):
     algorithm: str
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        own: dict[str, Any] = {"algorithm": self.algorithm, "flatten": False, "made_for": None}
+        own = dict(algorithm=self.algorithm, flatten=False, matrices=False, made_for=None)
         own["state_format"] = checkpoints.STATE_FORMAT
         super().__init__(params, {**options.plain(defaults), **own})
         keep_freed_memory()
@@ -62,10 +62,8 @@ class LoRAPreOptimizer(Optimizer):
         Args:
             parts: copies of groups with fewer parameters, and the positions of these; or all.
         """
-        counts = [len(group["params"]) for group in self.param_groups]
-        ends = itertools.accumulate(counts)
-        places = [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
-        parts = parts or list(zip(self.param_groups, places, strict=True))
+        count = itertools.count()
+        parts = parts or [(g, [next(count) for _ in g["params"]]) for g in self.param_groups]
         for group, _ in parts:
             checkpoints.check_step(group, self.state)
         for group, positions in parts:
@@ -138,6 +136,7 @@ class LoRAPreOptimizer(Optimizer):
         group = {**self.defaults, **param_group}
         options.check(group)
         params = options.checked_params(group)
+        param_group = self._implied(group) | param_group
         # torch wants names for all parameters or for none.
         if "param_names" in param_group or any(isinstance(item, tuple) for item in params):
             for number, group in enumerate(self.param_groups):
@@ -147,6 +146,10 @@ class LoRAPreOptimizer(Optimizer):
         super().add_param_group({**param_group, "params": params})
         added = self.param_groups[-1]
         added["matrices"] = any(p.ndim > 1 for p in added["params"])
+
+    def _implied(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Options that follow from others where a group does not name them."""
+        return {}
 
     def _new_names(self, number: int, count: int) -> list[str]:
         """Names that no parameter has, for `count` nameless ones of a group."""
@@ -159,9 +162,7 @@ class LoRAPreOptimizer(Optimizer):
         """Restore a pickled or copied optimizer; options it did not know take their defaults."""
         super().__setstate__(state)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-            group.setdefault("matrices", False)
+            group.update({**self.defaults, **group})
         self._prepare()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -353,25 +354,18 @@ class LoRAPreMuon(LoRAPreOptimizer):
         )  # fmt: skip
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; see `LoRAPreOptimizer.add_param_group`."""
-        param_group = options.plain(param_group)
-        group = {**self.defaults, **param_group}
-        options.check(group)
-        adamw_lr, adamw_weight_decay = group["adamw_lr"], group["adamw_weight_decay"]
-        if group["rank"] is None:
-            own = {"lr": adamw_lr, "weight_decay": adamw_weight_decay}
-            param_group = {k: v for k, v in own.items() if v is not None} | param_group
-        elif adamw_lr is not None:
-            param_group = {**param_group, "dense_ratio": adamw_lr / float(group["lr"])}
-        super().add_param_group(param_group)
+    def _implied(self, group: dict[str, Any]) -> dict[str, Any]:
+        names = ("lr", "weight_decay") if group["rank"] is None else ()
+        own = {name: group[f"adamw_{name}"] for name in names}
+        if group["rank"] is not None and group["adamw_lr"] is not None:
+            own["dense_ratio"] = group["adamw_lr"] / float(group["lr"])
+        return {name: value for name, value in own.items() if value is not None}
 
     def _update(self, batch: Batch) -> None:
         group, T = batch.group, batch.T
         if not batch.rank:
             batch.group = _dense(group)
-            super()._update(batch)
-            return
+            return super()._update(batch)
         batch.begin()
         lr = _lr(group)
         rate = batch.unless_skipped(lr * lr_factor(group["adjust_lr_fn"], T.p, T.q), 0.0)

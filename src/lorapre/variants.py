@@ -18,8 +18,19 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lorapre.gradient import Ema, Factors, Gradient, Moments, Number, debias
-from lorapre.linalg import DAMPING, TINY, damped_root, gauge_, local, matmul, norm, orth_, probe
+from lorapre.gradient import Ema, Factors, Gradient, Moments, Number
+from lorapre.linalg import (
+    DAMPING,
+    TINY,
+    damped_root,
+    debias,
+    gauge_,
+    local,
+    matmul,
+    norm,
+    orth_,
+    probe,
+)
 
 Means: TypeAlias = tuple[Tensor, Tensor] | None
 Apply: TypeAlias = Callable[[Moments], Means]
