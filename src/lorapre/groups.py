@@ -22,16 +22,9 @@ OPTIONS = {  # of a group
     "flatten",
 }  # fmt: skip
 _CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-_PIXEL_CHANNELS = (
-    4  # a convolution that reads at most this many channels reads the input: grey, RGB, RGBA
-)
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+_PIXEL_CHANNELS = 4  # a convolution with at most so many inputs reads pixels: grey, RGB, RGBA
 _NORM = re.compile(r"[Nn]orm(\dd)?$")  # LlamaRMSNorm, BatchNorm2d, but not a fused LayerNormLinear
 
 
@@ -39,10 +32,9 @@ def matrix_shape(shape: Sequence[int], flatten: bool = False) -> tuple[int, int,
     """Shape (E, p, q) of a parameter seen as a batch of E matrices.
 
     A scalar is (1, 1, 1), a vector (n,) is (1, 1, n), a matrix (p, q) is (1, p, q). Three
-    dimensions are E fused experts, unless `flatten` says that they are the weight (out, in, k) of a
-    one-dimensional
-    convolution: that is the matrix (1, out, in * k). Four and more dimensions are always a
-        convolution.
+    dimensions are E fused experts, unless `flatten` says that they are a one-dimensional
+    convolution (out, in, k), which is the matrix (1, out, in * k). Four and more dimensions are
+    always a convolution.
     """
     if len(shape) < 2:
         return 1, 1, math.prod(shape)
@@ -78,9 +70,8 @@ def state_shapes(group: Mapping[str, Any], shape: Sequence[int]) -> dict[str, tu
         return shapes | m_factors
     v_factors = {"v_B": (*batch, p, rank), "v_A": (*batch, rank, q)}
     means = {"v_row": (*batch, p), "v_col": (*batch, q)}
-    second = {"subspace": v_factors | means, "split": means}.get(
-        group.get("variant", ""), v_factors
-    )
+    by_variant = {"subspace": v_factors | means, "split": means}
+    second = by_variant.get(group.get("variant", ""), v_factors)
     compress = group.get("compress")
     shapes |= {"exp_avg": moment} if compress == "second" else m_factors
     return shapes | ({"exp_avg_sq": moment} if compress == "first" else second)
@@ -100,25 +91,21 @@ def param_groups(
     """Sort a model's parameters into groups for `LoRAPreAdamW` or `LoRAPreMuon`.
 
     Low rank are the matrices inside the network: attention and MLP weights (of `nn.Linear`, of
-        transformers'
-    `Conv1D`, of any module that keeps a matrix under a name with "weight"), fused experts (E, p,
-    q), convolutions.
+    transformers' `Conv1D`, of any module that keeps a matrix under a name with "weight"), fused
+    experts (E, p, q) and convolutions.
 
     Dense (`rank=None` in the group) are
 
     * the ends of the network: embedding tables (tokens, positions), patch embeddings and
-        convolutions that
-      read pixels, the output head, tied or not, and the classification head of a transformers
-      model. In a plain PyTorch model the last `nn.Linear` is the head if it has the shape of an
-      embedding table and lies in no `nn.ModuleList`; another head cannot be told from a hidden
-      matrix and goes low rank: give a rule.
+      convolutions that read pixels, the output head, tied or not, and the classification head of a
+      transformers model. In a plain PyTorch model the last `nn.Linear` is the head if it has the
+      shape of an embedding table and lies in no `nn.ModuleList`. Another head cannot be told from
+      a hidden matrix and goes low rank: give a rule.
     * routers (beside the experts, one row per expert) and depthwise convolutions (filters, not a
-    matrix
-      product);
+      matrix product);
     * class tokens and other parameters that are not applied as a matrix;
     * norms, biases and all else with fewer than two dimensions. These also get `weight_decay=0.0`,
-    as
-      transformers' Trainer does; every other group keeps the optimizer's.
+      as transformers' Trainer does; every other group keeps the optimizer's.
 
     Frozen parameters are routed like the others, so that they can be unfrozen later; they hold no
     state until then. Shared parameters appear once, under their first name.
@@ -128,11 +115,10 @@ def param_groups(
         rank: rank of the momenta, a positive integer, or None for dense AdamW everywhere.
         rules: (regular expression, options) pairs that override the above. The expression is
             searched in the name of the parameter; the first match wins. Options are a rank, None
-            (dense) or a dict of group options, for instance `("lm_head", {"rank": 64, "lr":
-            1e-4})`; what a rule leaves open keeps its default.
-        strict: raise where the default only warns, and where a trainable matrix that a rule or the
-            default sent to low rank stays dense because its factors would not be smaller, rank (p +
-            q) >= p q.
+            (dense) or a dict of group options, as in `("lm_head", {"rank": 64, "lr": 1e-4})`; what
+            a rule leaves open keeps its default.
+        strict: raise where the default only warns, and where a trainable matrix has a rank but
+            stays dense because its factors would not be smaller, rank (p + q) >= p q.
 
     Returns:
         Groups `{"params": [(name, parameter), ...], "rank": ..., ...}`. Parameters with equal
@@ -151,19 +137,26 @@ def param_groups(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _check_rank(rank, "rank")
     parsed = [_parse_rule(pattern, options) for pattern, options in rules]
-    routed = _route(model, rank, parsed)
-    _check_rules(parsed, routed)
-    _check_coverage(routed, rank, strict)
+    routed = list(_route(model, rank, parsed))
+    for index, (pattern, options) in enumerate(parsed):
+        matched = [item.parameter for item in routed if item.rule == index]
+        if not matched:
+            raise ValueError(f"rules: no parameter is left for {pattern.pattern!r}")
+        if options.get("rank") is not None and all(parameter.ndim < 2 for parameter in matched):
+            raise ValueError(f"rules: {pattern.pattern!r} sets a rank and finds no matrix")
+    for problem in _problems(routed, rank, strict):
+        if strict:
+            raise ValueError(problem)
+        warnings.warn(problem, stacklevel=2)
 
-    groups: list[dict[str, Any]] = []
+    distinct: list[dict[str, Any]] = []
     for item in routed:
-        for group in groups:
-            if {key: value for key, value in group.items() if key != "params"} == item.options:
-                group["params"].append((item.name, item.parameter))
-                break
-        else:
-            groups.append({"params": [(item.name, item.parameter)], **item.options})
-    return groups
+        if item.options not in distinct:
+            distinct.append(item.options)
+    return [
+        {"params": [(i.name, i.parameter) for i in routed if i.options == options], **options}
+        for options in distinct
+    ]
 
 
 class _Routed(NamedTuple):
@@ -177,8 +170,24 @@ class _Routed(NamedTuple):
 _ParsedRule: TypeAlias = tuple[re.Pattern[str], dict[str, Any]]
 
 
-def _route(model: nn.Module, rank: int | None, rules: Sequence[_ParsedRule]) -> list[_Routed]:
-    routed = []
+def _check_rank(rank: object, argument: str) -> None:
+    positive = isinstance(rank, numbers.Integral) and not isinstance(rank, bool) and int(rank) > 0
+    if rank is not None and not positive:
+        raise ValueError(f"{argument} must be a positive integer or None, got {rank!r}")
+
+
+def _parse_rule(pattern: str, options: int | Mapping[str, Any] | None) -> _ParsedRule:
+    override = dict(options) if isinstance(options, Mapping) else {"rank": options}
+    _check_rank(override.get("rank"), f"rules: rank for {pattern!r}")
+    if unknown := sorted(map(str, override.keys() - OPTIONS)):
+        raise ValueError(f"rules: there is no option {unknown[0]!r}, which {pattern!r} sets")
+    try:
+        return re.compile(pattern), override
+    except re.error as error:
+        raise ValueError(f"rules: {pattern!r} is not a regular expression: {error}") from None
+
+
+def _route(model: nn.Module, rank: int | None, rules: Sequence[_ParsedRule]) -> Iterator[_Routed]:
     ends_and_routers = _ends(model) | _routers(model)
     for name, parameter in model.named_parameters():
         path, _, attribute = name.rpartition(".")
@@ -189,30 +198,18 @@ def _route(model: nn.Module, rank: int | None, rules: Sequence[_ParsedRule]) -> 
         options: dict[str, Any] = {"rank": rank if use == "matrix" else None}
         if use == "vector":
             options["weight_decay"] = 0.0
-        rule = next(
-            (index for index, (pattern, _) in enumerate(rules) if pattern.search(name)), None
-        )
+        rule = next((i for i, (pattern, _) in enumerate(rules) if pattern.search(name)), None)
         if rule is not None:
             options |= rules[rule][1]
         if parameter.ndim < 2:
             options["rank"] = None
         if options["rank"] is not None and parameter.ndim == 3 and isinstance(owner, _CONVOLUTIONS):
             options["flatten"] = True
-        routed.append(_Routed(name, parameter, options, use != "unknown" or rule is not None, rule))
-    return routed
+        yield _Routed(name, parameter, options, use != "unknown" or rule is not None, rule)
 
 
-def _check_rules(rules: Sequence[_ParsedRule], routed: Sequence[_Routed]) -> None:
-    for index, (pattern, options) in enumerate(rules):
-        matched = [item.parameter for item in routed if item.rule == index]
-        if not matched:
-            raise ValueError(f"rules: no parameter is left for {pattern.pattern!r}")
-        if options.get("rank") is not None and all(parameter.ndim < 2 for parameter in matched):
-            raise ValueError(f"rules: {pattern.pattern!r} sets a rank and finds no matrix")
-
-
-def _check_coverage(routed: Sequence[_Routed], rank: int | None, strict: bool) -> None:
-    """Nothing stays dense silently: raise, or warn where `strict` does not ask for more."""
+def _problems(routed: Sequence[_Routed], rank: int | None, strict: bool) -> Iterator[str]:
+    """What stays dense although nobody asked for it."""
     low_rank, not_smaller, unknown = [], [], []
     trainable = [item for item in routed if item.parameter.requires_grad]
     for name, parameter, options, known, _ in trainable:
@@ -223,43 +220,15 @@ def _check_coverage(routed: Sequence[_Routed], rank: int | None, strict: bool) -
         elif not known and is_low_rank(parameter.shape, rank):
             unknown.append(name)
     if strict and not_smaller:
-        raise ValueError(
-            f"rank: factors would not be smaller than the matrix for {_listed(not_smaller)}"
-        )
-    problems = []
+        yield f"rank: factors would not be smaller than the matrix for {_listed(not_smaller)}"
     if unknown:
-        problems.append(
-            f"matrices of unknown use go dense, give a rule for them: {_listed(unknown)}"
-        )
+        yield f"matrices of unknown use go dense, give a rule for them: {_listed(unknown)}"
     if rank is not None and trainable and not low_rank:
-        problems.append(
+        yield (
             f"no trainable parameter gets low-rank momenta at rank {rank}: all state is AdamW's. A "
             "matrix (p, q) needs rank (p + q) < p q; the factors of a LoRA adapter, for one, are "
             "too thin for it"
         )
-    for problem in problems:
-        if strict:
-            raise ValueError(problem)
-        warnings.warn(problem, stacklevel=3)  # of param_groups' caller
-
-
-def _check_rank(rank: object, argument: str) -> None:
-    integer = isinstance(rank, numbers.Integral) and not isinstance(rank, bool) and int(rank)
-    if rank is not None and not (integer and integer >= 1):
-        raise ValueError(f"{argument} must be a positive integer or None, got {rank!r}")
-
-
-def _parse_rule(
-    pattern: str, options: int | Mapping[str, Any] | None
-) -> tuple[re.Pattern[str], dict[str, Any]]:
-    override = dict(options) if isinstance(options, Mapping) else {"rank": options}
-    _check_rank(override.get("rank"), f"rules: rank for {pattern!r}")
-    if unknown := sorted(map(str, override.keys() - OPTIONS)):
-        raise ValueError(f"rules: there is no option {unknown[0]!r}, which {pattern!r} sets")
-    try:
-        return re.compile(pattern), override
-    except re.error as error:
-        raise ValueError(f"rules: {pattern!r} is not a regular expression: {error}") from None
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -284,20 +253,14 @@ def _ends(model: nn.Module) -> set[nn.Parameter]:
     """Parameters of the layers that read the input or write the output."""
     modules = list(model.modules())
     tables = [module for module in modules if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
-    pixels = [
-        m for m in modules if isinstance(m, _CONVOLUTIONS) and m.in_channels <= _PIXEL_CHANNELS
-    ]
-    ends: list[nn.Module] = [*tables, *pixels]
-    for module in modules:  # not of the root alone, which may be a wrapper
+    convolutions = [module for module in modules if isinstance(module, _CONVOLUTIONS)]
+    ends: list[nn.Module] = [*tables]
+    ends += [layer for layer in convolutions if layer.in_channels <= _PIXEL_CHANNELS]
+    for module in modules:  # not the root alone, which may be a wrapper
         ends += _transformers_ends(module)
-    # A hidden layer of a small model can have the shape of a table by chance, but lies in a list of
-    # layers.
-    listed = {
-        layer
-        for module in modules
-        if isinstance(module, nn.ModuleList)
-        for layer in module.modules()
-    }
+    # A hidden layer of a small model can have the shape of a table by chance, but lies in a list.
+    lists = [module for module in modules if isinstance(module, nn.ModuleList)]
+    listed = {layer for layers in lists for layer in layers.modules()}
     shapes = {table.weight.shape for table in tables}
     last = [module for module in modules if isinstance(module, nn.Linear)][-1:]
     ends += [layer for layer in last if layer.weight.shape in shapes and layer not in listed]
@@ -328,19 +291,14 @@ def _routers(model: nn.Module) -> set[nn.Parameter]:
     """
     routers = set()
     for block in model.modules():
-        experts = {_expert_count(child) for child in block.children()} - {None}
-        for child in block.children() if experts else ():
+        counts = set()  # of experts, in a list or fused (E, p, q)
+        for child in block.children():
+            if isinstance(child, nn.ModuleList):
+                counts.add(len(child))
+            elif not isinstance(child, _CONVOLUTIONS):
+                counts.update(p.shape[0] for p in child.parameters(recurse=False) if p.ndim == 3)
+        for child in block.children() if counts else ():
             matrices = [parameter for parameter in child.parameters() if parameter.ndim > 1]
-            if len(matrices) == 1 and matrices[0].ndim == 2 and matrices[0].shape[0] in experts:
+            if len(matrices) == 1 and matrices[0].ndim == 2 and matrices[0].shape[0] in counts:
                 routers.add(matrices[0])
     return routers
-
-
-def _expert_count(module: nn.Module) -> int | None:
-    """How many experts a module holds, in a list or fused (E, p, q); None without any."""
-    if isinstance(module, nn.ModuleList):
-        return len(module)
-    fused = [
-        parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3
-    ]
-    return fused[0] if fused and not isinstance(module, _CONVOLUTIONS) else None

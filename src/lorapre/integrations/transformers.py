@@ -19,8 +19,7 @@ from lorapre.report import coverage
 
 __all__ = ["lorapre_adamw", "lorapre_muon"]
 
-# A child of transformers' own logger: the Trainer sets its level from log_level and
-# log_level_replica.
+# A child of transformers' logger: the Trainer sets its level from log_level, log_level_replica.
 _logger = logging.get_logger("transformers.lorapre")
 
 
@@ -32,33 +31,29 @@ def lorapre_adamw(
     strict: bool = False,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """`LoRAPreAdamW` for the Trainer.
-
-    `Trainer(..., optimizer_cls_and_kwargs=lorapre_adamw(args, rank=8))`.
+    """`LoRAPreAdamW` for the Trainer: `optimizer_cls_and_kwargs=lorapre_adamw(args, rank=8)`.
 
     Of `args`, both the factorised weights and the dense ones take learning_rate, adam_beta1,
-    adam_beta2, adam_epsilon and weight_decay, which leaves out norms and biases as the Trainer
-    does. They are read when the Trainer makes the optimizer, so that each trial of a hyperparameter
-    search has its own.
-
-    `lorapre.coverage` of the optimizer is logged at level INFO: `log_level="info"` shows it.
+    adam_beta2, adam_epsilon and weight_decay, the last without norms and biases, as in the Trainer.
+    They are read when the Trainer makes the optimizer, so that each trial of a hyperparameter
+    search has its own. `lorapre.coverage` of the optimizer is logged at level INFO:
+    `log_level="info"` shows it.
 
     Args:
         args: the Trainer's. `optim`, `optim_args` and `optim_target_modules` have no effect, as
             with any `optimizer_cls_and_kwargs`.
         rank: as in `lorapre.param_groups`.
         rules: as in `lorapre.param_groups`.
-        strict: as in `lorapre.param_groups`; True makes an error of the warning that no weight gets
-            low-rank momenta, which LoRA adapters as the only trainable weights give.
-        options: of `LoRAPreAdamW`, above what `args` say: scale, variant, lr, betas, ...
+        strict: as in `lorapre.param_groups`; an error, for instance, where LoRA adapters are the
+            only trainable weights.
+        options: of `LoRAPreAdamW` (scale, variant, lr, betas, ...); they override `args`.
 
     Returns:
         The value for the Trainer's `optimizer_cls_and_kwargs`.
 
     Raises:
         TypeError: there is no such option.
-        ValueError: as in `lorapre.param_groups` and `LoRAPreAdamW`, when the Trainer makes the
-            optimizer.
+        ValueError: as in `lorapre.param_groups` and the optimizer, when the Trainer makes it.
     """
 
     def from_args() -> dict[str, Any]:
@@ -69,9 +64,8 @@ def lorapre_adamw(
             weight_decay=args.weight_decay,
         )
 
-    return _for_trainer(
-        LoRAPreAdamW, from_args, dict(rank=rank, rules=rules, strict=strict), options
-    )
+    routes = dict(rank=rank, rules=rules, strict=strict)
+    return _for_trainer(LoRAPreAdamW, from_args, routes, options)
 
 
 def lorapre_muon(
@@ -82,28 +76,13 @@ def lorapre_muon(
     strict: bool = False,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """`LoRAPreMuon` for the Trainer; see `lorapre_adamw`.
+    """`LoRAPreMuon` for the Trainer; arguments and errors are those of `lorapre_adamw`.
 
     Of `args`, learning_rate and weight_decay reach both routes, as lr, adamw_lr, weight_decay and
     adamw_weight_decay; adam_beta1, adam_beta2 and adam_epsilon reach the dense weights, which take
     AdamW. Muon's momentum is none of them: give `momentum`. One learning rate serves both routes
     with `adjust_lr_fn="match_rms_adamw"`; without it Muon usually wants a larger one than AdamW:
     give `lr`, and the dense weights stay at learning_rate.
-
-    Args:
-        args: the Trainer's.
-        rank: as in `lorapre.param_groups`.
-        rules: as in `lorapre.param_groups`.
-        strict: as in `lorapre.param_groups`.
-        options: of `LoRAPreMuon`, above what `args` say.
-
-    Returns:
-        The value for the Trainer's `optimizer_cls_and_kwargs`.
-
-    Raises:
-        TypeError: there is no such option.
-        ValueError: as in `lorapre.param_groups` and `LoRAPreMuon`, when the Trainer makes the
-            optimizer.
     """
 
     def from_args() -> dict[str, Any]:
@@ -116,23 +95,21 @@ def lorapre_muon(
             adamw_weight_decay=args.weight_decay,
         )
 
-    return _for_trainer(
-        LoRAPreMuon, from_args, dict(rank=rank, rules=rules, strict=strict), options
-    )
+    routes = dict(rank=rank, rules=rules, strict=strict)
+    return _for_trainer(LoRAPreMuon, from_args, routes, options)
 
 
 def _for_trainer(
-    optimizer_class: type[LoRAPreAdamW] | type[LoRAPreMuon],
+    cls: type[LoRAPreAdamW] | type[LoRAPreMuon],
     from_args: Callable[[], dict[str, Any]],
     routes: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
-    # A mistyped option shows here, and not after the model and the data have been loaded.
-    inspect.signature(optimizer_class).bind([], **options)
+    inspect.signature(cls).bind([], **options)  # a mistyped option shows before data are loaded
 
     def build(model: nn.Module, **options: Any) -> LoRAPreOptimizer:
-        optimizer = optimizer_class(param_groups(model, **routes), **from_args() | options)
-        _logger.info("%s\n%s", optimizer_class.__name__, coverage(optimizer))
+        optimizer = cls(param_groups(model, **routes), **from_args() | options)
+        _logger.info("%s\n%s", cls.__name__, coverage(optimizer))
         return optimizer
 
     return lambda: build, options  # the Trainer calls (lambda: build)()(model, **options)
