@@ -3,11 +3,14 @@
 import math
 import numbers
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from torch import nn
+import torch
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 __all__ = ["Rule", "is_low_rank", "matrix_shape", "param_groups", "state_shapes"]
@@ -24,6 +27,7 @@ OPTIONS = {  # of a group
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
+_TABLES = nn.Embedding, nn.EmbeddingBag
 _PIXEL_CHANNELS = 4  # a convolution with at most so many inputs reads pixels: grey, RGB, RGBA
 _NORM = re.compile(r"[Nn]orm(\dd)?$")  # LlamaRMSNorm, BatchNorm2d, but not a fused LayerNormLinear
 
@@ -107,6 +111,10 @@ def param_groups(
     * norms, biases and all else with fewer than two dimensions. These also get `weight_decay=0.0`,
       as transformers' Trainer does; every other group keeps the optimizer's.
 
+    Scripted, traced and exported models take the routes of the eager model as far as their modules
+    or graphs still name its classes. A matrix whose use is not known any more goes dense with a
+    warning, and so does the last `nn.Linear` if it has not the shape of an embedding table.
+
     Frozen parameters are routed like the others, so that they can be unfrozen later; they hold no
     state until then. Shared parameters appear once, under their first name.
 
@@ -127,7 +135,7 @@ def param_groups(
     Raises:
         TypeError: `model` is no `nn.Module`.
         ValueError: a rank that is neither None nor a positive integer, a malformed rule, a rule
-            that no parameter reaches, or what `strict` forbids.
+            that no parameter reaches, a lazy parameter without a shape, or what `strict` forbids.
 
     Warns:
         UserWarning: no trainable parameter becomes low rank, or a matrix goes dense because its use
@@ -137,6 +145,11 @@ def param_groups(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _check_rank(rank, "rank")
     parsed = [_parse_rule(pattern, options) for pattern, options in rules]
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"parameter {name!r} has no shape yet: run the model once before param_groups"
+            )
     routed = list(_route(model, rank, parsed))
     for index, (pattern, options) in enumerate(parsed):
         matched = [item.parameter for item in routed if item.rule == index]
@@ -163,7 +176,7 @@ class _Routed(NamedTuple):
     name: str
     parameter: nn.Parameter
     options: dict[str, Any]  # of its group
-    known: bool  # a rule names it, or its use was recognised
+    doubt: str  # "unknown" or "lost" where a matrix goes dense for want of knowledge
     rule: int | None  # index of the rule that matched
 
 
@@ -188,13 +201,18 @@ def _parse_rule(pattern: str, options: int | Mapping[str, Any] | None) -> _Parse
 
 
 def _route(model: nn.Module, rank: int | None, rules: Sequence[_ParsedRule]) -> Iterator[_Routed]:
-    ends_and_routers = _ends(model) | _routers(model)
+    modules = dict(model.named_modules())  # a script module has no get_submodule
+    classes = _classes(modules)
+    ends, doubtful = _ends(classes)
+    ends |= _routers(classes)
     for name, parameter in model.named_parameters():
         path, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(path)
-        use = _use(owner, attribute, parameter)
-        if use != "vector" and parameter in ends_and_routers:
+        owner = modules[path]
+        use = _use(owner, classes[owner], attribute, parameter)
+        if use != "vector" and parameter in ends:
             use = "dense"
+        elif use == "matrix" and parameter in doubtful:
+            use = "lost"
         options: dict[str, Any] = {"rank": rank if use == "matrix" else None}
         if use == "vector":
             options["weight_decay"] = 0.0
@@ -203,26 +221,31 @@ def _route(model: nn.Module, rank: int | None, rules: Sequence[_ParsedRule]) -> 
             options |= rules[rule][1]
         if parameter.ndim < 2:
             options["rank"] = None
-        if options["rank"] is not None and parameter.ndim == 3 and isinstance(owner, _CONVOLUTIONS):
+        flatten = parameter.ndim == 3 and issubclass(classes[owner], _CONVOLUTIONS)
+        if options["rank"] is not None and flatten:
             options["flatten"] = True
-        yield _Routed(name, parameter, options, use != "unknown" or rule is not None, rule)
+        in_doubt = use in ("unknown", "lost") and rule is None
+        doubt = use if in_doubt and is_low_rank(parameter.shape, rank, flatten) else ""
+        yield _Routed(name, parameter, options, doubt, rule)
 
 
 def _problems(routed: Sequence[_Routed], rank: int | None, strict: bool) -> Iterator[str]:
     """What stays dense although nobody asked for it."""
-    low_rank, not_smaller, unknown = [], [], []
     trainable = [item for item in routed if item.parameter.requires_grad]
-    for name, parameter, options, known, _ in trainable:
+    low_rank, not_smaller = [], []
+    for name, parameter, options, _, _ in trainable:
         if is_low_rank(parameter.shape, options["rank"], options.get("flatten", False)):
             low_rank.append(name)
         elif options["rank"] is not None:
             not_smaller.append(name)
-        elif not known and is_low_rank(parameter.shape, rank):
-            unknown.append(name)
     if strict and not_smaller:
         yield f"rank: factors would not be smaller than the matrix for {_listed(not_smaller)}"
-    if unknown:
-        yield f"matrices of unknown use go dense, give a rule for them: {_listed(unknown)}"
+    for doubt, which in (
+        ("unknown", "of unknown use"),
+        ("lost", "whose use is not known after scripting, tracing or export"),
+    ):
+        if names := [item.name for item in trainable if item.doubt == doubt]:
+            yield f"matrices {which} go dense, give a rule for them: {_listed(names)}"
     if rank is not None and trainable and not low_rank:
         yield (
             f"no trainable parameter gets low-rank momenta at rank {rank}: all state is AdamW's. A "
@@ -235,36 +258,99 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _use(owner: nn.Module, attribute: str, parameter: nn.Parameter) -> str:
-    """What a module does with a parameter: "matrix", "vector", "dense" or "unknown"."""
-    if parameter.ndim < 2 or _NORM.search(type(owner).__name__) or attribute.endswith("bias"):
+class _Lost(nn.Module):
+    """Base of the classes that are not known any more, after scripting, tracing or export."""
+
+
+def _classes(modules: Mapping[str, nn.Module]) -> dict[nn.Module, type[nn.Module]]:
+    """The class of every module, or a subclass of `_Lost` where only its name is left, or nothing.
+
+    A script module knows the name of its former class. The modules of an exported model are bare,
+    but the nodes of its graph record the paths and classes of the modules that they come from.
+    """
+    recorded: dict[str, Any] = {}
+    root = None  # with a dot at its end: where the paths of a graph and of graphs inside it begin
+    classes = {}
+    for path, module in modules.items():
+        cls: Any = type(module)
+        scripted = isinstance(module, torch.jit.ScriptModule)  # whose graph is of another kind
+        graph = None if scripted else getattr(module, "graph", None)
+        if isinstance(graph, fx.Graph):
+            if root is None or not path.startswith(root):
+                root = f"{path}.".lstrip(".")
+            for node in graph.nodes:
+                for inner, name in node.meta.get("nn_module_stack", {}).values():
+                    recorded[f"{root}{inner}".rstrip(".")] = name
+        if scripted:
+            cls = f"torch.nn.{module.original_name}"
+        elif isinstance(graph, fx.Graph) or (root is not None and cls is nn.Module):
+            # A list is not called, so that no node comes from it.
+            numbered = [name.isdigit() for name, _ in module.named_children()]
+            cls = recorded.get(path, nn.ModuleList if numbered and all(numbered) else "")
+        if isinstance(cls, str):  # looked up and not imported: a file can name anything
+            where, _, name = cls.rpartition(".")
+            cls = getattr(sys.modules.get(where), name, None)
+            if cls is nn.Module or not isinstance(cls, type) or not issubclass(cls, nn.Module):
+                cls = type(name, (_Lost,), {})
+        classes[module] = cls
+    return classes
+
+
+def _use(owner: Any, cls: type[nn.Module], attribute: str, parameter: nn.Parameter) -> str:
+    """What a module does with a parameter: "matrix", "vector", "dense", "unknown" or "lost"."""
+    if parameter.ndim < 2 or _NORM.search(cls.__name__) or attribute.endswith("bias"):
         return "vector"
+    convolution = issubclass(cls, _CONVOLUTIONS)
     token = parameter.shape[0] == 1  # class tokens (1, 1, d), position embeddings (1, n, d)
-    thin = 1 in matrix_shape(parameter.shape, flatten=isinstance(owner, _CONVOLUTIONS))[1:]
-    depthwise = isinstance(owner, _CONVOLUTIONS) and 1 < owner.groups == owner.in_channels
+    thin = 1 in matrix_shape(parameter.shape, flatten=convolution)[1:]
+    depthwise = False
+    if convolution:  # traced and exported ones have lost their attributes
+        one = parameter.shape[1] == 1
+        depthwise = 1 < owner.groups == owner.in_channels if hasattr(owner, "groups") else one
     if token or thin or depthwise:
         return "dense"
+    if issubclass(cls, _Lost):
+        return "lost"
     weight = attribute.startswith("weight") or attribute.endswith("weight")
-    experts = parameter.ndim == 3 and not isinstance(owner, ParametrizationList)
+    experts = parameter.ndim == 3 and not issubclass(cls, ParametrizationList)
     return "matrix" if weight or experts else "unknown"
 
 
-def _ends(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters of the layers that read the input or write the output."""
-    modules = list(model.modules())
-    tables = [module for module in modules if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
-    convolutions = [module for module in modules if isinstance(module, _CONVOLUTIONS)]
+def _ends(classes: Mapping[Any, type[nn.Module]]) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
+    """Parameters of the layers that read the input or write the output, and of those that may.
+
+    The latter are in models whose modules have lost their classes, and with them methods that name
+    the head and the number of channels of a convolution.
+    """
+
+    def layers(*kinds: type[nn.Module]) -> list[Any]:
+        return [module for module, cls in classes.items() if issubclass(cls, kinds)]
+
+    tables, convolutions, linears = layers(*_TABLES), layers(*_CONVOLUTIONS), layers(nn.Linear)
     ends: list[nn.Module] = [*tables]
-    ends += [layer for layer in convolutions if layer.in_channels <= _PIXEL_CHANNELS]
-    for module in modules:  # not the root alone, which may be a wrapper
+    doubtful: list[nn.Module] = []
+    for layer in convolutions:
+        if hasattr(layer, "in_channels"):
+            ends += [layer] if layer.in_channels <= _PIXEL_CHANNELS else []
+        elif layer.weight.shape[1] <= _PIXEL_CHANNELS:  # or these are the channels of a group
+            (ends if layer is convolutions[0] else doubtful).append(layer)
+    for module in classes:  # not the root alone, which may be a wrapper
         ends += _transformers_ends(module)
     # A hidden layer of a small model can have the shape of a table by chance, but lies in a list.
-    lists = [module for module in modules if isinstance(module, nn.ModuleList)]
-    listed = {layer for layers in lists for layer in layers.modules()}
-    shapes = {table.weight.shape for table in tables}
-    last = [module for module in modules if isinstance(module, nn.Linear)][-1:]
-    ends += [layer for layer in last if layer.weight.shape in shapes and layer not in listed]
-    return {parameter for end in ends for parameter in end.parameters()}
+    listed = {layer for container in layers(nn.ModuleList) for layer in container.modules()}
+    shapes = {parameter.shape for table in tables for parameter in table.parameters()}
+    lost = any(type(module) is not cls for module, cls in classes.items())
+    for layer in linears:
+        last, alike = layer is linears[-1], any(p.shape in shapes for p in layer.parameters())
+        if last and alike and layer not in listed:
+            ends.append(layer)
+        elif lost and (last or alike) and layer not in listed:
+            doubtful.append(layer)
+    return _parameters(ends), _parameters(doubtful)
+
+
+def _parameters(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
+    return {parameter for module in modules for parameter in module.parameters()}
 
 
 def _transformers_ends(module: nn.Module) -> Iterator[nn.Module]:
@@ -284,18 +370,18 @@ def _transformers_ends(module: nn.Module) -> Iterator[nn.Module]:
                 yield layer
 
 
-def _routers(model: nn.Module) -> set[nn.Parameter]:
+def _routers(classes: Mapping[nn.Module, type[nn.Module]]) -> set[nn.Parameter]:
     """Layers beside the experts of a block that hold one matrix with one row per expert.
 
     One matrix, because a shared expert can be as wide as there are experts, but it holds several.
     """
     routers = set()
-    for block in model.modules():
+    for block in classes:
         counts = set()  # of experts, in a list or fused (E, p, q)
         for child in block.children():
-            if isinstance(child, nn.ModuleList):
-                counts.add(len(child))
-            elif not isinstance(child, _CONVOLUTIONS):
+            if issubclass(classes[child], nn.ModuleList):
+                counts.add(len(list(child.children())))
+            elif not issubclass(classes[child], _CONVOLUTIONS):
                 counts.update(p.shape[0] for p in child.parameters(recurse=False) if p.ndim == 3)
         for child in block.children() if counts else ():
             matrices = [parameter for parameter in child.parameters() if parameter.ndim > 1]
