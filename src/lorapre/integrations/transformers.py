@@ -6,6 +6,7 @@ of nameless parameters.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,10 @@ def lorapre_adamw(
     Raises:
         TypeError: there is no such option.
         ValueError: as in `lorapre.param_groups` and the optimizer, when the Trainer makes it.
+
+    Warns:
+        UserWarning: as in `lorapre.param_groups`; or the Trainer has a loss with parameters of its
+            own, as in sentence-transformers, which are left out.
     """
 
     def from_args() -> dict[str, Any]:
@@ -110,6 +115,27 @@ def _for_trainer(
     def build(model: nn.Module, **options: Any) -> LoRAPreOptimizer:
         optimizer = cls(param_groups(model, **routes), **from_args() | options)
         _logger.info("%s\n%s", cls.__name__, coverage(optimizer))
+        # The Trainer calls this in a method, and hands over its model but not itself.
+        caller = inspect.currentframe().f_back  # type: ignore[union-attr]
+        trainer = caller.f_locals.get("self") if caller is not None else None
+        if names := _left_out(getattr(trainer, "loss", None), optimizer):
+            problem = (
+                "parameters of the Trainer's loss are not the model's and would not be trained: "
+                f"{', '.join(names)}. Give the Trainer optimizers=({cls.__name__}(param_groups("
+                "loss, rank=...), ...), None) instead of optimizer_cls_and_kwargs"
+            )
+            if routes["strict"]:
+                raise ValueError(problem)
+            warnings.warn(problem, stacklevel=2)
         return optimizer
 
     return lambda: build, options  # the Trainer calls (lambda: build)()(model, **options)
+
+
+def _left_out(loss: object, optimizer: LoRAPreOptimizer) -> list[str]:
+    """Trainable parameters of a loss, or of a dict of losses, that the optimizer does not have."""
+    grouped = {p for group in optimizer.param_groups for p in group["params"]}
+    losses = list(loss.values()) if isinstance(loss, dict) else [loss]
+    modules = [module for module in losses if isinstance(module, nn.Module)]
+    parameters = [item for module in modules for item in module.named_parameters()]
+    return [name for name, p in parameters if p.requires_grad and p not in grouped]
