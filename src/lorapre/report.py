@@ -153,10 +153,12 @@ def _row(name: str, weight: Tensor, group: Mapping[str, Any], state: Mapping[str
     local = sharding.local(weight.detach())
     # All state is float32, but for the dense moments of a float64 weight.
     moment = local.numel() * (8 if weight.dtype == torch.float64 else 4)
-    planned = sum(
-        moment if "exp_avg" in key else 4 * math.prod(sharding.held(weight, flatten, key, shape))
-        for key, shape in state_shapes(group, weight.shape).items()
-    )
+    planned = 0
+    for key, shape in state_shapes(group, weight.shape).items():
+        here = (
+            sharding.held(weight, flatten, key, shape) if shape else ()
+        )  # a counter is not spread
+        planned += moment if "exp_avg" in key else 4 * math.prod(here)
     return Row(
         name=name,
         shape=tuple(weight.shape),
