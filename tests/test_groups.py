@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lorapre.groups import is_low_rank, matrix_shape, param_groups
 
@@ -221,6 +222,11 @@ def test_wrapped_model():
 
     model = Wrapper(llama())
     assert low_rank(model) == matching(model, r"_proj\.weight")
+
+
+def test_a_wrapper_that_leaves_its_name_out():
+    model = checkpoint_wrapper(nn.Sequential(nn.Sequential(nn.Linear(32, 32)), nn.Linear(32, 32)))
+    assert low_rank(model) == {"0.0.weight", "1.weight"}
 
 
 def test_a_getter_that_takes_arguments_is_not_the_one_of_transformers():

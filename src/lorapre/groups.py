@@ -201,13 +201,14 @@ def _parse_rule(pattern: str, options: int | Mapping[str, Any] | None) -> _Parse
 
 
 def _route(model: nn.Module, rank: int | None, rules: Sequence[_ParsedRule]) -> Iterator[_Routed]:
-    modules = dict(model.named_modules())  # a script module has no get_submodule
+    modules = dict(model.named_modules())
     classes = _classes(modules)
     ends, doubtful = _ends(classes)
     ends |= _routers(classes)
     for name, parameter in model.named_parameters():
         path, _, attribute = name.rpartition(".")
-        owner = modules[path]
+        # Script modules have no get_submodule, and some wrappers leave themselves out of the path.
+        owner = modules[path] if path in modules else model.get_submodule(path)
         use = _use(owner, classes[owner], attribute, parameter)
         if use != "vector" and parameter in ends:
             use = "dense"
