@@ -36,7 +36,16 @@ class RoutedAdamW(LoRAPreAdamW):
 
 
 class RoutedMuon(LoRAPreMuon):
-    """`LoRAPreMuon` with the arguments and errors of `RoutedAdamW`; options are `LoRAPreMuon`'s."""
+    """`LoRAPreMuon` that finds the routes of its parameters in `groups`, as `RoutedAdamW` does.
+
+    Args:
+        params: as in `RoutedAdamW`.
+        groups: as in `RoutedAdamW`.
+        options: of `LoRAPreMuon`.
+
+    Raises:
+        ValueError: as in `RoutedAdamW`.
+    """
 
     def __init__(
         self, params: Iterable[Any], *, groups: _Groups | None = None, **options: Any

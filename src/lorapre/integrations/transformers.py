@@ -81,13 +81,27 @@ def lorapre_muon(
     strict: bool = False,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """`LoRAPreMuon` for the Trainer; arguments and errors are those of `lorapre_adamw`.
+    """`LoRAPreMuon` for the Trainer; warnings are those of `lorapre_adamw`.
 
     Of `args`, learning_rate and weight_decay reach both routes, as lr, adamw_lr, weight_decay and
     adamw_weight_decay; adam_beta1, adam_beta2 and adam_epsilon reach the dense weights, which take
     AdamW. Muon's momentum is none of them: give `momentum`. One learning rate serves both routes
     with `adjust_lr_fn="match_rms_adamw"`; without it Muon usually wants a larger one than AdamW:
     give `lr`, and the dense weights stay at learning_rate.
+
+    Args:
+        args: as in `lorapre_adamw`.
+        rank: as in `lorapre.param_groups`.
+        rules: as in `lorapre.param_groups`.
+        strict: as in `lorapre_adamw`.
+        options: of `LoRAPreMuon`; they override `args`.
+
+    Returns:
+        The value for the Trainer's `optimizer_cls_and_kwargs`.
+
+    Raises:
+        TypeError: as in `lorapre_adamw`.
+        ValueError: as in `lorapre_adamw`.
     """
 
     def from_args() -> dict[str, Any]:
