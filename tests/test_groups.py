@@ -1,10 +1,12 @@
 """Routing on real architectures, built small from their configurations, and the rules that override it."""
 
+import io
 import re
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lorapre.groups import is_low_rank, matrix_shape, param_groups
 
@@ -13,14 +15,14 @@ RANK = 4
 
 def routes(model, **options):
     """Name -> group options without the parameters."""
-    routed = {}
+    routed, parameters = {}, dict(model.named_parameters())
     for group in param_groups(model, **{"rank": RANK, **options}):
         shared = {key: value for key, value in group.items() if key != "params"}
         for name, parameter in group["params"]:
             assert name not in routed
-            assert model.get_parameter(name) is parameter
+            assert parameters[name] is parameter
             routed[name] = shared
-    assert routed.keys() == dict(model.named_parameters()).keys()
+    assert routed.keys() == parameters.keys()
     return routed
 
 
@@ -222,6 +224,11 @@ def test_wrapped_model():
     assert low_rank(model) == matching(model, r"_proj\.weight")
 
 
+def test_a_wrapper_that_leaves_its_name_out():
+    model = checkpoint_wrapper(nn.Sequential(nn.Sequential(nn.Linear(32, 32)), nn.Linear(32, 32)))
+    assert low_rank(model) == {"0.0.weight", "1.weight"}
+
+
 def test_a_getter_that_takes_arguments_is_not_the_one_of_transformers():
     class Model(nn.Linear):
         def get_input_embeddings(self, ids):
@@ -240,6 +247,212 @@ def test_frozen_parameters_keep_their_route():
     expected = low_rank(model)
     model.model.layers[0].requires_grad_(False)
     assert low_rank(model) == expected
+
+
+# --------------------------------------------------------------------- models whose modules lost their class
+
+
+class Language(nn.Module):
+    """An embedding, blocks with a norm of two dimensions, a head; the last block has the head's shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(64, 32)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm((8, 32)), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+            for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(32)
+        self.head = nn.Linear(32, 64)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.norm(x))
+
+
+class Image(nn.Module):
+    """A stem that reads pixels, a depthwise, a grouped and two full convolutions, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.norm = nn.BatchNorm2d(32)
+        self.depthwise = nn.Conv2d(32, 32, 3, groups=32, padding=1)
+        self.grouped = nn.Conv2d(32, 32, 3, groups=8, padding=1)
+        self.full = nn.Conv2d(32, 64, 3, padding=1)
+        self.sequence = nn.Conv1d(64, 64, 3)
+        self.head = nn.Linear(64, 40)
+
+    def forward(self, pixels):
+        x = self.grouped(self.depthwise(self.norm(self.stem(pixels))))
+        return self.head(self.sequence(self.full(x).flatten(2)).mean(-1))
+
+
+class Logits(nn.Module):
+    """A transformers model that returns its logits alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs):
+        options = {} if inputs.is_floating_point() else {"use_cache": False}
+        return self.model(inputs, **options).logits
+
+
+def saved_and_loaded(model, inputs):
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    return torch.jit.load(io.BytesIO(file.getvalue()))
+
+
+def exported(model, inputs):
+    return torch.export.export(model, (inputs,))
+
+
+TAKEN = {
+    "script": lambda model, inputs: torch.jit.script(model),
+    "script, saved": saved_and_loaded,
+    "trace": torch.jit.trace,
+    "fx": lambda model, inputs: torch.fx.symbolic_trace(model),
+    "export": lambda model, inputs: exported(model, inputs).module(),
+    "export, wrapped": lambda model, inputs: nn.ModuleDict({"inner": exported(model, inputs).module()}),
+    "decomposed": lambda model, inputs: exported(model, inputs).run_decompositions().module(),
+    "unflattened": lambda model, inputs: torch.export.unflatten(exported(model, inputs)),
+}
+TOKENS, PIXELS = torch.arange(16).view(2, 8), torch.zeros(2, 3, 8, 8)
+torch_warns = pytest.mark.filterwarnings(
+    "ignore:.torch.jit:DeprecationWarning",
+    "ignore::torch.jit.TracerWarning",
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # tracing reads every attribute
+    "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning",  # torch's own export
+)
+
+
+def taken(way, model, inputs):
+    """The model that has lost its classes, and the beginning of its names."""
+    return TAKEN[way](model, inputs), "inner." if way == "export, wrapped" else ""
+
+
+@torch_warns
+@pytest.mark.parametrize("way", TAKEN)
+def test_a_language_model_without_classes_keeps_its_routes(way):
+    eager = Language()
+    model, prefix = taken(way, eager, TOKENS)
+    assert routes(model, strict=True) == {prefix + name: group for name, group in routes(eager).items()}
+
+
+@torch_warns
+@pytest.mark.parametrize("way", TAKEN)
+def test_a_convolutional_model_without_classes_keeps_its_routes_or_warns(way):
+    eager = Image()
+    model, prefix = taken(way, eager, PIXELS)
+    doubtful = ["head.weight"]  # a head cannot be told from a hidden matrix
+    if way not in ("script", "script, saved", "fx"):  # which keep the number of groups
+        doubtful.insert(0, "grouped.weight")
+    named = ", ".join(prefix + name for name in doubtful)
+    with pytest.warns(UserWarning, match=f"not known after scripting, tracing or export.*: {named}$"):
+        found = routes(model)
+    expected = routes(eager) | {name: {"rank": None} for name in doubtful}
+    assert found == {prefix + name: group for name, group in expected.items()}
+    with pytest.raises(ValueError, match="not known after scripting, tracing or export"):
+        param_groups(model, rank=RANK, strict=True)
+    rules = [(name, RANK) for name in doubtful]
+    assert {n.removeprefix(prefix) for n in low_rank(model, rules=rules, strict=True)} == low_rank(eager)
+
+
+@torch_warns
+@pytest.mark.parametrize("way", ["trace", "export"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama_without_classes_keeps_its_routes(way, tied):
+    eager = Logits(llama(tie_word_embeddings=tied))
+    expected = routes(eager)
+    assert routes(taken(way, eager, TOKENS)[0], strict=True) == expected
+
+
+@torch_warns
+def test_mixtral_without_classes_keeps_its_routes_or_warns():
+    eager = Logits(
+        transformer("MixtralForCausalLM", **tiny(vocab_size=96, num_key_value_heads=2, num_local_experts=16))
+    )
+    expected = low_rank(eager)
+    assert low_rank(taken("export", eager, TOKENS)[0], strict=True) == expected
+    with pytest.warns(UserWarning, match="not known after scripting, tracing or export.*gate_up_proj"):
+        assert low_rank(taken("trace", eager, TOKENS)[0]) == {n for n in expected if "experts" not in n}
+
+
+@torch_warns
+@pytest.mark.parametrize("way", ["trace", "export"])
+def test_the_head_of_a_classifier_without_classes_stays_dense(way):
+    options = tiny(image_size=32, patch_size=8, num_labels=24)
+    eager = Logits(transformer("ViTForImageClassification", **options))
+    expected = routes(eager)
+    with pytest.warns(UserWarning, match="not known.*classifier.weight"):
+        assert routes(taken(way, eager, torch.zeros(2, 3, 32, 32))[0]) == expected
+
+
+class Table(nn.Embedding):
+    """A class of the user's own, of which a script keeps the name alone."""
+
+
+@torch_warns
+@pytest.mark.parametrize("way", ["script", "script, saved", "trace", "fx", "export"])
+def test_a_class_of_ones_own_is_known_or_warned_of(way):
+    eager = Language()
+    eager.embedding = Table(64, 32)
+    model, prefix = taken(way, eager, TOKENS)
+    if way in ("script", "script, saved", "trace"):
+        with pytest.warns(UserWarning, match="not known.*: embedding.weight, head.weight"):
+            found = routes(model)
+    else:
+        found = routes(model, strict=True)
+    assert found == {prefix + name: group for name, group in routes(eager).items()}
+
+
+@torch_warns
+@pytest.mark.parametrize("way", ["graph without a record", "trace of an export"])
+def test_matrices_of_modules_without_even_a_name_go_dense(way):
+    model = exported(Language(), TOKENS).module()
+    if way == "trace of an export":
+        model = torch.jit.trace(model, TOKENS)
+    else:
+        for node in model.graph.nodes:
+            node.meta.pop("nn_module_stack", None)
+    with (
+        pytest.warns(UserWarning, match="not known after scripting.*embedding.weight"),
+        pytest.warns(UserWarning, match="no trainable parameter"),
+    ):
+        assert low_rank(model) == set()
+
+
+def test_a_second_head_without_classes_is_in_doubt():
+    class Model(Language):
+        def __init__(self):
+            super().__init__()
+            self.value = nn.Linear(32, 24)
+
+        def forward(self, tokens):
+            logits = super().forward(tokens)
+            return logits, self.value(self.norm(self.embedding(tokens)))
+
+    with pytest.warns(UserWarning, match=r"not known.*: head\.weight, value\.weight$"):
+        assert low_rank(taken("export", Model(), TOKENS)[0]) == low_rank(Language())
+
+
+def test_meta_tensors():
+    with torch.device("meta"):
+        model = Language()
+    assert routes(model) == routes(Language())
+
+
+def test_a_lazy_parameter_is_named():
+    model = nn.Sequential(nn.Linear(16, 16), nn.LazyLinear(32))
+    with pytest.raises(ValueError, match=r"parameter '1\.weight' has no shape yet: run the model once"):
+        param_groups(model, rank=RANK)
+    model(torch.zeros(2, 16))
+    assert low_rank(model) == {"0.weight", "1.weight"}
 
 
 # ------------------------------------------------------------------------------------------------- rules

@@ -310,6 +310,57 @@ def test_coverage_is_logged_at_the_start(tmp_path: Path, level: str) -> None:
         assert "14 low-rank weights hold" in message
 
 
+class Classifier(nn.Module):
+    """A loss with a layer of its own, as SoftmaxLoss of sentence-transformers is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.classifier = model, nn.Linear(64, 3)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        logits = self.classifier(self.model(inputs["input_ids"]).logits.mean(1))
+        return nn.functional.cross_entropy(logits, inputs["labels"][:, 0] % 3)
+
+
+class LossTrainer(Trainer):
+    """Keeps its loss outside the model, as the Trainer of sentence-transformers does."""
+
+    loss: Any
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.loss(inputs)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "dict"])
+def test_parameters_of_a_loss_are_named_and_can_be_trained(tmp_path: Path, several: bool) -> None:
+    made = trainer(tmp_path, trainer_class=LossTrainer)
+    loss = Classifier(made.model)
+    made.loss = {"data": loss} if several else loss
+    with pytest.warns(UserWarning, match=r"not be trained: classifier\.weight, classifier\.bias\. Give"):
+        made.create_optimizer()
+    strict = trainer(tmp_path, options={"strict": True}, model=made.model, trainer_class=LossTrainer)
+    strict.loss = made.loss
+    with pytest.raises(ValueError, match=r"not be trained: classifier\.weight"):
+        strict.create_optimizer()
+
+    optimizer = LoRAPreAdamW(param_groups(loss, rank=4), lr=1e-2)
+    other = LossTrainer(made.model, made.args, train_dataset=data(), optimizers=(optimizer, None))
+    other.loss = loss
+    before = {name: p.detach().clone() for name, p in loss.named_parameters()}
+    other.train()
+    assert not any(torch.equal(p, before[name]) for name, p in loss.named_parameters())
+
+
+def test_a_loss_without_parameters_of_its_own_is_no_trouble(tmp_path: Path) -> None:
+    made = trainer(tmp_path, trainer_class=LossTrainer)
+    made.loss = Classifier(made.model)
+    made.loss.classifier.requires_grad_(False)
+    made.create_optimizer()
+    made.loss = lambda inputs: 0.0
+    made.optimizer = None
+    made.create_optimizer()
+
+
 def adapted() -> nn.Module:
     peft = pytest.importorskip("peft", reason="peft is not installed: no LoRA adapters to train")
     return peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))

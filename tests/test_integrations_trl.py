@@ -1,4 +1,4 @@
-"""trl.SFTTrainer with LoRA-Pre, run for a few steps."""
+"""trl's trainers with LoRA-Pre, run for a few steps."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorapre import LoRAPreAdamW
+from lorapre import LoRAPreAdamW, param_groups
 
 trl = pytest.importorskip("trl", reason="trl is not installed: no SFTTrainer to run")
 
@@ -22,19 +22,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` i
 WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789+=", "sum", "of", "and", "is"]
 
 
-def sft(folder: Path, *, strict: bool = False, peft_config: Any = None, **options: Any) -> Any:
+def tokens() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+def llama() -> LlamaForCausalLM:
     torch.manual_seed(1)
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
             num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
         )
     )  # fmt: skip
+
+
+def sft(folder: Path, *, strict: bool = False, peft_config: Any = None, **options: Any) -> Any:
     rows = [
         {"prompt": f"sum of {a} and {b} is", "completion": f" {a} + {b} = {(a + b) % 10}"}
         for a in range(8)
@@ -49,10 +55,10 @@ def sft(folder: Path, *, strict: bool = False, peft_config: Any = None, **option
         ) | options,
     )  # fmt: skip
     return trl.SFTTrainer(
-        model,
+        llama(),
         args,
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+        processing_class=tokens(),
         peft_config=peft_config,
         optimizer_cls_and_kwargs=lorapre_adamw(args, rank=4, scale=0.5, strict=strict),
     )
@@ -89,3 +95,33 @@ def test_lora_adapters_as_the_weights_are_reported(tmp_path: Path) -> None:
         sft(tmp_path, peft_config=config).create_optimizer()
     with pytest.raises(ValueError, match=r"factors would not be smaller than the matrix for .*lora_A"):
         sft(tmp_path, peft_config=config, strict=True).create_optimizer()
+
+
+def test_dpo_takes_the_optimizer_itself(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "model")  # where the trainer finds the reference model
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    args = trl.DPOConfig(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2,
+        use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    optimizer = LoRAPreAdamW(param_groups(model, rank=4, strict=True), lr=args.learning_rate)
+    rows = [
+        {"prompt": f"sum of {a} and {b} is", "chosen": f" {(a + b) % 10}", "rejected": f" {(a + b + 1) % 10}"}
+        for a in range(4)
+        for b in range(8)
+    ]
+    trainer = trl.DPOTrainer(
+        model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokens(),
+        optimizers=(optimizer, None),
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.train()
+    assert trainer.optimizer.optimizer is optimizer
+    assert {group["initial_lr"] for group in optimizer.param_groups} == {1e-2}
+    assert all(group["lr"] < 1e-2 for group in optimizer.param_groups), "the schedule of the arguments"
+    for name, p in trainer.model.named_parameters():
+        assert not torch.equal(p, before[name]), name

@@ -3,11 +3,14 @@
 import math
 import numbers
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from torch import nn
+import torch
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 __all__ = ["Rule", "is_low_rank", "matrix_shape", "param_groups", "state_shapes"]
@@ -22,16 +25,10 @@ OPTIONS = {  # of a group
     "flatten",
 }  # fmt: skip
 _CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-_PIXEL_CHANNELS = (
-    4  # a convolution that reads at most this many channels reads the input: grey, RGB, RGBA
-)
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+_TABLES = nn.Embedding, nn.EmbeddingBag
+_PIXEL_CHANNELS = 4  # a convolution with at most so many inputs reads pixels: grey, RGB, RGBA
 _NORM = re.compile(r"[Nn]orm(\dd)?$")  # LlamaRMSNorm, BatchNorm2d, but not a fused LayerNormLinear
 
 
@@ -39,10 +36,9 @@ def matrix_shape(shape: Sequence[int], flatten: bool = False) -> tuple[int, int,
     """Shape (E, p, q) of a parameter seen as a batch of E matrices.
 
     A scalar is (1, 1, 1), a vector (n,) is (1, 1, n), a matrix (p, q) is (1, p, q). Three
-    dimensions are E fused experts, unless `flatten` says that they are the weight (out, in, k) of a
-    one-dimensional
-    convolution: that is the matrix (1, out, in * k). Four and more dimensions are always a
-        convolution.
+    dimensions are E fused experts, unless `flatten` says that they are a one-dimensional
+    convolution (out, in, k), which is the matrix (1, out, in * k). Four and more dimensions are
+    always a convolution.
     """
     if len(shape) < 2:
         return 1, 1, math.prod(shape)
@@ -78,9 +74,8 @@ def state_shapes(group: Mapping[str, Any], shape: Sequence[int]) -> dict[str, tu
         return shapes | m_factors
     v_factors = {"v_B": (*batch, p, rank), "v_A": (*batch, rank, q)}
     means = {"v_row": (*batch, p), "v_col": (*batch, q)}
-    second = {"subspace": v_factors | means, "split": means}.get(
-        group.get("variant", ""), v_factors
-    )
+    by_variant = {"subspace": v_factors | means, "split": means}
+    second = by_variant.get(group.get("variant", ""), v_factors)
     compress = group.get("compress")
     shapes |= {"exp_avg": moment} if compress == "second" else m_factors
     return shapes | ({"exp_avg_sq": moment} if compress == "first" else second)
@@ -100,25 +95,25 @@ def param_groups(
     """Sort a model's parameters into groups for `LoRAPreAdamW` or `LoRAPreMuon`.
 
     Low rank are the matrices inside the network: attention and MLP weights (of `nn.Linear`, of
-        transformers'
-    `Conv1D`, of any module that keeps a matrix under a name with "weight"), fused experts (E, p,
-    q), convolutions.
+    transformers' `Conv1D`, of any module that keeps a matrix under a name with "weight"), fused
+    experts (E, p, q) and convolutions.
 
     Dense (`rank=None` in the group) are
 
     * the ends of the network: embedding tables (tokens, positions), patch embeddings and
-        convolutions that
-      read pixels, the output head, tied or not, and the classification head of a transformers
-      model. In a plain PyTorch model the last `nn.Linear` is the head if it has the shape of an
-      embedding table and lies in no `nn.ModuleList`; another head cannot be told from a hidden
-      matrix and goes low rank: give a rule.
+      convolutions that read pixels, the output head, tied or not, and the classification head of a
+      transformers model. In a plain PyTorch model the last `nn.Linear` is the head if it has the
+      shape of an embedding table and lies in no `nn.ModuleList`. Another head cannot be told from
+      a hidden matrix and goes low rank: give a rule.
     * routers (beside the experts, one row per expert) and depthwise convolutions (filters, not a
-    matrix
-      product);
+      matrix product);
     * class tokens and other parameters that are not applied as a matrix;
     * norms, biases and all else with fewer than two dimensions. These also get `weight_decay=0.0`,
-    as
-      transformers' Trainer does; every other group keeps the optimizer's.
+      as transformers' Trainer does; every other group keeps the optimizer's.
+
+    Scripted, traced and exported models take the routes of the eager model as far as their modules
+    or graphs still name its classes. A matrix whose use is not known any more goes dense with a
+    warning, and so does the last `nn.Linear` if it has not the shape of an embedding table.
 
     Frozen parameters are routed like the others, so that they can be unfrozen later; they hold no
     state until then. Shared parameters appear once, under their first name.
@@ -128,11 +123,10 @@ def param_groups(
         rank: rank of the momenta, a positive integer, or None for dense AdamW everywhere.
         rules: (regular expression, options) pairs that override the above. The expression is
             searched in the name of the parameter; the first match wins. Options are a rank, None
-            (dense) or a dict of group options, for instance `("lm_head", {"rank": 64, "lr":
-            1e-4})`; what a rule leaves open keeps its default.
-        strict: raise where the default only warns, and where a trainable matrix that a rule or the
-            default sent to low rank stays dense because its factors would not be smaller, rank (p +
-            q) >= p q.
+            (dense) or a dict of group options, as in `("lm_head", {"rank": 64, "lr": 1e-4})`; what
+            a rule leaves open keeps its default.
+        strict: raise where the default only warns, and where a trainable matrix has a rank but
+            stays dense because its factors would not be smaller, rank (p + q) >= p q.
 
     Returns:
         Groups `{"params": [(name, parameter), ...], "rank": ..., ...}`. Parameters with equal
@@ -141,7 +135,7 @@ def param_groups(
     Raises:
         TypeError: `model` is no `nn.Module`.
         ValueError: a rank that is neither None nor a positive integer, a malformed rule, a rule
-            that no parameter reaches, or what `strict` forbids.
+            that no parameter reaches, a lazy parameter without a shape, or what `strict` forbids.
 
     Warns:
         UserWarning: no trainable parameter becomes low rank, or a matrix goes dense because its use
@@ -151,107 +145,51 @@ def param_groups(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _check_rank(rank, "rank")
     parsed = [_parse_rule(pattern, options) for pattern, options in rules]
-    routed = _route(model, rank, parsed)
-    _check_rules(parsed, routed)
-    _check_coverage(routed, rank, strict)
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"parameter {name!r} has no shape yet: run the model once before param_groups"
+            )
+    routed = list(_route(model, rank, parsed))
+    for index, (pattern, options) in enumerate(parsed):
+        matched = [item.parameter for item in routed if item.rule == index]
+        if not matched:
+            raise ValueError(f"rules: no parameter is left for {pattern.pattern!r}")
+        if options.get("rank") is not None and all(parameter.ndim < 2 for parameter in matched):
+            raise ValueError(f"rules: {pattern.pattern!r} sets a rank and finds no matrix")
+    for problem in _problems(routed, rank, strict):
+        if strict:
+            raise ValueError(problem)
+        warnings.warn(problem, stacklevel=2)
 
-    groups: list[dict[str, Any]] = []
+    distinct: list[dict[str, Any]] = []
     for item in routed:
-        for group in groups:
-            if {key: value for key, value in group.items() if key != "params"} == item.options:
-                group["params"].append((item.name, item.parameter))
-                break
-        else:
-            groups.append({"params": [(item.name, item.parameter)], **item.options})
-    return groups
+        if item.options not in distinct:
+            distinct.append(item.options)
+    return [
+        {"params": [(i.name, i.parameter) for i in routed if i.options == options], **options}
+        for options in distinct
+    ]
 
 
 class _Routed(NamedTuple):
     name: str
     parameter: nn.Parameter
     options: dict[str, Any]  # of its group
-    known: bool  # a rule names it, or its use was recognised
+    doubt: str  # "unknown" or "lost" where a matrix goes dense for want of knowledge
     rule: int | None  # index of the rule that matched
 
 
 _ParsedRule: TypeAlias = tuple[re.Pattern[str], dict[str, Any]]
 
 
-def _route(model: nn.Module, rank: int | None, rules: Sequence[_ParsedRule]) -> list[_Routed]:
-    routed = []
-    ends_and_routers = _ends(model) | _routers(model)
-    for name, parameter in model.named_parameters():
-        path, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(path)
-        use = _use(owner, attribute, parameter)
-        if use != "vector" and parameter in ends_and_routers:
-            use = "dense"
-        options: dict[str, Any] = {"rank": rank if use == "matrix" else None}
-        if use == "vector":
-            options["weight_decay"] = 0.0
-        rule = next(
-            (index for index, (pattern, _) in enumerate(rules) if pattern.search(name)), None
-        )
-        if rule is not None:
-            options |= rules[rule][1]
-        if parameter.ndim < 2:
-            options["rank"] = None
-        if options["rank"] is not None and parameter.ndim == 3 and isinstance(owner, _CONVOLUTIONS):
-            options["flatten"] = True
-        routed.append(_Routed(name, parameter, options, use != "unknown" or rule is not None, rule))
-    return routed
-
-
-def _check_rules(rules: Sequence[_ParsedRule], routed: Sequence[_Routed]) -> None:
-    for index, (pattern, options) in enumerate(rules):
-        matched = [item.parameter for item in routed if item.rule == index]
-        if not matched:
-            raise ValueError(f"rules: no parameter is left for {pattern.pattern!r}")
-        if options.get("rank") is not None and all(parameter.ndim < 2 for parameter in matched):
-            raise ValueError(f"rules: {pattern.pattern!r} sets a rank and finds no matrix")
-
-
-def _check_coverage(routed: Sequence[_Routed], rank: int | None, strict: bool) -> None:
-    """Nothing stays dense silently: raise, or warn where `strict` does not ask for more."""
-    low_rank, not_smaller, unknown = [], [], []
-    trainable = [item for item in routed if item.parameter.requires_grad]
-    for name, parameter, options, known, _ in trainable:
-        if is_low_rank(parameter.shape, options["rank"], options.get("flatten", False)):
-            low_rank.append(name)
-        elif options["rank"] is not None:
-            not_smaller.append(name)
-        elif not known and is_low_rank(parameter.shape, rank):
-            unknown.append(name)
-    if strict and not_smaller:
-        raise ValueError(
-            f"rank: factors would not be smaller than the matrix for {_listed(not_smaller)}"
-        )
-    problems = []
-    if unknown:
-        problems.append(
-            f"matrices of unknown use go dense, give a rule for them: {_listed(unknown)}"
-        )
-    if rank is not None and trainable and not low_rank:
-        problems.append(
-            f"no trainable parameter gets low-rank momenta at rank {rank}: all state is AdamW's. A "
-            "matrix (p, q) needs rank (p + q) < p q; the factors of a LoRA adapter, for one, are "
-            "too thin for it"
-        )
-    for problem in problems:
-        if strict:
-            raise ValueError(problem)
-        warnings.warn(problem, stacklevel=3)  # of param_groups' caller
-
-
 def _check_rank(rank: object, argument: str) -> None:
-    integer = isinstance(rank, numbers.Integral) and not isinstance(rank, bool) and int(rank)
-    if rank is not None and not (integer and integer >= 1):
+    positive = isinstance(rank, numbers.Integral) and not isinstance(rank, bool) and int(rank) > 0
+    if rank is not None and not positive:
         raise ValueError(f"{argument} must be a positive integer or None, got {rank!r}")
 
 
-def _parse_rule(
-    pattern: str, options: int | Mapping[str, Any] | None
-) -> tuple[re.Pattern[str], dict[str, Any]]:
+def _parse_rule(pattern: str, options: int | Mapping[str, Any] | None) -> _ParsedRule:
     override = dict(options) if isinstance(options, Mapping) else {"rank": options}
     _check_rank(override.get("rank"), f"rules: rank for {pattern!r}")
     if unknown := sorted(map(str, override.keys() - OPTIONS)):
@@ -262,46 +200,158 @@ def _parse_rule(
         raise ValueError(f"rules: {pattern!r} is not a regular expression: {error}") from None
 
 
+def _route(model: nn.Module, rank: int | None, rules: Sequence[_ParsedRule]) -> Iterator[_Routed]:
+    modules = dict(model.named_modules())
+    classes = _classes(modules)
+    ends, doubtful = _ends(classes)
+    ends |= _routers(classes)
+    for name, parameter in model.named_parameters():
+        path, _, attribute = name.rpartition(".")
+        # Script modules have no get_submodule, and some wrappers leave themselves out of the path.
+        owner = modules[path] if path in modules else model.get_submodule(path)
+        use = _use(owner, classes[owner], attribute, parameter)
+        if use != "vector" and parameter in ends:
+            use = "dense"
+        elif use == "matrix" and parameter in doubtful:
+            use = "lost"
+        options: dict[str, Any] = {"rank": rank if use == "matrix" else None}
+        if use == "vector":
+            options["weight_decay"] = 0.0
+        rule = next((i for i, (pattern, _) in enumerate(rules) if pattern.search(name)), None)
+        if rule is not None:
+            options |= rules[rule][1]
+        if parameter.ndim < 2:
+            options["rank"] = None
+        flatten = parameter.ndim == 3 and issubclass(classes[owner], _CONVOLUTIONS)
+        if options["rank"] is not None and flatten:
+            options["flatten"] = True
+        in_doubt = use in ("unknown", "lost") and rule is None
+        doubt = use if in_doubt and is_low_rank(parameter.shape, rank, flatten) else ""
+        yield _Routed(name, parameter, options, doubt, rule)
+
+
+def _problems(routed: Sequence[_Routed], rank: int | None, strict: bool) -> Iterator[str]:
+    """What stays dense although nobody asked for it."""
+    trainable = [item for item in routed if item.parameter.requires_grad]
+    low_rank, not_smaller = [], []
+    for name, parameter, options, _, _ in trainable:
+        if is_low_rank(parameter.shape, options["rank"], options.get("flatten", False)):
+            low_rank.append(name)
+        elif options["rank"] is not None:
+            not_smaller.append(name)
+    if strict and not_smaller:
+        yield f"rank: factors would not be smaller than the matrix for {_listed(not_smaller)}"
+    for doubt, which in (
+        ("unknown", "of unknown use"),
+        ("lost", "whose use is not known after scripting, tracing or export"),
+    ):
+        if names := [item.name for item in trainable if item.doubt == doubt]:
+            yield f"matrices {which} go dense, give a rule for them: {_listed(names)}"
+    if rank is not None and trainable and not low_rank:
+        yield (
+            f"no trainable parameter gets low-rank momenta at rank {rank}: all state is AdamW's. A "
+            "matrix (p, q) needs rank (p + q) < p q; the factors of a LoRA adapter, for one, are "
+            "too thin for it"
+        )
+
+
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _use(owner: nn.Module, attribute: str, parameter: nn.Parameter) -> str:
-    """What a module does with a parameter: "matrix", "vector", "dense" or "unknown"."""
-    if parameter.ndim < 2 or _NORM.search(type(owner).__name__) or attribute.endswith("bias"):
+class _Lost(nn.Module):
+    """Base of the classes that are not known any more, after scripting, tracing or export."""
+
+
+def _classes(modules: Mapping[str, nn.Module]) -> dict[nn.Module, type[nn.Module]]:
+    """The class of every module, or a subclass of `_Lost` where only its name is left, or nothing.
+
+    A script module knows the name of its former class. The modules of an exported model are bare,
+    but the nodes of its graph record the paths and classes of the modules that they come from.
+    """
+    recorded: dict[str, Any] = {}
+    root = None  # with a dot at its end: where the paths of a graph and of graphs inside it begin
+    classes = {}
+    for path, module in modules.items():
+        cls: Any = type(module)
+        scripted = isinstance(module, torch.jit.ScriptModule)  # whose graph is of another kind
+        graph = None if scripted else getattr(module, "graph", None)
+        if isinstance(graph, fx.Graph):
+            if root is None or not path.startswith(root):
+                root = f"{path}.".lstrip(".")
+            for node in graph.nodes:
+                for inner, name in node.meta.get("nn_module_stack", {}).values():
+                    recorded[f"{root}{inner}".rstrip(".")] = name
+        if scripted:
+            cls = f"torch.nn.{module.original_name}"
+        elif isinstance(graph, fx.Graph) or (root is not None and cls is nn.Module):
+            # A list is not called, so that no node comes from it.
+            numbered = [name.isdigit() for name, _ in module.named_children()]
+            cls = recorded.get(path, nn.ModuleList if numbered and all(numbered) else "")
+        if isinstance(cls, str):  # looked up and not imported: a file can name anything
+            where, _, name = cls.rpartition(".")
+            cls = getattr(sys.modules.get(where), name, None)
+            if cls is nn.Module or not isinstance(cls, type) or not issubclass(cls, nn.Module):
+                cls = type(name, (_Lost,), {})
+        classes[module] = cls
+    return classes
+
+
+def _use(owner: Any, cls: type[nn.Module], attribute: str, parameter: nn.Parameter) -> str:
+    """What a module does with a parameter: "matrix", "vector", "dense", "unknown" or "lost"."""
+    if parameter.ndim < 2 or _NORM.search(cls.__name__) or attribute.endswith("bias"):
         return "vector"
+    convolution = issubclass(cls, _CONVOLUTIONS)
     token = parameter.shape[0] == 1  # class tokens (1, 1, d), position embeddings (1, n, d)
-    thin = 1 in matrix_shape(parameter.shape, flatten=isinstance(owner, _CONVOLUTIONS))[1:]
-    depthwise = isinstance(owner, _CONVOLUTIONS) and 1 < owner.groups == owner.in_channels
+    thin = 1 in matrix_shape(parameter.shape, flatten=convolution)[1:]
+    depthwise = False
+    if convolution:  # traced and exported ones have lost their attributes
+        one = parameter.shape[1] == 1
+        depthwise = 1 < owner.groups == owner.in_channels if hasattr(owner, "groups") else one
     if token or thin or depthwise:
         return "dense"
+    if issubclass(cls, _Lost):
+        return "lost"
     weight = attribute.startswith("weight") or attribute.endswith("weight")
-    experts = parameter.ndim == 3 and not isinstance(owner, ParametrizationList)
+    experts = parameter.ndim == 3 and not issubclass(cls, ParametrizationList)
     return "matrix" if weight or experts else "unknown"
 
 
-def _ends(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters of the layers that read the input or write the output."""
-    modules = list(model.modules())
-    tables = [module for module in modules if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
-    pixels = [
-        m for m in modules if isinstance(m, _CONVOLUTIONS) and m.in_channels <= _PIXEL_CHANNELS
-    ]
-    ends: list[nn.Module] = [*tables, *pixels]
-    for module in modules:  # not of the root alone, which may be a wrapper
+def _ends(classes: Mapping[Any, type[nn.Module]]) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
+    """Parameters of the layers that read the input or write the output, and of those that may.
+
+    The latter are in models whose modules have lost their classes, and with them methods that name
+    the head and the number of channels of a convolution.
+    """
+
+    def layers(*kinds: type[nn.Module]) -> list[Any]:
+        return [module for module, cls in classes.items() if issubclass(cls, kinds)]
+
+    tables, convolutions, linears = layers(*_TABLES), layers(*_CONVOLUTIONS), layers(nn.Linear)
+    ends: list[nn.Module] = [*tables]
+    doubtful: list[nn.Module] = []
+    for layer in convolutions:
+        if hasattr(layer, "in_channels"):
+            ends += [layer] if layer.in_channels <= _PIXEL_CHANNELS else []
+        elif layer.weight.shape[1] <= _PIXEL_CHANNELS:  # or these are the channels of a group
+            (ends if layer is convolutions[0] else doubtful).append(layer)
+    for module in classes:  # not the root alone, which may be a wrapper
         ends += _transformers_ends(module)
-    # A hidden layer of a small model can have the shape of a table by chance, but lies in a list of
-    # layers.
-    listed = {
-        layer
-        for module in modules
-        if isinstance(module, nn.ModuleList)
-        for layer in module.modules()
-    }
-    shapes = {table.weight.shape for table in tables}
-    last = [module for module in modules if isinstance(module, nn.Linear)][-1:]
-    ends += [layer for layer in last if layer.weight.shape in shapes and layer not in listed]
-    return {parameter for end in ends for parameter in end.parameters()}
+    # A hidden layer of a small model can have the shape of a table by chance, but lies in a list.
+    listed = {layer for container in layers(nn.ModuleList) for layer in container.modules()}
+    shapes = {parameter.shape for table in tables for parameter in table.parameters()}
+    lost = any(type(module) is not cls for module, cls in classes.items())
+    for layer in linears:
+        last, alike = layer is linears[-1], any(p.shape in shapes for p in layer.parameters())
+        if last and alike and layer not in listed:
+            ends.append(layer)
+        elif lost and (last or alike) and layer not in listed:
+            doubtful.append(layer)
+    return _parameters(ends), _parameters(doubtful)
+
+
+def _parameters(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
+    return {parameter for module in modules for parameter in module.parameters()}
 
 
 def _transformers_ends(module: nn.Module) -> Iterator[nn.Module]:
@@ -321,26 +371,21 @@ def _transformers_ends(module: nn.Module) -> Iterator[nn.Module]:
                 yield layer
 
 
-def _routers(model: nn.Module) -> set[nn.Parameter]:
+def _routers(classes: Mapping[nn.Module, type[nn.Module]]) -> set[nn.Parameter]:
     """Layers beside the experts of a block that hold one matrix with one row per expert.
 
     One matrix, because a shared expert can be as wide as there are experts, but it holds several.
     """
     routers = set()
-    for block in model.modules():
-        experts = {_expert_count(child) for child in block.children()} - {None}
-        for child in block.children() if experts else ():
+    for block in classes:
+        counts = set()  # of experts, in a list or fused (E, p, q)
+        for child in block.children():
+            if issubclass(classes[child], nn.ModuleList):
+                counts.add(len(list(child.children())))
+            elif not issubclass(classes[child], _CONVOLUTIONS):
+                counts.update(p.shape[0] for p in child.parameters(recurse=False) if p.ndim == 3)
+        for child in block.children() if counts else ():
             matrices = [parameter for parameter in child.parameters() if parameter.ndim > 1]
-            if len(matrices) == 1 and matrices[0].ndim == 2 and matrices[0].shape[0] in experts:
+            if len(matrices) == 1 and matrices[0].ndim == 2 and matrices[0].shape[0] in counts:
                 routers.add(matrices[0])
     return routers
-
-
-def _expert_count(module: nn.Module) -> int | None:
-    """How many experts a module holds, in a list or fused (E, p, q); None without any."""
-    if isinstance(module, nn.ModuleList):
-        return len(module)
-    fused = [
-        parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3
-    ]
-    return fused[0] if fused and not isinstance(module, _CONVOLUTIONS) else None

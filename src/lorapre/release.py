@@ -1,11 +1,11 @@
 """The update inside the backward pass, which uses each gradient at once and frees it.
 
-What takes its place until `zero_grad()` is a tensor without memory that refuses to be used: whoever
-needs the gradients of all weights together, or those of several backward passes, learns it at the
-first attempt.
+A tensor without memory takes its place until `zero_grad()`. It refuses to be used: code that needs
+all gradients together, or those of several backward passes, fails at once and not silently.
 """
 
 import contextlib
+import itertools
 import math
 import numbers
 import weakref
@@ -48,11 +48,10 @@ class GradientRelease:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Within this context backward passes update nothing, and leave gradients as ever.
+        """Within this context backward passes update nothing and leave gradients as usual.
 
-        For a loss that is not of this optimizer but passes through its model: the backward pass of
-            a GAN's
-        generator goes through the discriminator. Clear these gradients (`zero_grad()`) before the
+        For the loss of another optimizer that passes through this model, as that of a GAN's
+        generator passes through the discriminator. Clear these gradients (`zero_grad()`) before the
         next step.
         """
         for _, update in self._updates:
@@ -76,17 +75,14 @@ def gradient_release(
     """Update every weight inside the backward pass, and free its gradient.
 
     Training loops keep their form: `optimizer.step()` finds nothing to do, schedulers, closures,
-        checkpoints
-    and `coverage` go on as before. A backward pass takes the learning rates that the groups have
-    then.
+    checkpoints and `coverage` work as before. A backward pass takes the learning rates that the
+    groups have then.
 
-    What needs the gradients of several backward passes, or of all weights at once, is impossible
-    and raises
-    a RuntimeError: accumulating gradients, retaining a graph, clipping by the global norm or by
-        value,
-    GradScaler (which learns it after one update by scaled gradients), a weight in more than one
-    reentrant checkpoint. Weights that are frozen now, or not in `optimizer`, keep their gradients;
-    those that are in it are updated by `optimizer.step()`.
+    Whatever needs the gradients of several backward passes, or of all weights at once, raises a
+    RuntimeError: accumulating gradients, retaining a graph, clipping by the global norm or by
+    value, GradScaler (after one update by scaled gradients), a weight in more than one reentrant
+    checkpoint. Weights that are frozen now, or not in `optimizer`, keep their gradients;
+    `optimizer.step()` updates those of them that are in it.
 
     Args:
         model: trained on this process alone: DistributedDataParallel, FSDP and tensor parallelism
@@ -112,9 +108,8 @@ def gradient_release(
             "optimizer must be a LoRAPreAdamW or LoRAPreMuon itself, before anything wraps it, got "
             f"{type(optimizer).__name__}"
         )
-    if max_norm is not None and not (
-        isinstance(max_norm, numbers.Real) and 0 < max_norm < math.inf
-    ):
+    positive = isinstance(max_norm, numbers.Real) and 0 < max_norm < math.inf
+    if max_norm is not None and not positive:
         raise ValueError(f"max_norm must be a finite number > 0 or None, but is {max_norm!r}")
     if what := sharding.spread(model):
         raise ValueError(
@@ -127,15 +122,13 @@ def gradient_release(
             if p not in name_of:
                 where = f"parameter {index} of group {number}, of shape {tuple(p.shape)},"
                 raise ValueError(f"optimizer: {where} is not one of model's")
-            if any(
-                isinstance(hook, _Update) for hook in (p._post_accumulate_grad_hooks or {}).values()
-            ):
-                what = f"optimizer: {name_of[p]!r} is updated in the backward pass already"
+            name, hooks = name_of[p], p._post_accumulate_grad_hooks or {}
+            if any(isinstance(hook, _Update) for hook in hooks.values()):
+                what = f"optimizer: {name!r} is updated in the backward pass already"
                 raise ValueError(f"{what}; remove() that handle first")
             if p.requires_grad:
-                updates.append(
-                    (p, _Update(weakref.ref(optimizer), (number, index), name_of[p], max_norm))
-                )
+                update = _Update(weakref.ref(optimizer), (number, index), name, max_norm)
+                updates.append((p, update))
     return GradientRelease(optimizer, updates)
 
 
@@ -144,7 +137,7 @@ class _Update:
     """The hook of one weight."""
 
     optimizer: Callable[[], LoRAPreOptimizer | None]  # weak: a cycle through hooks is not collected
-    place: tuple[int, int]  # number of its group and index in it, when last seen
+    place: tuple[int, int]  # number of its group and index in it, at the last update
     name: str
     max_norm: float | None
     resting: bool = False
@@ -164,17 +157,17 @@ class _Update:
                 f"gradient_release: {self.name!r} must be on this process alone, but has {what}"
             )
         groups = optimizer.param_groups
-        if not self._is_at(
-            groups, p, *self.place
-        ):  # groups may be added, removed and reordered in a run
-            places = [(k, i) for k, group in enumerate(groups) for i in range(len(group["params"]))]
-            found = [place for place in places if self._is_at(groups, p, *place)]
-            if not found:  # it has been taken out, and trains no longer
-                return
-            self.place = found[0]
+        # Groups can be added, removed and reordered in a run: look at the last place first.
+        places = ((k, i) for k, group in enumerate(groups) for i in range(len(group["params"])))
+        for number, index in itertools.chain([self.place], places):
+            params = groups[number]["params"] if number < len(groups) else []
+            if index < len(params) and params[index] is p:
+                break
+        else:  # it has been taken out, and trains no longer
+            return
+        self.place = number, index
         if self.max_norm is not None:
             nn.utils.clip_grad_norm_([p], self.max_norm)
-        number, index = self.place
         position = sum(len(group["params"]) for group in groups[:number]) + index
         if groups[number]["made_for"] != meaning(groups[number]):  # edited: have others a state?
             check_step(groups[number], optimizer.state)
@@ -185,24 +178,17 @@ class _Update:
         groups[number]["made_for"] = group["made_for"]
         p.grad = Released(p, self.name)
 
-    @staticmethod
-    def _is_at(groups: list[dict[str, Any]], p: Tensor, number: int, index: int) -> bool:
-        return (
-            number < len(groups)
-            and index < len(groups[number]["params"])
-            and groups[number]["params"][index] is p
-        )
-
 
 class Released(Tensor):
-    """In the place of a gradient that has been used: its shape, type and device, but no memory.
+    """Stands for a gradient that has been used: its shape, type and device, but no memory.
 
-    Setting it to zero removes it. Any other operation raises, but for what `clip_grad_norm_` does
-    where `max_norm` is infinite, which transformers' Trainer calls for its log: it finds an
-    infinite norm, which is above any finite `max_norm`, and multiplies by inf / inf.
+    Setting it to zero removes it. Every other operation raises, with one exception: transformers'
+    Trainer calls `clip_grad_norm_` with an infinite `max_norm` for its log. The norm is infinite
+    too. So the factor is inf / inf, which changes nothing, but 0 for a finite `max_norm`, which
+    raises.
     """
 
-    lorapre_released = True  # what `optimizers` knows it by
+    lorapre_released = True  # `optimizers` recognises it by this
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     parameter: Callable[[], Tensor | None]
     weight: str  # its name
@@ -210,11 +196,9 @@ class Released(Tensor):
     @staticmethod
     def __new__(cls, p: Tensor, name: str) -> "Released":
         """The stand-in for the gradient of p."""
-        released: Released = Tensor._make_wrapper_subclass(
-            cls, p.shape, dtype=p.dtype, device=p.device
-        )
-        released.parameter, released.weight = weakref.ref(p), name
-        return released
+        made: Released = Tensor._make_wrapper_subclass(cls, p.shape, dtype=p.dtype, device=p.device)
+        made.parameter, made.weight = weakref.ref(p), name
+        return made
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -16,9 +16,7 @@ __all__ = ["Coverage", "Row", "coverage"]
 
 _WIDTH = 80
 _NOT_SMALLER = "factors not smaller"
-_INDEX = re.compile(
-    r"(?:^|(?<=\.))(\d+)(?=\.|$)"
-)  # a part of a dotted name that is a number: a layer, an expert
+_INDEX = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.|$)")  # of a layer or an expert in a dotted name
 
 
 @dataclass(frozen=True)
@@ -78,31 +76,31 @@ class Coverage:
 
     def to_dict(self) -> dict[str, Any]:
         """Totals and rows as plain values, for JSON."""
-        return {
-            "state_bytes": self.state_bytes,
-            "planned_bytes": self.planned_bytes,
-            "adamw_bytes": self.adamw_bytes,
-            "rows": [asdict(row) for row in self.rows],
+        totals = {
+            name: getattr(self, name) for name in ("state_bytes", "planned_bytes", "adamw_bytes")
         }
+        return totals | {"rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
         column = "state_bytes" if self.state_bytes else "planned_bytes"
-        lines = [("parameter", "", "shape", "rank", column.removesuffix("_bytes"), "AdamW")]
-        for rows in _folded(self.rows):
-            held = _bytes(sum(getattr(row, column) for row in rows))
-            lines.append((*_described(rows), held, _bytes(sum(row.adamw_bytes for row in rows))))
         total = getattr(self, column)
+        alike: dict[tuple[object, ...], list[Row]] = {}  # a weight of every layer; all vectors
+        for row in self.rows:
+            kind = (_INDEX.sub("#", row.name), row.shape) if len(row.shape) > 1 else ()
+            alike.setdefault((kind, row.rank, row.note), []).append(row)
+        lines = [("parameter", "", "shape", "rank", column.removesuffix("_bytes"), "AdamW")]
+        for rows in alike.values():
+            state, adamw = sum(getattr(r, column) for r in rows), sum(r.adamw_bytes for r in rows)
+            lines.append((*_described(rows), _bytes(state), _bytes(adamw)))
         lines.append(("total", f"x{len(self)}", "", "", _bytes(total), _bytes(self.adamw_bytes)))
         return "\n".join([*_table(lines), "", *self._remarks(total)])
 
     def _remarks(self, total: int) -> Iterator[str]:
-        low_rank = [row for row in self.rows if row.route == "low-rank"]
-        numel = sum(math.prod(row.shape) for row in self.rows)
-        share = sum(math.prod(row.shape) for row in low_rank) / max(
-            1, numel
-        )  # empty weights have none
-        ratio = total / max(1, self.adamw_bytes)  # AdamW holds nothing where everything is frozen
-        yield f"{len(low_rank)} low-rank weights hold {share:.1%} of the parameters."
+        sizes = [math.prod(row.shape) for row in self.rows if row.route == "low-rank"]
+        # Weights can be empty, and AdamW holds nothing where everything is frozen.
+        share = sum(sizes) / max(1, sum(math.prod(row.shape) for row in self.rows))
+        ratio = total / max(1, self.adamw_bytes)
+        yield f"{len(sizes)} low-rank weights hold {share:.1%} of the parameters."
         yield f"State is {ratio:.1%} of AdamW's."
         waiting = [row for row in self.rows if row.planned_bytes and not row.state_bytes]
         if not self.state_bytes:
@@ -123,8 +121,7 @@ def coverage(optimizer: torch.optim.Optimizer) -> Coverage:
     exact for `LoRAPreAdamW` and `LoRAPreMuon`. Any other optimizer is planned as if it were AdamW;
     its `state_bytes` are right.
 
-    Reads the counters of skipped steps and so waits for the device: a report, not for the training
-        loop.
+    Reads the counters of skipped steps and so waits for the device: do not call it in every step.
 
     Args:
         optimizer: any torch optimizer.
@@ -138,85 +135,68 @@ def coverage(optimizer: torch.optim.Optimizer) -> Coverage:
         if len(names) != len(group["params"]):  # there are none, or a parameter has been taken out
             names = [f"{number}.{index}" for index in range(len(group["params"]))]
         for name, weight in zip(names, group["params"], strict=True):
-            state = optimizer.state.get(weight, {})
-            tensors = {
-                key: sharding.local(value.detach())
-                for key, value in state.items()
-                if isinstance(value, Tensor)
-            }
+            values = optimizer.state.get(weight, {}).items()
+            tensors = {k: sharding.local(v.detach()) for k, v in values if isinstance(v, Tensor)}
             rows.append(_row(name, weight, group, tensors))
     return Coverage(tuple(rows))
 
 
 def _row(name: str, weight: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor]) -> Row:
-    rank = group.get("rank")
-    low_rank = is_low_rank(weight.shape, rank, group.get("flatten", False))
+    rank, flatten = group.get("rank"), group.get("flatten", False)
+    low_rank = is_low_rank(weight.shape, rank, flatten)
     note = _NOT_SMALLER if rank is not None and weight.ndim > 1 and not low_rank else ""
-    if "step" in state:  # what is held counts, where options have been edited
+    if "step" in state:  # the state decides, where options have been edited since
         factor = state.get("m_B", state.get("v_B"))
         low_rank = factor is not None
         rank = factor.shape[-1] if factor is not None else rank
     trainable = weight.requires_grad
     local = sharding.local(weight.detach())
+    # All state is float32, but for the dense moments of a float64 weight.
+    moment = local.numel() * (8 if weight.dtype == torch.float64 else 4)
+    planned = 0
+    for key, shape in state_shapes(group, weight.shape).items():
+        here = (
+            sharding.held(weight, flatten, key, shape) if shape else ()
+        )  # a counter is not spread
+        planned += moment if "exp_avg" in key else 4 * math.prod(here)
     return Row(
         name=name,
         shape=tuple(weight.shape),
         route="low-rank" if low_rank else "dense",
         rank=rank if low_rank else None,
         state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
-        planned_bytes=_planned_bytes(weight, group) if trainable else 0,
+        planned_bytes=planned if trainable else 0,
         adamw_bytes=2 * local.numel() * local.element_size() + 4 if trainable else 0,
         note=note if trainable else "frozen",
         skipped=int(state["skipped"]) if "skipped" in state else None,
     )
 
 
-def _planned_bytes(weight: Tensor, group: Mapping[str, Any]) -> int:
-    """All state is float32, but for the dense moments of a float64 weight."""
-    moment = sharding.local(weight.detach()).numel() * (8 if weight.dtype == torch.float64 else 4)
-    flatten = group.get("flatten", False)
-    return sum(
-        moment if "exp_avg" in name else 4 * math.prod(sharding.held(weight, flatten, name, shape))
-        for name, shape in state_shapes(group, weight.shape).items()
-    )
-
-
-def _folded(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that share a line of the table: a weight of every layer, or all vectors."""
-    lines: dict[tuple[object, ...], list[Row]] = {}
-    for row in rows:
-        alike = (_INDEX.sub("#", row.name), row.shape) if len(row.shape) > 1 else ()
-        lines.setdefault((alike, row.rank, row.note), []).append(row)
-    return list(lines.values())
-
-
 def _described(rows: Sequence[Row]) -> tuple[str, str, str, str]:
     """Name, count, shape and rank of a line of the table."""
     first = rows[0]
-    name, shape = _pattern([row.name for row in rows]), "x".join(map(str, first.shape))
     if len(rows) > 1 and len(first.shape) < 2:
         name, shape = "vectors and scalars", ""
+    else:  # h.0.weight and h.1.weight are h.0-1.weight
+        parts = zip(*(_INDEX.split(row.name) for row in rows), strict=False)
+        name = "".join(
+            _ranges({int(number) for number in part}) if place % 2 else part[0]
+            for place, part in enumerate(parts)
+        )
+        shape = "x".join(map(str, first.shape))
     rank = {"frozen": "frozen", _NOT_SMALLER: "dense*"}.get(first.note, str(first.rank or "dense"))
     return name, f"x{len(rows)}" if len(rows) > 1 else "", shape, rank
 
 
-def _pattern(names: Sequence[str]) -> str:
-    """Names that differ in their numbers as one: h.0.weight and h.1.weight as h.0-1.weight."""
-    parts = list(zip(*(_INDEX.split(name) for name in names), strict=False))
-    return "".join(
-        _ranges({int(x) for x in part}) if i % 2 else part[0] for i, part in enumerate(parts)
-    )
-
-
 def _ranges(numbers: set[int]) -> str:
-    """{0, 1, 2, 5} as "0-2,5", and only the ends of what grows long."""
-    runs: list[tuple[int, int]] = []
+    """{0, 1, 2, 5} as "0-2,5"; the first and the last number where that is longer."""
+    runs: list[list[int]] = []
     for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1] = (runs[-1][0], number)
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
         else:
-            runs.append((number, number))
-    text = ",".join(f"{low}-{high}" if low < high else f"{low}" for low, high in runs)
+            runs.append([number])
+    text = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
     return text if len(text) <= 8 else f"{min(numbers)}..{max(numbers)}"
 
 

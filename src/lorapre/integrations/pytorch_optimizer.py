@@ -10,8 +10,8 @@ __all__ = ["register"]
 def register() -> None:
     """Add "lorapreadamw" and "lorapremuon" to pytorch_optimizer's optimizers.
 
-    `create_optimizer(model, "lorapreadamw", lr=1e-3, weight_decay=0.1, groups=param_groups(model,
-    rank=8))`: its groups with and without weight decay are split by the routes of `groups`.
+    `create_optimizer(model, "lorapreadamw", lr=1e-3, groups=param_groups(model, rank=8))` splits
+    its groups, with and without weight decay, by the routes of `groups`.
     `load_optimizer("lorapreadamw")` takes the groups in the place of the parameters.
     """
     OPTIMIZERS.update(lorapreadamw=RoutedAdamW, lorapremuon=RoutedMuon)

@@ -15,14 +15,14 @@ _Groups = Iterable[dict[str, Any]]
 class RoutedAdamW(LoRAPreAdamW):
     """`LoRAPreAdamW` that finds the routes of its parameters in `groups`.
 
-    A registry's groups know weight decay and learning rates, but not what a parameter is for; those
-    of `lorapre.param_groups` do. A parameter takes the options of both, of `groups` where both name
-    one, as they do the weight decay of norms and biases.
+    The groups of a registry have weight decay and learning rates, but do not say what a parameter
+    is for; those of `lorapre.param_groups` do. A parameter takes the options of both. Where both
+    name one, as they do the weight decay of norms and biases, `groups` wins.
 
     Args:
         params: parameters or groups of them.
-        groups: from `lorapre.param_groups(model, rank=...)`; can be left out where `params` come
-            from there.
+        groups: from `lorapre.param_groups(model, rank=...)`; not needed where `params` come from
+            there.
         options: of `LoRAPreAdamW`.
 
     Raises:
@@ -39,13 +39,12 @@ class RoutedMuon(LoRAPreMuon):
     """`LoRAPreMuon` that finds the routes of its parameters in `groups`, as `RoutedAdamW` does.
 
     Args:
-        params: parameters or groups of them.
-        groups: from `lorapre.param_groups(model, rank=...)`; can be left out where `params` come
-            from there.
+        params: as in `RoutedAdamW`.
+        groups: as in `RoutedAdamW`.
         options: of `LoRAPreMuon`.
 
     Raises:
-        ValueError: there are no `groups`, or a parameter is not in them.
+        ValueError: as in `RoutedAdamW`.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class RoutedMuon(LoRAPreMuon):
 
 
 def _routed(params: Sequence[Any], groups: _Groups | None) -> list[dict[str, Any]]:
-    """The groups `params`, each split by the routes that `groups` give to its parameters."""
+    """The groups `params`, each split by the routes of its parameters."""
     given = [item if isinstance(item, dict) else {"params": [item]} for item in params]
     if groups is None:
         if all("rank" in group for group in given):

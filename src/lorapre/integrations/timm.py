@@ -1,7 +1,6 @@
 """LoRA-Pre in timm's factory `timm.optim.create_optimizer_v2`."""
 
-# timm exports the type of its registry and functions that read it, but neither the registry nor a
-# way to add.
+# timm exports functions that read its registry, but neither the registry nor a way to add to it.
 from timm.optim._optim_factory import OptimInfo, default_registry
 
 from lorapre.integrations.registry import RoutedAdamW, RoutedMuon
@@ -16,16 +15,11 @@ def register() -> None:
     groups=param_groups(model, rank=16))`: timm's groups, with weight decay and layer decay, are
     split by the routes of `groups`.
 
-    The names have no underscore: timm drops what stands before one, and "lorapre_adamw" is its
-        AdamW.
-    `create_optimizer_v2` gives an optimizer that has a momentum 0.9 where it is not told another,
-    Muon's too.
+    The names have no underscore: timm drops everything up to one, and "lorapre_adamw" is its AdamW.
+    `create_optimizer_v2` sets a momentum of 0.9 unless told otherwise, for "lorapremuon" too.
     """
-    for name, optimizer_class, momentum in (
-        ("lorapreadamw", RoutedAdamW, False),
-        ("lorapremuon", RoutedMuon, True),
-    ):
-        # timm silently drops betas of an optimizer that is said to have none; LoRAPreMuon refuses
-        # them.
-        info = OptimInfo(name, optimizer_class, has_eps=True, has_betas=True, has_momentum=momentum)
+    for cls, has_momentum in ((RoutedAdamW, False), (RoutedMuon, True)):
+        name = cls.__name__.replace("Routed", "lorapre").lower()
+        # timm drops betas silently where has_betas is false; LoRAPreMuon refuses them by name.
+        info = OptimInfo(name, cls, has_eps=True, has_betas=True, has_momentum=has_momentum)
         default_registry.register(info)

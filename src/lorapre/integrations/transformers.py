@@ -6,6 +6,7 @@ of nameless parameters.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,8 +20,7 @@ from lorapre.report import coverage
 
 __all__ = ["lorapre_adamw", "lorapre_muon"]
 
-# A child of transformers' own logger: the Trainer sets its level from log_level and
-# log_level_replica.
+# A child of transformers' logger: the Trainer sets its level from log_level, log_level_replica.
 _logger = logging.get_logger("transformers.lorapre")
 
 
@@ -32,33 +32,33 @@ def lorapre_adamw(
     strict: bool = False,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """`LoRAPreAdamW` for the Trainer.
-
-    `Trainer(..., optimizer_cls_and_kwargs=lorapre_adamw(args, rank=8))`.
+    """`LoRAPreAdamW` for the Trainer: `optimizer_cls_and_kwargs=lorapre_adamw(args, rank=8)`.
 
     Of `args`, both the factorised weights and the dense ones take learning_rate, adam_beta1,
-    adam_beta2, adam_epsilon and weight_decay, which leaves out norms and biases as the Trainer
-    does. They are read when the Trainer makes the optimizer, so that each trial of a hyperparameter
-    search has its own.
-
-    `lorapre.coverage` of the optimizer is logged at level INFO: `log_level="info"` shows it.
+    adam_beta2, adam_epsilon and weight_decay, the last without norms and biases, as in the Trainer.
+    They are read when the Trainer makes the optimizer, so that each trial of a hyperparameter
+    search has its own. `lorapre.coverage` of the optimizer is logged at level INFO:
+    `log_level="info"` shows it.
 
     Args:
         args: the Trainer's. `optim`, `optim_args` and `optim_target_modules` have no effect, as
             with any `optimizer_cls_and_kwargs`.
         rank: as in `lorapre.param_groups`.
         rules: as in `lorapre.param_groups`.
-        strict: as in `lorapre.param_groups`; True makes an error of the warning that no weight gets
-            low-rank momenta, which LoRA adapters as the only trainable weights give.
-        options: of `LoRAPreAdamW`, above what `args` say: scale, variant, lr, betas, ...
+        strict: as in `lorapre.param_groups`; an error, for instance, where LoRA adapters are the
+            only trainable weights.
+        options: of `LoRAPreAdamW` (scale, variant, lr, betas, ...); they override `args`.
 
     Returns:
         The value for the Trainer's `optimizer_cls_and_kwargs`.
 
     Raises:
         TypeError: there is no such option.
-        ValueError: as in `lorapre.param_groups` and `LoRAPreAdamW`, when the Trainer makes the
-            optimizer.
+        ValueError: as in `lorapre.param_groups` and the optimizer, when the Trainer makes it.
+
+    Warns:
+        UserWarning: as in `lorapre.param_groups`; or the Trainer has a loss with parameters of its
+            own, as in sentence-transformers, which are left out.
     """
 
     def from_args() -> dict[str, Any]:
@@ -69,9 +69,8 @@ def lorapre_adamw(
             weight_decay=args.weight_decay,
         )
 
-    return _for_trainer(
-        LoRAPreAdamW, from_args, dict(rank=rank, rules=rules, strict=strict), options
-    )
+    routes = dict(rank=rank, rules=rules, strict=strict)
+    return _for_trainer(LoRAPreAdamW, from_args, routes, options)
 
 
 def lorapre_muon(
@@ -82,7 +81,7 @@ def lorapre_muon(
     strict: bool = False,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """`LoRAPreMuon` for the Trainer; see `lorapre_adamw`.
+    """`LoRAPreMuon` for the Trainer; warnings are those of `lorapre_adamw`.
 
     Of `args`, learning_rate and weight_decay reach both routes, as lr, adamw_lr, weight_decay and
     adamw_weight_decay; adam_beta1, adam_beta2 and adam_epsilon reach the dense weights, which take
@@ -91,19 +90,18 @@ def lorapre_muon(
     give `lr`, and the dense weights stay at learning_rate.
 
     Args:
-        args: the Trainer's.
+        args: as in `lorapre_adamw`.
         rank: as in `lorapre.param_groups`.
         rules: as in `lorapre.param_groups`.
-        strict: as in `lorapre.param_groups`.
-        options: of `LoRAPreMuon`, above what `args` say.
+        strict: as in `lorapre_adamw`.
+        options: of `LoRAPreMuon`; they override `args`.
 
     Returns:
         The value for the Trainer's `optimizer_cls_and_kwargs`.
 
     Raises:
-        TypeError: there is no such option.
-        ValueError: as in `lorapre.param_groups` and `LoRAPreMuon`, when the Trainer makes the
-            optimizer.
+        TypeError: as in `lorapre_adamw`.
+        ValueError: as in `lorapre_adamw`.
     """
 
     def from_args() -> dict[str, Any]:
@@ -116,23 +114,42 @@ def lorapre_muon(
             adamw_weight_decay=args.weight_decay,
         )
 
-    return _for_trainer(
-        LoRAPreMuon, from_args, dict(rank=rank, rules=rules, strict=strict), options
-    )
+    routes = dict(rank=rank, rules=rules, strict=strict)
+    return _for_trainer(LoRAPreMuon, from_args, routes, options)
 
 
 def _for_trainer(
-    optimizer_class: type[LoRAPreAdamW] | type[LoRAPreMuon],
+    cls: type[LoRAPreAdamW] | type[LoRAPreMuon],
     from_args: Callable[[], dict[str, Any]],
     routes: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
-    # A mistyped option shows here, and not after the model and the data have been loaded.
-    inspect.signature(optimizer_class).bind([], **options)
+    inspect.signature(cls).bind([], **options)  # a mistyped option shows before data are loaded
 
     def build(model: nn.Module, **options: Any) -> LoRAPreOptimizer:
-        optimizer = optimizer_class(param_groups(model, **routes), **from_args() | options)
-        _logger.info("%s\n%s", optimizer_class.__name__, coverage(optimizer))
+        optimizer = cls(param_groups(model, **routes), **from_args() | options)
+        _logger.info("%s\n%s", cls.__name__, coverage(optimizer))
+        # The Trainer calls this in a method, and hands over its model but not itself.
+        caller = inspect.currentframe().f_back  # type: ignore[union-attr]
+        trainer = caller.f_locals.get("self") if caller is not None else None
+        if names := _left_out(getattr(trainer, "loss", None), optimizer):
+            problem = (
+                "parameters of the Trainer's loss are not the model's and would not be trained: "
+                f"{', '.join(names)}. Give the Trainer optimizers=({cls.__name__}(param_groups("
+                "loss, rank=...), ...), None) instead of optimizer_cls_and_kwargs"
+            )
+            if routes["strict"]:
+                raise ValueError(problem)
+            warnings.warn(problem, stacklevel=2)
         return optimizer
 
     return lambda: build, options  # the Trainer calls (lambda: build)()(model, **options)
+
+
+def _left_out(loss: object, optimizer: LoRAPreOptimizer) -> list[str]:
+    """Trainable parameters of a loss, or of a dict of losses, that the optimizer does not have."""
+    grouped = {p for group in optimizer.param_groups for p in group["params"]}
+    losses = list(loss.values()) if isinstance(loss, dict) else [loss]
+    modules = [module for module in losses if isinstance(module, nn.Module)]
+    parameters = [item for module in modules for item in module.named_parameters()]
+    return [name for name, p in parameters if p.requires_grad and p not in grouped]
