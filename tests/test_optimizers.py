@@ -150,10 +150,11 @@ def test_every_option_that_the_constructor_takes_is_checked_or_a_flag(cls: Class
     "p",
     [
         torch.zeros(4, 4, dtype=torch.complex64),
+        torch.zeros(4, 4, dtype=torch.float8_e4m3fn),
         torch.zeros(4, 4, dtype=torch.int64),
         torch.zeros(4, 4).to_sparse(),
     ],
-    ids=["complex", "integer", "sparse"],
+    ids=["complex", "float8", "integer", "sparse"],
 )
 def test_parameters_that_are_not_dense_and_real_are_refused_by_name(cls: Class, p: Tensor) -> None:
     good = parameters([(4, 4)])

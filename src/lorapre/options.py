@@ -73,7 +73,8 @@ def checked_params(group: Mapping[str, Any]) -> Any:
         name = "a parameter" if name is None else f"parameter {name!r}"
         if not isinstance(p, Tensor):
             continue  # torch says so
-        if not (p.is_floating_point() and p.layout is torch.strided):
+        real = p.is_floating_point() and p.element_size() > 1  # float8 has no arithmetic
+        if not (real and p.layout is torch.strided):
             raise ValueError(
                 f"params must be dense tensors of real floating point numbers, but {name} is "
                 f"{p.dtype}, {p.layout}"
