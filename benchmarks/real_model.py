@@ -156,8 +156,11 @@ def run(experiment: Experiment, name: str, lr: float, seed: int) -> None:
 
 
 def apart(function: Any, *arguments: Any) -> int:
-    """Call a function in a new process, and return its exit code."""
-    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    """Call a function in a new process, and return its exit code.
+
+    Not by "spawn": Linux then counts the peak of this process, which evaluates, as the new one's.
+    """
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
     process.start()
     process.join()
     return int(process.exitcode or 0)
