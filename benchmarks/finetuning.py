@@ -5,6 +5,10 @@
 A Llama of 0.9 million parameters is pre-trained once. Each method then takes the same number of steps from
 it, with three learning rates on the first seed, and with the best of them on the others. Every run is one
 line of OUT/results.jsonl; what is there already is not run again.
+
+    python benchmarks/finetuning.py OUT --real train.jsonl --seeds 2 --test 200
+
+compares on a pretrained model and GSM8K's problems: see benchmarks/real_model.py.
 """
 
 import contextlib
@@ -97,6 +101,9 @@ def main(
     /,
     *,
     gsm8k: Path | None = None,
+    real: Path | None = None,
+    model: str = "smollm2",
+    tiny: bool = False,
     steps: int = 400,
     seeds: int = 3,
     test: int = 500,
@@ -106,11 +113,19 @@ def main(
     Args:
         out: folder of the task, the pre-trained model and the results.
         gsm8k: GSM8K's train.jsonl, for the second part.
+        real: GSM8K's train.jsonl, for a pretrained model in place of the two parts.
+        model: with --real, what `lorapre finetune --model` takes.
+        tiny: with --real, a random model of seconds instead, to try everything out.
         steps: of each run.
         seeds: how many.
         test: problems to solve.
     """
     quieten()
+    if real is not None:
+        from real_model import compare  # which imports this module
+
+        compare(out, real, model=model, steps=steps, seeds=seeds, test=test, tiny=tiny)
+        return
     base = prepare(out)
     tests = list(read_examples(str(out / TASK / "test.jsonl")))[:test]
     parts = [Part("arithmetic", out / TASK / "train.jsonl", list(CONTENDERS), steps, 160, tests)]

