@@ -1,7 +1,7 @@
 """Answer questions with a model and score the answers: `lorapre evaluate`.
 
-Generation, extraction of the answer from what is generated, and scoring are lm-eval's: its own task, whose
-questions, prompt and length are replaced. The prompt is that of `lorapre finetune`, without examples.
+Generation, extraction of the answer, and scoring are lm-eval's: its own task, whose questions,
+prompt and length are replaced. The prompt is that of `lorapre finetune`, without examples.
 """
 
 import json
@@ -43,21 +43,19 @@ class Task(NamedTuple):
     path: str  # of the task's file below lm_eval/tasks
     question: str  # the name that the task has for questions
     answer: str  # the name that it has for worked answers
-    final: (
-        str  # what it finds the final answer in them by; an answer without it would count as wrong
-    )
+    final: str  # where it finds the final answer; an answer without one would count as wrong
+    wanted: str  # the same in words
 
 
-TASKS: dict[TaskName, Task] = {
-    "gsm8k": Task("openai/gsm8k:main", "gsm8k/gsm8k.yaml", "question", "answer", r"#### \S+$"),
-    "math-500": Task(
-        "HuggingFaceH4/MATH-500",
-        "minerva_math/minerva_math500.yaml",
-        "problem",
-        "solution",
-        r"\\boxed",
-    ),
-}
+GSM8K = Task(
+    data="openai/gsm8k:main", path="gsm8k/gsm8k.yaml", question="question", answer="answer",
+    final=r"#### \S+$", wanted="end in '#### ' and a number",
+)  # fmt: skip
+MATH_500 = Task(
+    data="HuggingFaceH4/MATH-500", path="minerva_math/minerva_math500.yaml", question="problem",
+    answer="solution", final=r"\\boxed", wanted=r"hold its result in '\boxed{}'",
+)  # fmt: skip
+TASKS: dict[TaskName, Task] = {"gsm8k": GSM8K, "math-500": MATH_500}
 
 
 @dataclass(frozen=True)
@@ -87,29 +85,27 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     Raises UserError: no such model or data, answers that cannot be scored, or questions too long.
     """
     start = time.perf_counter()
-    model, task = config.model, config.task
+    folder = model_folder(config.model)
     out = output_file(config)
-    data = config.data or TASKS[task].data
-    examples = task_examples(task, data, config.limit)
-    folder = model_folder(model)
-    tokenizer = load_tokenizer(model, folder)
-    weights = load_model(model, folder, "auto")
+    data = config.data or TASKS[config.task].data
+    examples = task_examples(config.task, data, config.limit)
+    tokenizer = load_tokenizer(config.model, folder)
+    model = load_model(config.model, folder, "auto")
     if torch.accelerator.is_available():
-        weights.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
-    weights.eval()  # type: ignore[no-untyped-call]
+        model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+    model.eval()  # type: ignore[no-untyped-call]
 
-    logging.getLogger("lm_eval").setLevel(
-        logging.ERROR
-    )  # its warnings are about options that are ours
-    lm = HFLM(pretrained=weights, tokenizer=tokenizer, batch_size=config.batch_size)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of options that are ours
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size)
     max_new_tokens = answer_length(lm.max_length, examples, tokenizer, config.max_new_tokens)
-    metrics, errors, texts = score(lm, task, examples, max_new_tokens)
+    metrics, errors, texts = score(lm, config.task, examples, max_new_tokens)
     loss, tokens, too_long = answer_loss(
-        weights, tokenizer, examples, config.batch_size, lm.max_length
+        model, tokenizer, examples, config.batch_size, lm.max_length
     )
+    pairs = zip(examples, texts, strict=True)
     result = Evaluation(
-        model=model,
-        task=task,
+        model=config.model,
+        task=config.task,
         data=data,
         examples=len(examples),
         metrics=metrics,
@@ -120,12 +116,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         max_new_tokens=max_new_tokens,
         batch_size=config.batch_size,
         seconds=time.perf_counter() - start,
-        device=describe_device(weights.device),
+        device=describe_device(model.device),
         versions=versions("lm_eval", "torch", "transformers"),
-        generations=[
-            example._asdict() | {"generated": text}
-            for example, text in zip(examples, texts, strict=True)
-        ],
+        generations=[example._asdict() | {"generated": text} for example, text in pairs],
     )
     write_json(out, result)
     console = Console()
@@ -151,14 +144,8 @@ def task_examples(task: TaskName, data: str, limit: int | None) -> list[Example]
         raise UserError(f"--data {data}: there are no examples")
     for number, example in enumerate(examples, start=1):
         if not re.search(TASKS[task].final, example.answer):
-            wanted = (
-                "end in '#### ' and a number"
-                if task == "gsm8k"
-                else "hold its result in '\\boxed{}'"
-            )
-            raise UserError(
-                f"--data {data}: answer {number} cannot be scored, for {task} it must {wanted}"
-            )
+            wrong = f"cannot be scored, for {task} it must {TASKS[task].wanted}"
+            raise UserError(f"--data {data}: answer {number} {wrong}")
     return examples
 
 
@@ -172,9 +159,8 @@ def answer_length(
     longest = max(len(tokenizer(example.prompt)["input_ids"]) for example in examples)
     room = reads - longest
     if room < 1:
-        raise UserError(
-            f"--data: its longest question has {longest} tokens, and the model reads {reads}"
-        )
+        has = f"its longest question has {longest} tokens, and the model reads {reads}"
+        raise UserError(f"--data: {has}")
     if wanted is not None and wanted > room:
         has = f"the model reads {reads} tokens, and the longest question has {longest}"
         raise UserError(f"--max-new-tokens {wanted}: {has}; give at most {room}")
@@ -184,16 +170,15 @@ def answer_length(
 def score(
     lm: lm_eval.api.model.LM, task: TaskName, examples: Sequence[Example], max_new_tokens: int
 ) -> tuple[dict[str, float], dict[str, float], list[str]]:
-    """Let lm-eval generate and score: metrics, their standard errors where there are any, and the texts.
+    """Let lm-eval generate and score: metrics, those of their standard errors it has, the texts.
 
     Examples and task go through files, as lm-eval takes them from users. Nothing is fetched.
     """
     names = TASKS[task]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "examples.jsonl"
-        write_lines(
-            file, [{names.question: each.question, names.answer: each.answer} for each in examples]
-        )
+        rows = [{names.question: each.question, names.answer: each.answer} for each in examples]
+        write_lines(file, rows)
         next_question = Example("", "").prompt.partition(" ")[0]
         absent = ("dataset_name", "training_split", "fewshot_split", "fewshot_config")
         changed = dict.fromkeys(absent) | {
@@ -233,8 +218,8 @@ def answer_loss(
     """The loss of the right answers, as `lorapre finetune` takes it.
 
     Returns:
-        Nats per token of answers and end tokens (None where no example fits), the number of these tokens, and
-        that of the examples left out because the model cannot read so much.
+        Nats per token of answers and end tokens (None where no example fits), the number of these
+        tokens, and that of the examples left out because the model cannot read so much.
     """
     rows = [encode(example, tokenizer) for example in examples]
     fitting = [row for row in rows if len(row["input_ids"]) <= reads]
