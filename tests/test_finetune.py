@@ -396,7 +396,8 @@ def test_the_papers_recipe() -> None:
         (["--data", "empty.jsonl"], "empty.jsonl: line 1: the field 'answer' is empty"),
         (["--data", "broken.jsonl"], "broken.jsonl: line 3 is not JSON"),
         (["--data", "latin.jsonl"], "latin.jsonl: not UTF-8 text (byte 1)"),
-        (["--model", "no/model"], "--model no/model"),
+        (["--model", "no/model"], "--model no/model: no such folder, and not on the hub"),
+        (["--model", "nope"], "--model nope: no such folder, and not on the hub"),
         (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
         (["--model", "no-matrix"], "--rank: no trainable parameter gets low-rank momenta"),
         (["--model", "no-matrix", "--method", "lora"], "--method lora"),
@@ -441,6 +442,45 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert message in stderr
     assert stderr.removesuffix("\n").count("\n") == ("left out" in stderr and "400" not in arguments)
     assert not (tmp_path / "runs").exists()  # nothing left behind
+
+
+def test_a_preset_names_its_missing_model(
+    lorapre: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    code, _, stderr = lorapre("finetune", "--preset", "arithmetic")
+    assert code == 2
+    assert stderr.startswith("lorapre: --model runs/llama-arithmetic: no such folder, and not on the hub")
+    assert "it is the model of preset arithmetic" in stderr
+
+
+def test_the_hub_is_asked_once_and_its_cache_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda name, timeout: asked.append(name))
+    assert model_folder("owner/there") == "owner/there"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/cache/config.json")
+    assert model_folder("owner/cached") == "owner/cached"
+    assert asked == ["owner/there"]
+
+
+def test_a_model_that_reads_less_than_the_preset_wants(
+    tiny: Tiny, base: Path, lorapre: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", lambda _: tiny(sequence_length=512, steps=1, checkpoints=1))
+    code, _, stderr = lorapre("finetune", "--preset", "tiny", "--out", tmp_path / "run")
+    assert code == 0
+    assert stderr.splitlines()[0] == "lorapre: --sequence-length is 400, as much as the model reads"
+    assert FinetuneConfig.load(tmp_path / "run" / "config.json").sequence_length == 400
+
+
+def test_data_are_read_before_the_model(tiny: Tiny, lorapre: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("too early"))
+    code, _, stderr = lorapre("finetune", "--preset", "tiny", "--data", "missing.jsonl")
+    assert code == 2
+    assert "--data missing.jsonl: no such file" in stderr
 
 
 def test_galore_without_its_package(tiny: Tiny, lorapre: Any, monkeypatch: pytest.MonkeyPatch) -> None:

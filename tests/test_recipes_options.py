@@ -1,6 +1,7 @@
 """Options that are made of the fields of configs: each field has one, with its help, and is checked."""
 
 import dataclasses
+import re
 from typing import Annotated, Any
 
 import pytest
@@ -16,7 +17,7 @@ from lorapre_recipes.config import (
     flag,
 )
 from lorapre_recipes.plan.settings import Settings
-from lorapre_recipes.presets import llama_tiny
+from lorapre_recipes.presets import PRETRAIN, arithmetic, llama_tiny
 
 CONFIGS = {
     "pretrain": PretrainConfig,
@@ -43,6 +44,24 @@ def test_every_field_has_its_option_and_says_which_optimizers_have_it(
         assert shown == (field.name not in WITHOUT.get(command, ())), field.name
         if shown and field.name in ONLY_FOR:
             assert f"Only for {next(m for m in config.METHODS if m in ONLY_FOR[field.name])}" in words
+
+
+def test_help_shows_the_values_of_the_preset(lorapre: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def words(*arguments: str) -> str:
+        return " ".join(lorapre(*arguments, "--help")[1].replace("│", " ").split())
+
+    monkeypatch.setenv("COLUMNS", "200")
+    usual = words("pretrain")
+    for config, shown in (
+        (llama_tiny(), usual),
+        (PRETRAIN["llama-5m"]("adamw"), words("pretrain", "--preset=llama-5m", "--optimizer", "adamw")),
+        (arithmetic("lora"), words("finetune", "--preset", "arithmetic", "--method", "lora")),
+    ):
+        for name in ("lr", "scale", "steps", "batch_size", "rank", "variant", "warmup", "betas"):
+            value = getattr(config, name)
+            typed = "0.9 0.95" if name == "betas" else "none" if value is None else value
+            assert re.search(rf"{flag(name)} .*?\[default: {typed}\]", shown), (config.preset, name)
+    assert usual.count("[default: ") >= len(dataclasses.fields(PretrainConfig)) - 1  # but the preset
 
 
 def test_a_new_field_is_a_new_option() -> None:

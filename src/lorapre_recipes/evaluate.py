@@ -11,9 +11,8 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lm_eval  # type: ignore[import-untyped]
 import torch
@@ -22,7 +21,7 @@ from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lorapre_recipes.config import EvaluateConfig, TaskName, UserError
 from lorapre_recipes.console import duration
@@ -58,28 +57,7 @@ MATH_500 = Task(
 TASKS: dict[TaskName, Task] = {"gsm8k": GSM8K, "math-500": MATH_500}
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What came of it."""
-
-    model: str
-    task: str
-    data: str
-    examples: int
-    metrics: dict[str, float]  # lm-eval's, by metric and filter: shares of the examples
-    errors: dict[str, float]  # their standard errors
-    answer_loss: float | None  # nats per token of the answers; None where no example fits the model
-    answer_tokens: int
-    too_long: int  # examples that the loss leaves out
-    max_new_tokens: int
-    batch_size: int
-    seconds: float
-    device: str
-    versions: dict[str, str]
-    generations: list[dict[str, str]]
-
-
-def evaluate(config: EvaluateConfig) -> Evaluation:
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a model's answers, take the loss of the right ones, print a table and write it as JSON.
 
     Raises UserError: no such model or data, answers that cannot be scored, or questions too long.
@@ -99,27 +77,23 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size)
     max_new_tokens = answer_length(lm.max_length, examples, tokenizer, config.max_new_tokens)
     metrics, errors, texts = score(lm, config.task, examples, max_new_tokens)
-    loss, tokens, too_long = answer_loss(
-        model, tokenizer, examples, config.batch_size, lm.max_length
-    )
+    right = answer_loss(model, tokenizer, examples, config.batch_size, lm.max_length)
     pairs = zip(examples, texts, strict=True)
-    result = Evaluation(
-        model=config.model,
-        task=config.task,
-        data=data,
-        examples=len(examples),
-        metrics=metrics,
-        errors=errors,
-        answer_loss=loss,
-        answer_tokens=tokens,
-        too_long=too_long,
-        max_new_tokens=max_new_tokens,
-        batch_size=config.batch_size,
-        seconds=time.perf_counter() - start,
-        device=describe_device(model.device),
-        versions=versions("lm_eval", "torch", "transformers"),
-        generations=[example._asdict() | {"generated": text} for example, text in pairs],
-    )
+    result = {
+        "model": config.model,
+        "task": config.task,
+        "data": data,
+        "examples": len(examples),
+        "metrics": metrics,
+        "errors": errors,
+        **right,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": config.batch_size,
+        "seconds": time.perf_counter() - start,
+        "device": describe_device(model.device),
+        "versions": versions("lm_eval", "torch", "transformers"),
+        "generations": [example._asdict() | {"generated": text} for example, text in pairs],
+    }
     write_json(out, result)
     console = Console()
     console.print(result_table(result))
@@ -212,14 +186,14 @@ def score(
 
 @torch.no_grad()
 def answer_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example],
-    batch_size: int, reads: int,
-) -> tuple[float | None, int, int]:  # fmt: skip
+    model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int, reads: int
+) -> dict[str, Any]:
     """The loss of the right answers, as `lorapre finetune` takes it.
 
     Returns:
-        Nats per token of answers and end tokens (None where no example fits), the number of these
-        tokens, and that of the examples left out because the model cannot read so much.
+        answer_loss: nats per token of answers and end tokens; None where no example fits.
+        answer_tokens: how many these are.
+        too_long: how many examples are left out because the model cannot read so much.
     """
     rows = [encode(example, tokenizer) for example in examples]
     fitting = [row for row in rows if len(row["input_ids"]) <= reads]
@@ -232,18 +206,21 @@ def answer_loss(
         labels = int((batch["labels"][:, 1:] != IGNORED).sum())
         total += float(model(**batch).loss) * labels
         count += labels
-    return (total / count if count else None), count, len(rows) - len(fitting)
+    loss = total / count if count else None
+    return {"answer_loss": loss, "answer_tokens": count, "too_long": len(rows) - len(fitting)}
 
 
-def result_table(result: Evaluation) -> Table:
+def result_table(result: dict[str, Any]) -> Table:
     """The table, at most 80 columns wide."""
-    rows = []
-    for name, value in result.metrics.items():
-        error = f"± {result.errors[name]:.1%} (standard error)" if name in result.errors else ""
+    rows, errors = [], result["errors"]
+    for name, value in result["metrics"].items():
+        error = f"± {errors[name]:.1%} (standard error)" if name in errors else ""
         rows.append((name, f"{value:.1%}", error))
-    if result.answer_loss is not None:
-        left_out = f", without {result.too_long:,} too long" if result.too_long else ""
-        rows.append(("answer-token loss", f"{result.answer_loss:.4f}", f"nats{left_out}"))
-    rows.append(("length of an answer", f"{result.max_new_tokens:,}", "new tokens at most, greedy"))
-    rows.append(("wall time", duration(result.seconds), result.device))
-    return figures(f"{result.task}, {result.examples:,} examples", rows)
+    if (loss := result["answer_loss"]) is not None:
+        left_out = f", without {result['too_long']:,} too long" if result["too_long"] else ""
+        rows.append(("answer-token loss", f"{loss:.4f}", f"nats{left_out}"))
+    rows.append(
+        ("length of an answer", f"{result['max_new_tokens']:,}", "new tokens at most, greedy")
+    )
+    rows.append(("wall time", duration(result["seconds"]), result["device"]))
+    return figures(f"{result['task']}, {result['examples']:,} examples", rows)

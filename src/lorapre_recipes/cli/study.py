@@ -12,6 +12,7 @@ from lorapre_recipes.cli.launch import new_folder, settled
 from lorapre_recipes.cli.options import options
 from lorapre_recipes.compare.cells import SWEPT, Comparison, read_sweep
 from lorapre_recipes.config import ONLY_FOR, EvaluateConfig, PretrainConfig, UserError
+from lorapre_recipes.train.runs import model_folder
 
 # What one comparison has not for all of its cells: contenders, sweeps and seeds have options of their own.
 NOT_SHARED = {"preset", "optimizer", "seed", "betas", "freeze", "fsdp", *ONLY_FOR, *SWEPT} - {
@@ -31,6 +32,7 @@ def evaluate(model: str, *, changes: dict[str, Any]) -> None:
         changes: the other options.
     """
     config = EvaluateConfig(model=model, **changes)
+    model_folder(model)  # before the imports, which take seconds
     from lorapre_recipes.console import quieten
     from lorapre_recipes.evaluate import evaluate as recipe
 

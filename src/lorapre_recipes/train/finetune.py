@@ -50,7 +50,12 @@ def finetune(config: FinetuneConfig, out: Path, **session: Any) -> Summary:
     check_machine(config)
     folder = model_folder(config.model)
     tokenizer = load_tokenizer(config.model, folder)
-    check_length(config, folder)
+    with no_model(config.model):
+        shape = AutoConfig.from_pretrained(folder).get_text_config()
+    longest = getattr(shape, "max_position_embeddings", math.inf)
+    if config.sequence_length > longest:
+        option = f"--sequence-length {config.sequence_length}"
+        raise UserError(f"{option}: the model reads at most {longest} tokens")
     data = load_examples(config, tokenizer)
     set_seed(config.seed)
     base = load_model(config.model, folder, DTYPES[config.dtype])
@@ -65,31 +70,18 @@ def finetune(config: FinetuneConfig, out: Path, **session: Any) -> Summary:
         model=model,
         optimizer=optimizer,
         tokenizer=tokenizer,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
+        data=data._replace(facts=data.facts | {"model": folder}),
         collate=collator(tokenizer, packing=config.packing),
-        facts=data.facts | {"model": folder},
         eval_items=labels_per_batch(data.validation, config.batch_size),
         include_num_input_tokens_seen="all" if config.packing else "non_padding",
         **session,
     )
     if isinstance(model, PeftModel):
-        merged = model.merge_and_unload()
-        merged.save_pretrained(out / PARTIAL)
+        model.merge_and_unload().save_pretrained(out / PARTIAL)
         tokenizer.save_pretrained(out / PARTIAL)
         shutil.rmtree(out / MERGED, ignore_errors=True)
         (out / PARTIAL).rename(out / MERGED)
     return summary
-
-
-def check_length(config: FinetuneConfig, folder: str) -> None:
-    """Raises UserError where the model cannot read sequences so long, or is none."""
-    with no_model(config.model):
-        shape = AutoConfig.from_pretrained(folder).get_text_config()
-    longest = getattr(shape, "max_position_embeddings", math.inf)
-    if config.sequence_length > longest:
-        option = f"--sequence-length {config.sequence_length}"
-        raise UserError(f"{option}: the model reads at most {longest} tokens")
 
 
 def no_model(name: str) -> AbstractContextManager[None]:

@@ -141,7 +141,13 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
     if whole and name in ("scale", "column-sgd"):
         head = config.momentum if name == "scale" else 0.0
         matrices, rest = with_ends(model, matrices, rest, head)
-    make = package(*PACKAGED[name]) if name in PACKAGED else None
+    make: Any = None
+    if name in PACKAGED:
+        module, called, package = PACKAGED[name]
+        missing = f"{called} is in the package {package}, which is not installed here"
+        install = "pip install 'lorapre[bench]'"
+        with user_errors(f"--optimizer: {missing}: {install}", ModuleNotFoundError):
+            make = getattr(importlib.import_module(module), called)
     if name in ("adam8bit", "adam4bit"):  # torchao takes no names
         for group in (*matrices, *rest):
             group["params"] = [p for _, p in group["params"]]
@@ -154,8 +160,9 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
     if name == "adam-mini":
         chosen = adam_mini(make, model, matrices, adam)
     else:
+        factored = {"state_precision": "factored", "stochastic_rounding": False}
         table: dict[str, tuple[Any, dict[str, Any]]] = {
-            "smmf": (make, adam | {"state_precision": "factored", "stochastic_rounding": False}),
+            "smmf": (make, adam | factored),
             "apollo": (Apollo, adam | projected),
             "apollo-mini": (Apollo, adam | projected | {"mini": True}),
             "mlorc": (MLorc, adam | rank),
@@ -268,10 +275,3 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     if not isinstance(value, list | tuple):
         return []
     return [tensor for item in value for tensor in tensors_in(item)]
-
-
-def package(module: str, name: str, package: str) -> Any:
-    """A class of a package. Raises UserError where that is not installed."""
-    missing = f"{name} is in the package {package}, which is not installed here"
-    with user_errors(f"--optimizer: {missing}: pip install 'lorapre[bench]'", ModuleNotFoundError):
-        return getattr(importlib.import_module(module), name)

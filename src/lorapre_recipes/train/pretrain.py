@@ -36,10 +36,8 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, **sessi
         model=model,
         optimizer=build_optimizer(model, config, parse_rules(config.rules)),
         tokenizer=data.tokenizer,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
+        data=data,
         collate=collate,
-        facts=data.facts,
         resume=resume,
         **session,
     )

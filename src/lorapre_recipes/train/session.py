@@ -35,6 +35,9 @@ from lorapre_recipes.train.trainer import Bookkeeper, Brake, Finished, Progress,
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from lorapre_recipes.data.examples import Examples
+    from lorapre_recipes.data.stream import TokenData
+
 
 def train(
     config: RunConfig,
@@ -43,10 +46,8 @@ def train(
     model: PreTrainedModel | PeftModel,
     optimizer: Optimizer,
     tokenizer: PreTrainedTokenizerBase,
-    train_dataset: Any,
-    eval_dataset: Any,
+    data: TokenData | Examples,
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]],
-    facts: dict[str, Any],
     resume: bool = False,
     command: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -55,21 +56,11 @@ def train(
 ) -> Summary:
     """Train, evaluate as it goes, fill the run folder `out`, and print the table.
 
-    Args:
-        config: everything that decides the numbers.
-        out: the run folder; new or empty, or that of the run to go on with.
-        model: with its weights; `optimizer` has all of its parameters that train.
-        optimizer: see `model`.
-        tokenizer: kept with every checkpoint.
-        train_dataset: rows of which `collate` makes batches; so has `eval_dataset`.
-        eval_dataset: see `train_dataset`.
-        collate: see `train_dataset`.
-        facts: of the data (see `runs.record_data`), the same again when a run goes on.
-        resume: go on from the last checkpoint in `out`, whose config `load_run` returned.
-        command: what to write to command.txt.
-        callbacks: more of transformers' trainer callbacks.
-        eval_items: labels in a batch of the evaluation, on average, where batches differ in it.
-        **arguments: for TrainingArguments, over those that follow from the config.
+    `optimizer` has all parameters of `model` that train. `collate` makes batches of rows of `data`,
+    whose facts must be the same when a run goes on. With `resume` it does, from the last checkpoint
+    in `out`. `command` is written to command.txt. Where batches of the evaluation differ in the
+    number of labels, `eval_items` is the mean. `arguments` go to TrainingArguments, over those that
+    follow from the config.
 
     Raises:
         UserError: the run cannot start.
@@ -83,7 +74,7 @@ def train(
         gradient_release(model, optimizer)  # type: ignore[arg-type]
 
     # Nothing is written before this line: a mistake leaves no folder behind.
-    distributed.on_main(lambda: prepare_folder(out, config, tokenizer, facts))
+    distributed.on_main(lambda: prepare_folder(out, config, tokenizer, data.facts))
     if command is not None and distributed.is_main():
         append_line(out / "command.txt", command)
     trainer = RecipeTrainer(
@@ -92,8 +83,8 @@ def train(
         model=model,
         args=training_arguments(config, out, **arguments),
         data_collator=collate,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
         processing_class=tokenizer,
         eval_items=eval_items,
     )
@@ -118,9 +109,11 @@ def train(
     last = next(row for row in reversed(metrics) if "validation_loss" in row)
     state = coverage(optimizer)
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]  # peft's names
-    adamw_bytes = state.adamw_bytes
-    if adapters:  # of the model without them: two moments and a float32 step each
-        adamw_bytes = sum(2 * p.nbytes + 4 for p in {*model.parameters()} - {*adapters})
+    # Of the model without its adapters: two moments and a float32 step each.
+    dense = sum(2 * p.nbytes + 4 for p in {*model.parameters()} - {*adapters})
+    adamw_bytes = dense if adapters else state.adamw_bytes
+    kibibyte = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte
     most, adamw_most = distributed.largest(state_bytes(optimizer), adamw_bytes)
     summary = Summary(
         optimizer=config.method,
@@ -137,7 +130,7 @@ def train(
         adamw_state_bytes=adamw_most,
         optimizer_share=None if config.release else books.optimizer_seconds / books.step_seconds,
         tokens_per_second=books.steps * last["tokens"] / config.steps / books.step_seconds,
-        peak_bytes=peak_bytes(),
+        peak_bytes=torch.cuda.max_memory_allocated() or resident,
         step_seconds=books.step_seconds,
         wall_seconds=time.perf_counter() - start,
         device=describe_device(model.device),
@@ -228,14 +221,6 @@ def describe_device(device: torch.device) -> str:
         threads = torch.get_num_threads()
         return f"{times}{threads} CPU thread{'s' * (threads > 1)}"
     return times + (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
-
-
-def peak_bytes() -> int:
-    """The most that this process has held: allocated on its GPU, or else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    kibibyte = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -42,20 +42,15 @@ class Summary:
 
 def describe_optimizer(config: OptimizerConfig) -> str:
     """The optimizer and the options that it has, in words."""
-    parts: list[str] = [config.method]
-    if config.rank is not None:
-        parts.append(f"rank {config.rank}")
-    if config.variant is not None:
-        parts.append(config.variant)
-    if config.compress not in (None, "both"):
-        parts.append(f"{config.compress} moment only")
-    if config.release:
-        parts.append("gradients released")
-    if config.dtype != "fp32":
-        parts.append(f"{config.dtype} weights")
-    if getattr(config, "stochastic_rounding", False):
-        parts.append("stochastic rounding")
-    return ", ".join(parts)
+    parts = {
+        f"rank {config.rank}": config.rank is not None,
+        f"{config.variant}": config.variant is not None,
+        f"{config.compress} moment only": config.compress not in (None, "both"),
+        "gradients released": config.release,
+        f"{config.dtype} weights": config.dtype != "fp32",
+        "stochastic rounding": getattr(config, "stochastic_rounding", False),
+    }
+    return ", ".join([config.method, *(words for words, shown in parts.items() if shown)])
 
 
 def summary_table(summary: Summary, config: RunConfig) -> Table:

@@ -177,6 +177,7 @@ class RecipeTrainer(Trainer):
             for old in checkpoints(run)[:-KEPT]:
                 old.rename(run / PARTIAL / old.name)  # out of the way before it is incomplete
             shutil.rmtree(run / PARTIAL)
+        distributed.barrier()  # torchrun ends all where one has left: here it is complete
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What the Trainer writes, but for training_args.bin: a pickle, which nothing reads."""
@@ -257,14 +258,13 @@ def metrics_of(history: Iterable[dict[str, Any]]) -> list[Metric]:
     """Entries of the trainer's history as lines of metrics.jsonl, but for its closing ones."""
     rows = []
     for entry in history:
-        row = {name: entry[name] for name in ("step", "tokens", *METRICS) if name in entry}
+        row = {
+            name.replace("eval_", "validation_").replace("learning_rate", "lr"): entry[name]
+            for name in METRICS
+            if name in entry
+        }
         if not math.isfinite(row.get("grad_norm", 0.0)):  # as where gradients are released
             del row["grad_norm"]
         if "loss" in entry or "eval_loss" in entry:
-            rows.append({ours(name): value for name, value in row.items()})
+            rows.append({"step": entry["step"], "tokens": entry["tokens"]} | row)
     return rows
-
-
-def ours(name: str) -> str:
-    """The trainer's name of a metric as metrics.jsonl has it."""
-    return name.replace("eval_", "validation_").replace("learning_rate", "lr")
