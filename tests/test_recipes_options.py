@@ -1,6 +1,7 @@
 """Options that are made of the fields of configs: each field has one, with its help, and is checked."""
 
 import dataclasses
+import json
 import re
 from typing import Annotated, Any
 
@@ -62,6 +63,21 @@ def test_help_shows_the_values_of_the_preset(lorapre: Any, monkeypatch: pytest.M
             typed = "0.9 0.95" if name == "betas" else "none" if value is None else value
             assert re.search(rf"{flag(name)} .*?\[default: {typed}\]", shown), (config.preset, name)
     assert usual.count("[default: ") >= len(dataclasses.fields(PretrainConfig)) - 1  # but the preset
+
+
+def test_a_dry_run_prints_the_config(lorapre: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, stdout, stderr = lorapre("pretrain", "--preset", "llama-1m", "--lr", "0.5", "--dry-run")
+    assert (code, stderr) == (0, "")
+    (tmp_path / "config.json").write_text(stdout)
+    assert PretrainConfig.load(tmp_path / "config.json") == PRETRAIN["llama-1m"]("lorapre-adamw").replace(
+        lr=0.5
+    )
+    code, stdout, _ = lorapre("finetune", "--preset", "arithmetic", "--method", "dora", "--dry-run")
+    assert json.loads(stdout)["adapter"] == "dora"
+    assert code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert "leave out --dry-run" in lorapre("pretrain", "--resume", "x", "--dry-run")[2]
 
 
 def test_a_new_field_is_a_new_option() -> None:

@@ -1,7 +1,9 @@
 """What the commands that train share: the run folder's name, the processes, and how a run ends."""
 
+import dataclasses
 import errno
 import importlib
+import json
 import os
 import shlex
 import sys
@@ -51,12 +53,15 @@ def launch(
 
     `recipe` is a module of `lorapre_recipes.train` and its function, `kind` the class of its
     configs, `make` returns that of a new run. Of the options `given`, a run that goes on takes none
-    but more steps. Raises UserError.
+    but more steps, and a dry run is over when its config is printed. Raises UserError.
     """
     steps = given.get("steps")
     if resume is None:
         config = make()
         config = config.replace(**settled(vars(config)))
+        if given["dry_run"]:
+            print(json.dumps(dataclasses.asdict(config), indent=2))
+            return 0
         run = new_folder(given["out"], f"{config.preset}-{config.method}")
     elif refused := [flag(x) for x, value in given.items() if x != "steps" and value is not None]:
         raise UserError(f"--resume: a run goes on as it began; leave out {', '.join(refused)}")

@@ -18,6 +18,7 @@ def pretrain(
     preset: str | None = None,
     out: Path | None = None,
     resume: Path | None = None,
+    dry_run: bool | None = None,
     changes: dict[str, Any],
 ) -> int:
     """Pre-train a Llama. By default a small one on real English text, in minutes on two CPU cores.
@@ -32,6 +33,7 @@ def pretrain(
         out: run folder, new or empty. Default: runs/PRESET-OPTIMIZER-TIME.
         resume: a run folder to go on with from its last checkpoint. It holds all other options;
             --steps makes the run longer.
+        dry_run: print the complete config as JSON, and train nothing.
         changes: the other options.
     """
 
@@ -40,7 +42,7 @@ def pretrain(
         config = chosen(changes.pop("optimizer", "lorapre-adamw")).replace(**changes)
         return config.replace(fsdp=config.fsdp or launched_with_fsdp())
 
-    given = {"preset": preset, "out": out} | changes
+    given = {"preset": preset, "out": out, "dry_run": dry_run} | changes
     return launch("pretrain", PretrainConfig, make, resume, given)
 
 
@@ -51,6 +53,7 @@ def finetune(
     method: Method | None = None,
     out: Path | None = None,
     resume: Path | None = None,
+    dry_run: bool | None = None,
     changes: dict[str, Any],
 ) -> int:
     """Fine-tune a causal language model on questions and answers; the loss is that of the answers.
@@ -65,6 +68,7 @@ def finetune(
         out: run folder, new or empty. Default: runs/PRESET-METHOD-TIME.
         resume: a run folder to go on with from its last checkpoint. It holds all other options;
             --steps makes the run longer.
+        dry_run: print the complete config as JSON, and train nothing.
         changes: the other options.
     """
 
@@ -75,6 +79,8 @@ def finetune(
             alone = "runs on one process; start it without accelerate launch"
             raise UserError(f"lorapre finetune: {alone}")
         config = chosen(method or "lorapre-adamw").replace(**changes)
+        if dry_run:
+            return config
         try:
             folder = model_folder(config.model)
         except UserError as error:
@@ -84,7 +90,7 @@ def finetune(
             raise UserError(f"{error}; {own}") from error
         return config if "sequence_length" in changes else shortened(config, Path(folder))
 
-    given = {"preset": preset, "method": method, "out": out} | changes
+    given = {"preset": preset, "method": method, "out": out, "dry_run": dry_run} | changes
     return launch("finetune", FinetuneConfig, make, resume, given)
 
 
