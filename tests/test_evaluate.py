@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorapre_recipes.config import EvaluateConfig
 from lorapre_recipes.data.examples import Example, encode
 from lorapre_recipes.data.tokens import for_transformers, train_tokenizer
-from lorapre_recipes.evaluate import evaluate, score
+from lorapre_recipes.evaluate import evaluate, score, trained_template
 from lorapre_recipes.train.finetune import collator
 from lorapre_recipes.train.runs import MERGED
 
@@ -140,6 +140,17 @@ def test_the_prompt_is_that_of_fine_tuning() -> None:
         assert options["max_gen_toks"] == 17
         assert options["until"] == ["Question:"]
         assert not options["do_sample"]
+
+
+def test_the_template_is_that_of_the_training(tmp_path: Path) -> None:
+    assert trained_template(str(tmp_path)) == "question"
+    (tmp_path / "config.json").write_text('{"template": "instruction"}')
+    assert trained_template(str(tmp_path)) == "instruction"
+    model = Says("#### 1")
+    score(model, "gsm8k", [Example("Why {}?", "#### 1")], 17, "instruction")
+    ((prompt, options),) = model.asked
+    assert prompt.endswith("### Instruction:\nWhy {}?\n\n### Response:\n")
+    assert options["until"] == ["### Instruction:"]
 
 
 # Whole evaluations

@@ -39,6 +39,7 @@ Compress = Literal["both", "first", "second"]
 Precision = Literal["fp32", "bf16"]
 Terms = Literal["matrices", "whole"]
 TaskName = Literal["gsm8k", "math-500"]
+Template = Literal["question", "instruction"]
 
 LOW_RANK, PROJECTED, COMPRESSED = get_args(LowRank), get_args(Projected), get_args(Compressed)
 ADAPTERS = get_args(Adapter)
@@ -321,7 +322,10 @@ class FinetuneConfig(RunConfig):
         "a JSONL file with the fields query and response or question and answer, or a Hugging "
         "Face dataset with these columns: meta-math/MetaMathQA, openai/gsm8k:main.",
     ]
-    samples: Annotated[int | None, "take so many of the examples, evenly spaced."]
+    samples: Annotated[int | None, "take the first of the examples only."]
+    only: Annotated[str | None, "take examples with this in their field type."] = None
+    fewer_than: Annotated[int | None, "take examples with fewer tokens than this."] = None
+    template: Annotated[Template, "how a question is put, as lm-eval or Alpaca does."] = "question"
     sequence_length: Annotated[int, "leave out examples with more tokens."]
     packing: Annotated[bool, "put a batch in one row, without padding."] = False
     gradient_checkpointing: Annotated[
@@ -353,6 +357,9 @@ class EvaluateConfig(Checked):
     ] = "gsm8k"
     data: Annotated[
         str | None, "examples in place of the task's own: a JSONL file, or a dataset on the hub."
+    ] = None
+    template: Annotated[
+        Template | None, "how a question is put. Default: as a run folder was trained, or question."
     ] = None
     limit: Annotated[int | None, "take the first of the examples only."] = None
     batch_size: Annotated[int, "examples in a batch."] = 8

@@ -21,12 +21,11 @@ from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import PreTrainedTokenizerFast
 
-from lorapre_recipes.config import EvaluateConfig, TaskName, UserError
+from lorapre_recipes.config import EvaluateConfig, TaskName, Template, UserError
 from lorapre_recipes.console import duration
-from lorapre_recipes.data.examples import IGNORED, Example, encode, read_examples
-from lorapre_recipes.files import write_json, write_lines
+from lorapre_recipes.data.examples import IGNORED, TEMPLATES, Example, encode, read_examples
+from lorapre_recipes.files import read_json, write_json, write_lines
 from lorapre_recipes.train.finetune import collator, load_model, load_tokenizer
 from lorapre_recipes.train.runs import model_folder
 from lorapre_recipes.train.session import describe_device, versions
@@ -75,13 +74,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of options that are ours
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size)
-    max_new_tokens = answer_length(lm.max_length, examples, tokenizer, config.max_new_tokens)
-    metrics, errors, texts = score(lm, config.task, examples, max_new_tokens)
-    right = answer_loss(model, tokenizer, examples, config.batch_size, lm.max_length)
+    template = config.template or trained_template(config.model)
+    longest = max(len(tokenizer(example.asked(template))["input_ids"]) for example in examples)
+    max_new_tokens = answer_length(lm.max_length, longest, config.max_new_tokens)
+    metrics, errors, texts = score(lm, config.task, examples, max_new_tokens, template)
+    encoded = [encode(example, tokenizer, template) for example in examples]
+    right = answer_loss(model, tokenizer, encoded, config.batch_size, lm.max_length)
     pairs = zip(examples, texts, strict=True)
     result = {
         "model": config.model,
         "task": config.task,
+        "template": template,
         "data": data,
         "examples": len(examples),
         "metrics": metrics,
@@ -123,14 +126,21 @@ def task_examples(task: TaskName, data: str, limit: int | None) -> list[Example]
     return examples
 
 
-def answer_length(
-    reads: int, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, wanted: int | None
-) -> int:
+def trained_template(model: str) -> Template:
+    """How the questions were put that a run folder's model was trained on."""
+    file = Path(model).expanduser() / "config.json"
+    trained: Template = (
+        read_json(file).get("template", "question") if file.is_file() else "question"
+    )
+    return trained
+
+
+def answer_length(reads: int, longest: int, wanted: int | None) -> int:
     """How many tokens an answer may have, so that no question is cut. Raises UserError.
 
-    The model reads `reads` tokens; `wanted` is None for MAX_NEW_TOKENS, or what there is room for.
+    The model reads `reads` tokens, the longest question has `longest`; `wanted` is None for
+    MAX_NEW_TOKENS, or what there is room for.
     """
-    longest = max(len(tokenizer(example.prompt)["input_ids"]) for example in examples)
     room = reads - longest
     if room < 1:
         has = f"its longest question has {longest} tokens, and the model reads {reads}"
@@ -142,7 +152,11 @@ def answer_length(
 
 
 def score(
-    lm: lm_eval.api.model.LM, task: TaskName, examples: Sequence[Example], max_new_tokens: int
+    lm: lm_eval.api.model.LM,
+    task: TaskName,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    template: Template = "question",
 ) -> tuple[dict[str, float], dict[str, float], list[str]]:
     """Let lm-eval generate and score: metrics, those of their standard errors it has, the texts.
 
@@ -153,7 +167,6 @@ def score(
         file = Path(folder) / "examples.jsonl"
         rows = [{names.question: each.question, names.answer: each.answer} for each in examples]
         write_lines(file, rows)
-        next_question = Example("", "").prompt.partition(" ")[0]
         absent = ("dataset_name", "training_split", "fewshot_split", "fewshot_config")
         changed = dict.fromkeys(absent) | {
             "include": str(Path(lm_eval.__file__).parent / "tasks" / names.path),
@@ -161,9 +174,9 @@ def score(
             "dataset_path": "json",
             "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": folder},
             "num_fewshot": 0,
-            "doc_to_text": Example(f"{{{{{names.question}}}}}", "").prompt,
+            "doc_to_text": Example(f"{{{{{names.question}}}}}", "").asked(template),
             "generation_kwargs": {
-                "until": [next_question],
+                "until": [TEMPLATES[template].stop],
                 "do_sample": False,
                 "max_gen_toks": max_new_tokens,
             },
@@ -186,7 +199,7 @@ def score(
 
 @torch.no_grad()
 def answer_loss(
-    model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int, reads: int
+    model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], batch_size: int, reads: int
 ) -> dict[str, Any]:
     """The loss of the right answers, as `lorapre finetune` takes it.
 
@@ -195,7 +208,6 @@ def answer_loss(
         answer_tokens: how many these are.
         too_long: how many examples are left out because the model cannot read so much.
     """
-    rows = [encode(example, tokenizer) for example in examples]
     fitting = [row for row in rows if len(row["input_ids"]) <= reads]
     fitting.sort(key=lambda row: len(row["labels"]))
     collate = collator(tokenizer, packing=False)
