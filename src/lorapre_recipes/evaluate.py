@@ -158,7 +158,7 @@ def score(
     max_new_tokens: int,
     template: Template = "question",
 ) -> tuple[dict[str, float], dict[str, float], list[str]]:
-    """Let lm-eval generate and score: metrics, those of their standard errors it has, the texts.
+    """Let lm-eval generate and score. Returns metrics, their standard errors, and the texts.
 
     Examples and task go through files, as lm-eval takes them from users. Nothing is fetched.
     """

@@ -1,4 +1,4 @@
-"""The processes that torchrun or accelerate launch started: to join them, and what one does."""
+"""The processes that torchrun or accelerate launch started, and what they do together."""
 
 import os
 from collections.abc import Callable, Iterator

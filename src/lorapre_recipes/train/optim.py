@@ -251,7 +251,7 @@ def state_bytes(optimizer: Optimizer, parameters: Sequence[nn.Parameter] | None 
 
 
 def storage_bytes(*tensors: torch.Tensor) -> int:
-    """Bytes of the storages of tensors, each once; those that wrap others have the others'."""
+    """Bytes of the storages of tensors, each once; a wrapper counts what it wraps."""
     storages: dict[int, int] = {}
     for tensor in tensors:
         if hasattr(tensor, "__tensor_flatten__"):

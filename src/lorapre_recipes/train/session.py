@@ -195,8 +195,8 @@ FSDP = {
 
 def check_machine(config: RunConfig) -> None:
     """Refuse what this machine and these processes cannot do, before any work. Raises UserError."""
-    bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
-    if config.precision == "bf16" and not bf16:
+    lacks_bf16 = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
+    if config.precision == "bf16" and lacks_bf16:
         raise UserError("--precision: this GPU has no bf16; use fp32")
     available = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for logger in config.report_to:

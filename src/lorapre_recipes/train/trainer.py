@@ -122,7 +122,7 @@ class Bookkeeper(TrainerCallback):
 
 
 def now() -> float:
-    """Seconds. Waits for an accelerator: its work must not count as that of the next who waits."""
+    """Seconds, when an accelerator is done: else who waits for it next would get its time."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
@@ -134,7 +134,7 @@ class RecipeTrainer(Trainer):
     def __init__(
         self, config: RunConfig, books: Bookkeeper, *, eval_items: float | None, **kwargs: Any
     ) -> None:
-        self.recipe, self.books, self._saving = config, books, False
+        self.recipe, self.books = config, books
         super().__init__(**kwargs)
         self.eval_items = eval_items
 
@@ -150,13 +150,11 @@ class RecipeTrainer(Trainer):
             self.is_fsdp_enabled = True
 
     def _get_output_dir(self, trial: Any) -> str:
-        run = super()._get_output_dir(trial)
-        return str(Path(run) / PARTIAL) if self._saving else run
+        return str(self.books.file.parent / PARTIAL)  # aside, until a checkpoint is complete
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint, and rename it to its name when every process has written its part."""
         run, name = self.books.file.parent, f"checkpoint-{self.state.global_step}"
-        self._saving = True  # aside, until it is complete
         try:
             super()._save_checkpoint(model, trial)
             distributed.barrier()
@@ -170,8 +168,6 @@ class RecipeTrainer(Trainer):
                 shutil.rmtree(run / PARTIAL, ignore_errors=True)
             room = f"the disk has {free:,.0f} MiB left"
             raise NotWritten(f"{name} could not be written ({one_line(error)}); {room}") from error
-        finally:
-            self._saving = False
         if distributed.is_main():
             (run / PARTIAL / name).rename(run / name)
             for old in checkpoints(run)[:-KEPT]:
@@ -194,7 +190,7 @@ class RecipeTrainer(Trainer):
         return metrics_of(self.state.log_history)
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """In evaluation, the mean over batches shall be that over tokens: weigh tokens alike."""
+        """In evaluation, weigh tokens alike: the mean over batches is then that over tokens."""
         if not model.training and self.eval_items is not None:
             kwargs["num_items_in_batch"] = torch.tensor(self.eval_items, device=self.args.device)
         return super().compute_loss(model, *args, **kwargs)
