@@ -1,6 +1,7 @@
 """The command line with a preset `tiny`, for processes that torchrun starts; one of them may kill itself.
 
 LORAPRE_TEST_KILL="1 step 6": rank 1, at the start of step 6.
+LORAPRE_TEST_KILL="1 interrupt 6": the same, by a signal that it can take.
 LORAPRE_TEST_KILL="0 checkpoint 8": rank 0, when it should write the optimizer's shard of that checkpoint.
 """
 
@@ -22,19 +23,19 @@ def tiny(optimizer: OptimizerName = "lorapre-adamw", **changes: Any) -> Pretrain
     return tiny_config(optimizer, **({"batch_size": 6, "eval_sequences": 12} | changes))
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def die(number: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), number)
 
 
 def arm(rank: str, where: str, number: str) -> None:
     if os.environ.get("RANK", "0") != rank:
         return
-    if where == "step":
+    if where in ("step", "interrupt"):
         begin = training.Bookkeeper.on_step_begin
 
         def on_step_begin(self: Any, args: Any, state: Any, *rest: Any, **named: Any) -> None:
             if state.global_step + 1 == int(number):
-                die()
+                die(signal.SIGINT if where == "interrupt" else signal.SIGKILL)
             begin(self, args, state, *rest, **named)
 
         training.Bookkeeper.on_step_begin = on_step_begin

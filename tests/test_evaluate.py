@@ -1,6 +1,10 @@
 """`lorapre evaluate`: scores of answers that are known, the loss of answers, and what mistakes get."""
 
+import ast
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorapre_recipes.config import EvaluateConfig
 from lorapre_recipes.data.examples import Example, encode
 from lorapre_recipes.data.tokens import for_transformers, train_tokenizer
-from lorapre_recipes.evaluate import evaluate, score
+from lorapre_recipes.evaluate import evaluate, score, trained_template
 from lorapre_recipes.train.finetune import collator
 from lorapre_recipes.train.runs import MERGED
 
@@ -138,6 +142,17 @@ def test_the_prompt_is_that_of_fine_tuning() -> None:
         assert not options["do_sample"]
 
 
+def test_the_template_is_that_of_the_training(tmp_path: Path) -> None:
+    assert trained_template(str(tmp_path)) == "question"
+    (tmp_path / "config.json").write_text('{"template": "instruction"}')
+    assert trained_template(str(tmp_path)) == "instruction"
+    model = Says("#### 1")
+    score(model, "gsm8k", [Example("Why {}?", "#### 1")], 17, "instruction")
+    ((prompt, options),) = model.asked
+    assert prompt.endswith("### Instruction:\nWhy {}?\n\n### Response:\n")
+    assert options["until"] == ["### Instruction:"]
+
+
 # Whole evaluations
 
 
@@ -189,8 +204,8 @@ def test_answer_loss_is_the_mean_over_answer_tokens(batch_size: int, untrained: 
             model(torch.tensor([ids])).logits[0, :-1], torch.tensor(labels[1:]), reduction="none"
         )
         total, count = total + losses.sum().item(), count + sum(label != -100 for label in labels)
-    assert result.answer_tokens == count
-    assert result.answer_loss == pytest.approx(total / count, rel=1e-5)
+    assert result["answer_tokens"] == count
+    assert result["answer_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_batches_change_no_answer(untrained: Path, gsm8k: Path) -> None:
@@ -198,7 +213,7 @@ def test_batches_change_no_answer(untrained: Path, gsm8k: Path) -> None:
         evaluate(EvaluateConfig(model=str(untrained), data=str(gsm8k), batch_size=size, max_new_tokens=12))
         for size in (1, 5)
     ]
-    assert results[0].generations == results[1].generations
+    assert results[0]["generations"] == results[1]["generations"]
 
 
 def test_math_500(untrained: Path, tmp_path: Path, lorapre: Any) -> None:
@@ -216,7 +231,7 @@ def test_a_run_folder_stands_for_its_model(untrained: Path, gsm8k: Path, tmp_pat
     untrained.rename(run / MERGED)
     result = evaluate(EvaluateConfig(model=str(run), data=str(gsm8k), max_new_tokens=2))
     assert (run / "evaluation-gsm8k.json").is_file()
-    assert result.model == str(run)
+    assert result["model"] == str(run)
 
 
 def test_what_the_model_cannot_read_is_not_cut(tmp_path: Path, gsm8k: Path) -> None:
@@ -224,8 +239,8 @@ def test_what_the_model_cannot_read_is_not_cut(tmp_path: Path, gsm8k: Path) -> N
     whole = max(len(encode(Example(**row), tokenizer())["input_ids"]) for row in ROWS)
     folder = save(build(max_position_embeddings=whole - 1), tmp_path / "model")
     result = evaluate(EvaluateConfig(model=str(folder), data=str(gsm8k)))
-    assert result.max_new_tokens == whole - 1 - longest
-    assert 0 < result.too_long <= 5
+    assert result["max_new_tokens"] == whole - 1 - longest
+    assert 0 < result["too_long"] <= 5
 
 
 # Mistakes
@@ -234,7 +249,9 @@ def test_what_the_model_cannot_read_is_not_cut(tmp_path: Path, gsm8k: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing/model"], "--model missing/model: has no tokenizer here"),
+        (["missing/model"], "--model missing/model: no such folder, and not on the hub"),
+        (["nope"], "--model nope: no such folder, and not on the hub"),
+        (["a b"], "--model a b: no such folder, and not on the hub"),
         (["model", "--data", "none.jsonl"], "--data none.jsonl: no such file"),
         (["model", "--data", "empty.jsonl"], "--data empty.jsonl: there are no examples"),
         (["model", "--data", "fields.jsonl"], "fields.jsonl: line 2: needs the fields"),
@@ -276,3 +293,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     (line,) = (line for line in stderr.splitlines() if line.startswith("lorapre: "))
     assert message in line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_missing_model_is_found_before_anything_slow(tmp_path: Path) -> None:
+    command = "import sys; from lorapre_recipes.cli import main; code = main(); print(sorted(sys.modules)); "
+    result = subprocess.run(
+        [sys.executable, "-c", command + "sys.exit(code)", "evaluate", "nope"],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("lorapre: --model nope: no such folder, and not on the hub (")
+    assert not {"torch", "transformers", "lm_eval", "datasets"} & {*ast.literal_eval(result.stdout)}

@@ -19,8 +19,16 @@ from lorapre_recipes.data.examples import IGNORED, Example, encode, load_example
 from lorapre_recipes.data.tokens import for_transformers, train_tokenizer
 from lorapre_recipes.presets import FINETUNE as PRESETS
 from lorapre_recipes.presets import arithmetic, metamath100k
-from lorapre_recipes.train.finetune import collator, finetune, load_tokenizer
+from lorapre_recipes.train.finetune import (
+    ALPHA,
+    collator,
+    finetune,
+    load_model,
+    load_tokenizer,
+    with_optimizer,
+)
 from lorapre_recipes.train.runs import last_checkpoint, load_run, model_folder
+from lorapre_recipes.train.session import training_arguments
 from tiny_runs import Interrupt, losses
 
 METHODS = get_args(Method)
@@ -351,13 +359,48 @@ def test_samples_and_long_examples(tiny: Tiny, base: Path, data: Path, capsys: A
     assert max(len(row) for row in short.train["input_ids"]) <= lengths[-4]
 
 
-def test_the_papers_recipe() -> None:
+def test_the_protocol_of_metamath100k() -> None:
     config = metamath100k()
-    assert (config.method, config.rank, config.lr, config.samples) == ("lorapre-adamw", 8, 2e-5, 100_000)
-    assert (config.precision, config.final_lr, config.data) == ("bf16", 0.0, "meta-math/MetaMathQA")
-    held_out = config.samples // config.held_out_every
-    assert config.steps == (config.samples - held_out) // config.sequences_per_step
+    assert (config.method, config.rank, config.model) == ("lorapre-adamw", 8, "meta-llama/Llama-3.1-8B")
+    assert (config.data, config.only, config.fewer_than) == ("meta-math/MetaMathQA", "GSM", 512)
+    assert (config.template, config.sequence_length, config.seed) == ("instruction", 1024, 0)
+    assert (config.batch_size * config.accumulation, config.steps) == (32, 3125)
+    assert config.samples is not None
+    trained = config.samples - config.samples // config.held_out_every
+    assert trained == config.steps * config.sequences_per_step == 100_000  # one epoch
+    assert (config.lr, config.weight_decay, config.final_lr, config.warmup) == (2e-5, 0, 0, 0.03)
+    assert training_arguments(config, Path("run")).warmup_steps == 94
+    assert (config.precision, config.dtype) == ("bf16", "bf16")
+    assert ALPHA * (metamath100k("lora").rank or 0) == 16
     assert {metamath100k(method).method for method in METHODS} == {*METHODS}
+
+
+def test_the_adapters_are_on_the_seven_projections(base: Path, tiny: Tiny) -> None:
+    model, _ = with_optimizer(load_model("", str(base), torch.float32), tiny("lora"))
+    adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert adapted == {*projections}
+
+
+def test_which_examples_are_taken(tiny: Tiny, base: Path, tmp_path: Path, capsys: Any) -> None:
+    kinds = ("GSM_Rephrased", "MATH_AnsAug", "GSM_SV", "GSM_AnsAug")
+    rows = [{"query": f"{n}?", "response": str(n), "type": kinds[n % 4]} for n in range(40)]
+    rows[2]["response"] *= 50
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokenizer("", str(base))
+    config = tiny(data=str(tmp_path / "mixed.jsonl"), only="GSM", samples=15, template="instruction")
+    length = len(encode(Example("39?", "39"), tokenizer, "instruction")["input_ids"])
+    data = load_examples(config.replace(fewer_than=length + 10), tokenizer)
+    texts = [tokenizer.decode(row["input_ids"]) for row in (*data.train, *data.validation)]
+    numbers = sorted(
+        int(text.rpartition("### Response:\n ")[2].removesuffix("<|endoftext|>")) for text in texts
+    )
+    assert numbers == [n for n in range(22) if n % 4 != 1 and n != 2][: len(numbers)]
+    assert len(numbers) == 12 + 3  # of 15, one in five is held out; whole steps of 4
+    assert texts[0].startswith("Below is an instruction that describes a task.")
+    assert capsys.readouterr().err == (
+        f"lorapre: 1 of 16 examples have more than {length + 9} tokens (--fewer-than) and are left out\n"
+    )
 
 
 # Mistakes
@@ -398,7 +441,8 @@ def test_the_papers_recipe() -> None:
         (["--data", "empty.jsonl"], "empty.jsonl: line 1: the field 'answer' is empty"),
         (["--data", "broken.jsonl"], "broken.jsonl: line 3 is not JSON"),
         (["--data", "latin.jsonl"], "latin.jsonl: not UTF-8 text (byte 1)"),
-        (["--model", "no/model"], "--model no/model"),
+        (["--model", "no/model"], "--model no/model: no such folder, and not on the hub"),
+        (["--model", "nope"], "--model nope: no such folder, and not on the hub"),
         (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
         (["--model", "no-matrix"], "--rank: no trainable parameter gets low-rank momenta"),
         (["--model", "no-matrix", "--method", "lora"], "--method lora"),
@@ -443,6 +487,45 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert message in stderr
     assert stderr.removesuffix("\n").count("\n") == ("left out" in stderr and "400" not in arguments)
     assert not (tmp_path / "runs").exists()  # nothing left behind
+
+
+def test_a_preset_names_its_missing_model(
+    lorapre: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    code, _, stderr = lorapre("finetune", "--preset", "arithmetic")
+    assert code == 2
+    assert stderr.startswith("lorapre: --model runs/llama-arithmetic: no such folder, and not on the hub")
+    assert "it is the model of preset arithmetic" in stderr
+
+
+def test_the_hub_is_asked_once_and_its_cache_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda name, timeout: asked.append(name))
+    assert model_folder("owner/there") == "owner/there"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/cache/config.json")
+    assert model_folder("owner/cached") == "owner/cached"
+    assert asked == ["owner/there"]
+
+
+def test_a_model_that_reads_less_than_the_preset_wants(
+    tiny: Tiny, base: Path, lorapre: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", lambda _: tiny(sequence_length=512, steps=1, checkpoints=1))
+    code, _, stderr = lorapre("finetune", "--preset", "tiny", "--out", tmp_path / "run")
+    assert code == 0
+    assert stderr.splitlines()[0] == "lorapre: --sequence-length is 400, as much as the model reads"
+    assert FinetuneConfig.load(tmp_path / "run" / "config.json").sequence_length == 400
+
+
+def test_data_are_read_before_the_model(tiny: Tiny, lorapre: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("too early"))
+    code, _, stderr = lorapre("finetune", "--preset", "tiny", "--data", "missing.jsonl")
+    assert code == 2
+    assert "--data missing.jsonl: no such file" in stderr
 
 
 def test_galore_without_its_package(tiny: Tiny, lorapre: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,14 @@
 
 import io
 import json
+import math
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -13,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
 
 from lorapre_recipes import presets
 from lorapre_recipes.config import OptimizerName, PretrainConfig, UserError
@@ -23,6 +27,7 @@ from lorapre_recipes.train.optim import WithAdamW, build_optimizer
 from lorapre_recipes.train.pretrain import build_model, pretrain
 from lorapre_recipes.train.runs import load_run
 from lorapre_recipes.train.summary import Summary, read_metrics, round_perplexities, smooth, summary_table
+from lorapre_recipes.train.trainer import Brake
 from tiny_runs import TEXTS, Interrupt, losses, tiny_config, write_corpus
 
 # The peers are in test_compare.py; adapters, and state that a safe load refuses, are not for resuming.
@@ -142,19 +147,86 @@ def test_bf16_accumulation_and_a_logger(tiny: Tiny, lorapre: Any, tmp_path: Path
     assert {weight.dtype for weight in weights} == {torch.float32}
 
 
-def test_interrupt_says_how_to_go_on(
-    tiny: Tiny, lorapre: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Kill(TrainerCallback):
+    """A signal in the middle of a step."""
+
+    def __init__(self, number: int, step: int) -> None:
+        self.number, self.step = number, step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture
+def with_callback(monkeypatch: pytest.MonkeyPatch) -> Callable[[TrainerCallback], None]:
+    """Give the runs of the command line a callback."""
     from lorapre_recipes.train import pretrain as recipe
 
-    def interrupted(config: PretrainConfig, out: Path, **_: Any) -> None:
-        pretrain(config, out, callbacks=[Interrupt(step)])
+    def give(callback: TrainerCallback) -> None:
+        monkeypatch.setattr(recipe, "pretrain", lambda *a, **k: pretrain(*a, **k, callbacks=[callback]))
 
-    monkeypatch.setattr(recipe, "pretrain", interrupted)
-    for step, hint in ((2, "there is no checkpoint yet"), (5, "--resume")):
-        code, _, stderr = lorapre("pretrain", "--preset", "tiny", "--out", tmp_path / str(step))
-        assert code == 130
-        assert hint in stderr.splitlines()[-1]
+    return give
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_a_checkpoint(
+    number: int, tiny: Tiny, lorapre: Any, with_callback: Any, tmp_path: Path
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ("pretrain", "--preset", "tiny", "--accumulation", "2", "--out")
+    assert lorapre(*options, whole)[0] == 0
+    before = signal.getsignal(number)
+    with_callback(Kill(number, step=2))  # before the first checkpoint
+    code, _, stderr = lorapre(*options, cut)
+    assert code == 130
+    assert stderr.splitlines()[-1] == (
+        f"lorapre pretrain: interrupted; go on with: lorapre pretrain --resume {cut}"
+    )
+    assert [path.name for path in cut.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (cut / "summary.json").exists()
+    assert signal.getsignal(number) == before
+    assert lorapre("pretrain", "--resume", cut)[0] == 0
+    assert losses(cut) == losses(whole)
+
+
+def test_the_second_signal_ends_a_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("lorapre_recipes.train.trainer.time", SimpleNamespace(monotonic=lambda: now))
+    with Brake():
+        os.kill(os.getpid(), signal.SIGINT)
+        now = 0.5  # torchrun hands on what the terminal has sent already
+        os.kill(os.getpid(), signal.SIGINT)
+        now = 2.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_without_a_checkpoint_a_run_starts_anew(
+    tiny: Tiny, lorapre: Any, with_callback: Any, tmp_path: Path
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    pretrain(tiny(), whole)
+    with_callback(Interrupt(step=2))
+    code, _, stderr = lorapre("pretrain", "--preset", "tiny", "--out", cut)
+    assert code == 130
+    assert "there is no checkpoint yet; start anew with: lorapre pretrain --resume" in stderr.splitlines()[-1]
+    with_callback(Interrupt(step=13))
+    assert lorapre("pretrain", "--resume", cut)[0] == 0
+    assert losses(cut) == losses(whole)
+
+
+def test_a_finished_run_can_be_made_longer(tiny: Tiny, lorapre: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pretrain(tiny(), run)
+    before = losses(run)
+    code, _, stderr = lorapre("pretrain", "--resume", run, "--steps", "12")
+    assert (code, stderr) == (2, "lorapre: --steps 12: the run has taken 12 already; give more\n")
+    assert lorapre("pretrain", "--resume", run, "--steps", "16")[0] == 0
+    assert losses(run)[: len(before)] == before
+    assert losses(run)[-1]["step"] == 16
+    assert json.loads((run / "summary.json").read_text())["steps"] == 16
+    assert PretrainConfig.load(run / "config.json") == tiny(steps=16)
 
 
 def test_divergence_is_an_error(tiny: Tiny, lorapre: Any, tmp_path: Path) -> None:
@@ -277,7 +349,6 @@ def test_runs_that_cannot_go_on(tiny: Tiny, lorapre: Any, tmp_path: Path, corpus
     run = tmp_path / "run"
     run.mkdir()
     write_json(run / "config.json", tiny())
-    assert "no checkpoint in this run folder" in lorapre("pretrain", "--resume", run)[2]
     (run / "config.json").write_text('{"steps": 12}')
     assert "not a config that this version of lorapre wrote" in lorapre("pretrain", "--resume", run)[2]
     (run / "config.json").unlink()
@@ -347,7 +418,18 @@ def test_table_fits_80_columns() -> None:
     assert max(len(line.rstrip()) for line in console.export_text().splitlines()) <= 80
 
 
-def test_smooth_and_ticks() -> None:
-    assert smooth([1.0, 3.0]) == [2.0, 2.0]
-    assert smooth([1.0, 2.0, 3.0, 4.0, 10.0], reach=1) == [1.5, 2.0, 3.0, 17 / 3, 7.0]
+@pytest.mark.parametrize("count", [1, 2, 10, 50, 100])
+def test_the_smoothed_curve_lies_on_the_raw_one(count: int) -> None:
+    raw = [4 + 4 * math.exp(-5 * i / count) for i in range(count)]  # a loss that falls
+    smoothed = smooth(raw)
+    assert (smoothed[0], smoothed[-1]) == (raw[0], raw[-1])
+    assert smoothed == pytest.approx(raw, rel=0.002)
+
+
+def test_smoothing_takes_noise_away() -> None:
+    noise = torch.randn(1000)
+    assert torch.tensor(smooth(noise.tolist())).std() < 0.5 * noise.std()
+
+
+def test_ticks() -> None:
     assert round_perplexities(1.5, 4.7) == [5, 10, 20, 50, 100]

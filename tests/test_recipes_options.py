@@ -1,6 +1,8 @@
 """Options that are made of the fields of configs: each field has one, with its help, and is checked."""
 
 import dataclasses
+import json
+import re
 from typing import Annotated, Any
 
 import pytest
@@ -16,7 +18,7 @@ from lorapre_recipes.config import (
     flag,
 )
 from lorapre_recipes.plan.settings import Settings
-from lorapre_recipes.presets import llama_tiny
+from lorapre_recipes.presets import PRETRAIN, arithmetic, llama_tiny
 
 CONFIGS = {
     "pretrain": PretrainConfig,
@@ -43,6 +45,39 @@ def test_every_field_has_its_option_and_says_which_optimizers_have_it(
         assert shown == (field.name not in WITHOUT.get(command, ())), field.name
         if shown and field.name in ONLY_FOR:
             assert f"Only for {next(m for m in config.METHODS if m in ONLY_FOR[field.name])}" in words
+
+
+def test_help_shows_the_values_of_the_preset(lorapre: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def words(*arguments: str) -> str:
+        return " ".join(lorapre(*arguments, "--help")[1].replace("│", " ").split())
+
+    monkeypatch.setenv("COLUMNS", "200")
+    usual = words("pretrain")
+    for config, shown in (
+        (llama_tiny(), usual),
+        (PRETRAIN["llama-5m"]("adamw"), words("pretrain", "--preset=llama-5m", "--optimizer", "adamw")),
+        (arithmetic("lora"), words("finetune", "--preset", "arithmetic", "--method", "lora")),
+    ):
+        for name in ("lr", "scale", "steps", "batch_size", "rank", "variant", "warmup", "betas"):
+            value = getattr(config, name)
+            typed = "0.9 0.95" if name == "betas" else "none" if value is None else value
+            assert re.search(rf"{flag(name)} .*?\[default: {typed}\]", shown), (config.preset, name)
+    assert usual.count("[default: ") >= len(dataclasses.fields(PretrainConfig)) - 1  # but the preset
+
+
+def test_a_dry_run_prints_the_config(lorapre: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, stdout, stderr = lorapre("pretrain", "--preset", "llama-1m", "--lr", "0.5", "--dry-run")
+    assert (code, stderr) == (0, "")
+    (tmp_path / "config.json").write_text(stdout)
+    assert PretrainConfig.load(tmp_path / "config.json") == PRETRAIN["llama-1m"]("lorapre-adamw").replace(
+        lr=0.5
+    )
+    code, stdout, _ = lorapre("finetune", "--preset", "arithmetic", "--method", "dora", "--dry-run")
+    assert json.loads(stdout)["adapter"] == "dora"
+    assert code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert "leave out --dry-run" in lorapre("pretrain", "--resume", "x", "--dry-run")[2]
 
 
 def test_a_new_field_is_a_new_option() -> None:

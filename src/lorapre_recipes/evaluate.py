@@ -1,7 +1,7 @@
 """Answer questions with a model and score the answers: `lorapre evaluate`.
 
-Generation, extraction of the answer from what is generated, and scoring are lm-eval's: its own task, whose
-questions, prompt and length are replaced. The prompt is that of `lorapre finetune`, without examples.
+Generation, extraction of the answer, and scoring are lm-eval's: its own task, whose questions,
+prompt and length are replaced. The prompt is that of `lorapre finetune`, without examples.
 """
 
 import json
@@ -11,9 +11,8 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lm_eval  # type: ignore[import-untyped]
 import torch
@@ -22,12 +21,11 @@ from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lorapre_recipes.config import EvaluateConfig, TaskName, UserError
+from lorapre_recipes.config import EvaluateConfig, TaskName, Template, UserError
 from lorapre_recipes.console import duration
-from lorapre_recipes.data.examples import IGNORED, Example, encode, read_examples
-from lorapre_recipes.files import write_json, write_lines
+from lorapre_recipes.data.examples import IGNORED, TEMPLATES, Example, encode, read_examples
+from lorapre_recipes.files import read_json, write_json, write_lines
 from lorapre_recipes.train.finetune import collator, load_model, load_tokenizer
 from lorapre_recipes.train.runs import model_folder
 from lorapre_recipes.train.session import describe_device, versions
@@ -43,90 +41,62 @@ class Task(NamedTuple):
     path: str  # of the task's file below lm_eval/tasks
     question: str  # the name that the task has for questions
     answer: str  # the name that it has for worked answers
-    final: (
-        str  # what it finds the final answer in them by; an answer without it would count as wrong
-    )
+    final: str  # where it finds the final answer; an answer without one would count as wrong
+    wanted: str  # the same in words
 
 
-TASKS: dict[TaskName, Task] = {
-    "gsm8k": Task("openai/gsm8k:main", "gsm8k/gsm8k.yaml", "question", "answer", r"#### \S+$"),
-    "math-500": Task(
-        "HuggingFaceH4/MATH-500",
-        "minerva_math/minerva_math500.yaml",
-        "problem",
-        "solution",
-        r"\\boxed",
-    ),
-}
+GSM8K = Task(
+    data="openai/gsm8k:main", path="gsm8k/gsm8k.yaml", question="question", answer="answer",
+    final=r"#### \S+$", wanted="end in '#### ' and a number",
+)  # fmt: skip
+MATH_500 = Task(
+    data="HuggingFaceH4/MATH-500", path="minerva_math/minerva_math500.yaml", question="problem",
+    answer="solution", final=r"\\boxed", wanted=r"hold its result in '\boxed{}'",
+)  # fmt: skip
+TASKS: dict[TaskName, Task] = {"gsm8k": GSM8K, "math-500": MATH_500}
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What came of it."""
-
-    model: str
-    task: str
-    data: str
-    examples: int
-    metrics: dict[str, float]  # lm-eval's, by metric and filter: shares of the examples
-    errors: dict[str, float]  # their standard errors
-    answer_loss: float | None  # nats per token of the answers; None where no example fits the model
-    answer_tokens: int
-    too_long: int  # examples that the loss leaves out
-    max_new_tokens: int
-    batch_size: int
-    seconds: float
-    device: str
-    versions: dict[str, str]
-    generations: list[dict[str, str]]
-
-
-def evaluate(config: EvaluateConfig) -> Evaluation:
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a model's answers, take the loss of the right ones, print a table and write it as JSON.
 
     Raises UserError: no such model or data, answers that cannot be scored, or questions too long.
     """
     start = time.perf_counter()
-    model, task = config.model, config.task
+    folder = model_folder(config.model)
     out = output_file(config)
-    data = config.data or TASKS[task].data
-    examples = task_examples(task, data, config.limit)
-    folder = model_folder(model)
-    tokenizer = load_tokenizer(model, folder)
-    weights = load_model(model, folder, "auto")
+    data = config.data or TASKS[config.task].data
+    examples = task_examples(config.task, data, config.limit)
+    tokenizer = load_tokenizer(config.model, folder)
+    model = load_model(config.model, folder, "auto")
     if torch.accelerator.is_available():
-        weights.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
-    weights.eval()  # type: ignore[no-untyped-call]
+        model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+    model.eval()  # type: ignore[no-untyped-call]
 
-    logging.getLogger("lm_eval").setLevel(
-        logging.ERROR
-    )  # its warnings are about options that are ours
-    lm = HFLM(pretrained=weights, tokenizer=tokenizer, batch_size=config.batch_size)
-    max_new_tokens = answer_length(lm.max_length, examples, tokenizer, config.max_new_tokens)
-    metrics, errors, texts = score(lm, task, examples, max_new_tokens)
-    loss, tokens, too_long = answer_loss(
-        weights, tokenizer, examples, config.batch_size, lm.max_length
-    )
-    result = Evaluation(
-        model=model,
-        task=task,
-        data=data,
-        examples=len(examples),
-        metrics=metrics,
-        errors=errors,
-        answer_loss=loss,
-        answer_tokens=tokens,
-        too_long=too_long,
-        max_new_tokens=max_new_tokens,
-        batch_size=config.batch_size,
-        seconds=time.perf_counter() - start,
-        device=describe_device(weights.device),
-        versions=versions("lm_eval", "torch", "transformers"),
-        generations=[
-            example._asdict() | {"generated": text}
-            for example, text in zip(examples, texts, strict=True)
-        ],
-    )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of options that are ours
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size)
+    template = config.template or trained_template(config.model)
+    longest = max(len(tokenizer(example.asked(template))["input_ids"]) for example in examples)
+    max_new_tokens = answer_length(lm.max_length, longest, config.max_new_tokens)
+    metrics, errors, texts = score(lm, config.task, examples, max_new_tokens, template)
+    encoded = [encode(example, tokenizer, template) for example in examples]
+    right = answer_loss(model, tokenizer, encoded, config.batch_size, lm.max_length)
+    pairs = zip(examples, texts, strict=True)
+    result = {
+        "model": config.model,
+        "task": config.task,
+        "template": template,
+        "data": data,
+        "examples": len(examples),
+        "metrics": metrics,
+        "errors": errors,
+        **right,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": config.batch_size,
+        "seconds": time.perf_counter() - start,
+        "device": describe_device(model.device),
+        "versions": versions("lm_eval", "torch", "transformers"),
+        "generations": [example._asdict() | {"generated": text} for example, text in pairs],
+    }
     write_json(out, result)
     console = Console()
     console.print(result_table(result))
@@ -151,30 +121,30 @@ def task_examples(task: TaskName, data: str, limit: int | None) -> list[Example]
         raise UserError(f"--data {data}: there are no examples")
     for number, example in enumerate(examples, start=1):
         if not re.search(TASKS[task].final, example.answer):
-            wanted = (
-                "end in '#### ' and a number"
-                if task == "gsm8k"
-                else "hold its result in '\\boxed{}'"
-            )
-            raise UserError(
-                f"--data {data}: answer {number} cannot be scored, for {task} it must {wanted}"
-            )
+            wrong = f"cannot be scored, for {task} it must {TASKS[task].wanted}"
+            raise UserError(f"--data {data}: answer {number} {wrong}")
     return examples
 
 
-def answer_length(
-    reads: int, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, wanted: int | None
-) -> int:
+def trained_template(model: str) -> Template:
+    """How the questions were put that a run folder's model was trained on."""
+    file = Path(model).expanduser() / "config.json"
+    trained: Template = (
+        read_json(file).get("template", "question") if file.is_file() else "question"
+    )
+    return trained
+
+
+def answer_length(reads: int, longest: int, wanted: int | None) -> int:
     """How many tokens an answer may have, so that no question is cut. Raises UserError.
 
-    The model reads `reads` tokens; `wanted` is None for MAX_NEW_TOKENS, or what there is room for.
+    The model reads `reads` tokens, the longest question has `longest`; `wanted` is None for
+    MAX_NEW_TOKENS, or what there is room for.
     """
-    longest = max(len(tokenizer(example.prompt)["input_ids"]) for example in examples)
     room = reads - longest
     if room < 1:
-        raise UserError(
-            f"--data: its longest question has {longest} tokens, and the model reads {reads}"
-        )
+        has = f"its longest question has {longest} tokens, and the model reads {reads}"
+        raise UserError(f"--data: {has}")
     if wanted is not None and wanted > room:
         has = f"the model reads {reads} tokens, and the longest question has {longest}"
         raise UserError(f"--max-new-tokens {wanted}: {has}; give at most {room}")
@@ -182,19 +152,21 @@ def answer_length(
 
 
 def score(
-    lm: lm_eval.api.model.LM, task: TaskName, examples: Sequence[Example], max_new_tokens: int
+    lm: lm_eval.api.model.LM,
+    task: TaskName,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    template: Template = "question",
 ) -> tuple[dict[str, float], dict[str, float], list[str]]:
-    """Let lm-eval generate and score: metrics, their standard errors where there are any, and the texts.
+    """Let lm-eval generate and score. Returns metrics, their standard errors, and the texts.
 
     Examples and task go through files, as lm-eval takes them from users. Nothing is fetched.
     """
     names = TASKS[task]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "examples.jsonl"
-        write_lines(
-            file, [{names.question: each.question, names.answer: each.answer} for each in examples]
-        )
-        next_question = Example("", "").prompt.partition(" ")[0]
+        rows = [{names.question: each.question, names.answer: each.answer} for each in examples]
+        write_lines(file, rows)
         absent = ("dataset_name", "training_split", "fewshot_split", "fewshot_config")
         changed = dict.fromkeys(absent) | {
             "include": str(Path(lm_eval.__file__).parent / "tasks" / names.path),
@@ -202,9 +174,9 @@ def score(
             "dataset_path": "json",
             "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": folder},
             "num_fewshot": 0,
-            "doc_to_text": Example(f"{{{{{names.question}}}}}", "").prompt,
+            "doc_to_text": Example(f"{{{{{names.question}}}}}", "").asked(template),
             "generation_kwargs": {
-                "until": [next_question],
+                "until": [TEMPLATES[template].stop],
                 "do_sample": False,
                 "max_gen_toks": max_new_tokens,
             },
@@ -227,16 +199,15 @@ def score(
 
 @torch.no_grad()
 def answer_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example],
-    batch_size: int, reads: int,
-) -> tuple[float | None, int, int]:  # fmt: skip
+    model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], batch_size: int, reads: int
+) -> dict[str, Any]:
     """The loss of the right answers, as `lorapre finetune` takes it.
 
     Returns:
-        Nats per token of answers and end tokens (None where no example fits), the number of these tokens, and
-        that of the examples left out because the model cannot read so much.
+        answer_loss: nats per token of answers and end tokens; None where no example fits.
+        answer_tokens: how many these are.
+        too_long: how many examples are left out because the model cannot read so much.
     """
-    rows = [encode(example, tokenizer) for example in examples]
     fitting = [row for row in rows if len(row["input_ids"]) <= reads]
     fitting.sort(key=lambda row: len(row["labels"]))
     collate = collator(tokenizer, packing=False)
@@ -247,18 +218,21 @@ def answer_loss(
         labels = int((batch["labels"][:, 1:] != IGNORED).sum())
         total += float(model(**batch).loss) * labels
         count += labels
-    return (total / count if count else None), count, len(rows) - len(fitting)
+    loss = total / count if count else None
+    return {"answer_loss": loss, "answer_tokens": count, "too_long": len(rows) - len(fitting)}
 
 
-def result_table(result: Evaluation) -> Table:
+def result_table(result: dict[str, Any]) -> Table:
     """The table, at most 80 columns wide."""
-    rows = []
-    for name, value in result.metrics.items():
-        error = f"± {result.errors[name]:.1%} (standard error)" if name in result.errors else ""
+    rows, errors = [], result["errors"]
+    for name, value in result["metrics"].items():
+        error = f"± {errors[name]:.1%} (standard error)" if name in errors else ""
         rows.append((name, f"{value:.1%}", error))
-    if result.answer_loss is not None:
-        left_out = f", without {result.too_long:,} too long" if result.too_long else ""
-        rows.append(("answer-token loss", f"{result.answer_loss:.4f}", f"nats{left_out}"))
-    rows.append(("length of an answer", f"{result.max_new_tokens:,}", "new tokens at most, greedy"))
-    rows.append(("wall time", duration(result.seconds), result.device))
-    return figures(f"{result.task}, {result.examples:,} examples", rows)
+    if (loss := result["answer_loss"]) is not None:
+        left_out = f", without {result['too_long']:,} too long" if result["too_long"] else ""
+        rows.append(("answer-token loss", f"{loss:.4f}", f"nats{left_out}"))
+    rows.append(
+        ("length of an answer", f"{result['max_new_tokens']:,}", "new tokens at most, greedy")
+    )
+    rows.append(("wall time", duration(result["seconds"]), result["device"]))
+    return figures(f"{result['task']}, {result['examples']:,} examples", rows)

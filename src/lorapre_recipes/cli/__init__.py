@@ -1,9 +1,11 @@
 """The command line, `lorapre`.
 
-Built on cyclopts, which reads options, their types and the help from signatures and docstrings. One rule is
-added here: a user's mistake is one line on stderr that names the argument, exit code 2, no traceback.
+Built on cyclopts, which reads options, their types and the help from signatures and docstrings. One
+rule is added here: a user's mistake is one line on stderr that names the argument, exit code 2, no
+traceback.
 
-torch and transformers take seconds to import; help and most mistakes should not: commands import them inside.
+torch and transformers take seconds to import; help and most mistakes should not: commands import
+them inside.
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import version
+from typing import Any
 
 try:
     from cyclopts import App, CycloptsError, Parameter
 except ModuleNotFoundError as error:  # `pip install lorapre` brings this script, and torch alone
-    raise SystemExit(
-        f"lorapre: {error}; the recipes need more: pip install 'lorapre[recipes]'"
-    ) from error
+    more = "the recipes need more: pip install 'lorapre[recipes]'"
+    raise SystemExit(f"lorapre: {error}; {more}") from error
 
 from lorapre_recipes.cli.study import compare, evaluate
 from lorapre_recipes.cli.tools import arithmetic, plan
@@ -40,9 +42,11 @@ def main() -> int:
     # several times over when other programs want the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        result = app(
-            sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value"
-        )
+        options: Any = {"exit_on_error": False, "print_error": False}
+        result = app(sys.argv[1:], **options, result_action="return_value")
+    except KeyboardInterrupt:
+        print("\nlorapre: interrupted before it began", file=sys.stderr)
+        return 130
     except (UserError, CycloptsError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not from each process of torchrun
             print(f"lorapre: {' '.join(str(error).split())}", file=sys.stderr)

@@ -1,7 +1,9 @@
 """What the commands that train share: the run folder's name, the processes, and how a run ends."""
 
+import dataclasses
 import errno
 import importlib
+import json
 import os
 import shlex
 import sys
@@ -30,13 +32,12 @@ def new_folder(out: Path | None, name: str) -> Path:
 
 
 def settled(values: Mapping[str, Any]) -> dict[str, str]:
-    """The options that name an existing file or folder, made absolute: a run may go on from elsewhere."""
+    """The options that name an existing file or folder, made absolute.
+
+    A run may go on from elsewhere.
+    """
     named = {name: values.get(name) for name in PATHS}
-    paths = {
-        name: Path(value).expanduser()
-        for name, value in named.items()
-        if value not in (None, "sotu")
-    }
+    paths = {name: Path(x).expanduser() for name, x in named.items() if x not in (None, "sotu")}
     return {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
 
 
@@ -50,24 +51,28 @@ def launch(
 ) -> int:
     """Begin a run, or go on with the one in `resume`, and return the exit code.
 
-    `recipe` is a module of `lorapre_recipes.train` and its function, `kind` the class of its configs, `make`
-    returns that of a new run. A run that goes on takes none of the options `given`. Raises UserError.
+    `recipe` is a module of `lorapre_recipes.train` and its function, `kind` the class of its
+    configs, `make` returns that of a new run. Of the options `given`, a run that goes on takes none
+    but more steps, and a dry run is over when its config is printed. Raises UserError.
     """
-    refused = [flag(name) for name, value in given.items() if value is not None]
-    if resume is not None and refused:
-        raise UserError(f"--resume: a run goes on as it began; leave out {', '.join(refused)}")
+    steps = given.get("steps")
     if resume is None:
         config = make()
         config = config.replace(**settled(vars(config)))
+        if given["dry_run"]:
+            print(json.dumps(dataclasses.asdict(config), indent=2))
+            return 0
         run = new_folder(given["out"], f"{config.preset}-{config.method}")
+    elif refused := [flag(x) for x, value in given.items() if x != "steps" and value is not None]:
+        raise UserError(f"--resume: a run goes on as it began; leave out {', '.join(refused)}")
 
     module = importlib.import_module(f"lorapre_recipes.train.{recipe}")
     from lorapre_recipes.console import quieten
     from lorapre_recipes.train import distributed
-    from lorapre_recipes.train.runs import load_run
+    from lorapre_recipes.train.runs import last_checkpoint, load_run
 
     if resume is not None:
-        run, config = resume, load_run(resume, kind)
+        run, config = resume, load_run(resume, kind, steps)
     if launched_with_fsdp() and not config.fsdp:
         raise UserError(f"--resume {run}: this run began without FSDP; go on without it")
     quieten()
@@ -77,7 +82,8 @@ def launch(
     if distributed.processes() > 1:
         command += f"  # {distributed.processes()} processes"
     try:
-        getattr(module, recipe)(config, run, resume=resume is not None, command=command)
+        goes_on = last_checkpoint(run) is not None
+        getattr(module, recipe)(config, run, resume=goes_on, command=command)
     except BaseException as error:  # a checkpoint's own error is no Exception
         return explain(error, f"lorapre {recipe}", run)
     distributed.leave()
@@ -85,7 +91,7 @@ def launch(
 
 
 def explain(error: BaseException, name: str, run: Path) -> int:
-    """Say in a line why a run ended and how to go on, and return the exit code, or raise the error."""
+    """Say in a line why a run ended and how to go on; return the exit code, or raise `error`."""
     from lorapre_recipes.data.corpus import StreamLost
     from lorapre_recipes.train import distributed
     from lorapre_recipes.train.runs import last_checkpoint
@@ -93,9 +99,13 @@ def explain(error: BaseException, name: str, run: Path) -> int:
 
     launched = "torchrun --nproc-per-node N -m lorapre_recipes"
     command = name.replace("lorapre", launched, 1) if distributed.processes() > 1 else name
-    go_on = f"go on with: {command} --resume {shlex.quote(str(run))}"
-    if last_checkpoint(run) is None:
-        go_on = "there is no checkpoint yet"
+    resume = f"{command} --resume {shlex.quote(str(run))}"
+    if last_checkpoint(run) is not None:
+        go_on = f"go on with: {resume}"
+    elif (run / "config.json").is_file():
+        go_on = f"there is no checkpoint yet; start anew with: {resume}"
+    else:
+        go_on = "nothing was written yet"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, Diverged):
         line = f"{name}: {error}"

@@ -3,23 +3,27 @@
 import dataclasses
 import functools
 import inspect
+import itertools
+import sys
 from collections.abc import Callable, Container, Iterator
 from typing import Annotated, Any, get_type_hints
 
 from cyclopts import Parameter
 
 from lorapre_recipes.config import ONLY_FOR, Checked
+from lorapre_recipes.presets import FINETUNE, PRETRAIN
 
 Command = Callable[..., Any]
 
 
 def options(
-    config: type[Checked], *, without: Container[str] = (), preset: bool = False
+    config: type[Checked], *, without: Container[str] = (), preset: str | bool = False
 ) -> Callable[[Command], Command]:
     """Give a command an option for every field of a config that has help, but those in `without`.
 
-    The command gets the options that were given as a dict, its argument `changes`. With `preset`, what is
-    not given comes from one: defaults are not shown, and what it switches on can be switched off.
+    The command gets the options that were given as a dict, its argument `changes`. With `preset`,
+    what is not given comes from one, and what it switches on can be switched off. Help then shows
+    the values of the preset that the command line names, or else of this one.
     """
     added = {each.name: each for each in parameters(config, preset) if each.name not in without}
 
@@ -39,7 +43,7 @@ def options(
     return decorate
 
 
-def parameters(config: type[Checked], preset: bool) -> Iterator[inspect.Parameter]:
+def parameters(config: type[Checked], preset: str | bool) -> Iterator[inspect.Parameter]:
     """The fields with help as parameters of a function; those of derived classes come first."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     types, annotated = get_type_hints(config), get_type_hints(config, include_extras=True)
@@ -54,12 +58,34 @@ def parameters(config: type[Checked], preset: bool) -> Iterator[inspect.Paramete
                     known = [method for method in methods if method in ONLY_FOR[name]]
                     help += f" Only for {', '.join(known)}."
                 hidden = preset or default in (dataclasses.MISSING, False, ())
-                switch = preset and types[name] is bool
-                group = getattr(owner, "GROUP", "Parameters")
-                shown = Parameter(help=help, group=group, negative=None if switch else ())
+                option = Parameter(
+                    help=help,
+                    group=getattr(owner, "GROUP", "Parameters"),
+                    negative=None if preset and types[name] is bool else (),
+                    show_default=shown(preset, name) if isinstance(preset, str) else None,
+                )
                 yield inspect.Parameter(
                     name,
                     inspect.Parameter.KEYWORD_ONLY,
                     default=None if hidden else default,
-                    annotation=Annotated[types[name] | None, shown],
+                    annotation=Annotated[types[name] | None, option],
                 )
+
+
+def shown(preset: str, option: str) -> Callable[[Any], str]:
+    """What help shows for an option: the preset's value, as it is typed.
+
+    The command line may name another preset, an optimizer or a method.
+    """
+
+    def value_of(_: Any) -> str:
+        words = [word for each in sys.argv for word in each.split("=", 1)]
+        typed = dict(itertools.pairwise(words))
+        presets: Any = PRETRAIN | FINETUNE
+        make = presets.get(typed.get("--preset"), presets[preset])
+        method = typed.get("--optimizer") or typed.get("--method") or "lorapre-adamw"
+        value = getattr(make(method), option)
+        values = value if isinstance(value, tuple) else (value,)
+        return "none" if value in (None, ()) else " ".join(map(str, values))
+
+    return value_of

@@ -12,6 +12,7 @@ from lorapre_recipes.cli.launch import new_folder, settled
 from lorapre_recipes.cli.options import options
 from lorapre_recipes.compare.cells import SWEPT, Comparison, read_sweep
 from lorapre_recipes.config import ONLY_FOR, EvaluateConfig, PretrainConfig, UserError
+from lorapre_recipes.train.runs import model_folder
 
 # The options that differ between cells: contenders, sweeps and seeds have options of their own.
 OWN = {"preset", "optimizer", "seed", "betas", "freeze", "fsdp", *ONLY_FOR, *SWEPT} - {"batch_size"}
@@ -30,6 +31,7 @@ def evaluate(model: str, *, changes: dict[str, Any]) -> None:
         changes: the other options.
     """
     config = EvaluateConfig(model=model, **changes)
+    model_folder(model)  # before the imports, which take seconds
     from lorapre_recipes.console import quieten
     from lorapre_recipes.evaluate import evaluate as recipe
 

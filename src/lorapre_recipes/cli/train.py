@@ -1,32 +1,39 @@
 """`lorapre pretrain` and `lorapre finetune`."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from lorapre_recipes.cli.launch import launch, launched_with_fsdp
 from lorapre_recipes.cli.options import options
 from lorapre_recipes.config import FinetuneConfig, Method, PretrainConfig, UserError
+from lorapre_recipes.files import read_json
 from lorapre_recipes.presets import FINETUNE, PRETRAIN, get_preset
+from lorapre_recipes.train.runs import model_folder
 
 
-@options(PretrainConfig, without=("preset",), preset=True)
+@options(PretrainConfig, without=("preset",), preset="llama-tiny")
 def pretrain(
     *,
     preset: str | None = None,
     out: Path | None = None,
     resume: Path | None = None,
+    dry_run: bool | None = None,
     changes: dict[str, Any],
 ) -> int:
-    """Pre-train a Llama. With no options: a small one on real English text, in minutes on two CPU cores.
+    """Pre-train a Llama. By default a small one on real English text, in minutes on two CPU cores.
 
-    What is not given comes from the preset, whose learning rates depend on the optimizer. On several
-    processes: torchrun --nproc-per-node 2 -m lorapre_recipes pretrain, see docs/distributed.md.
+    What is not given comes from the preset, whose learning rates depend on the optimizer. On
+    several processes: torchrun --nproc-per-node 2 -m lorapre_recipes pretrain, see
+    docs/distributed.md.
 
     Args:
         preset: model, data and schedule: llama-tiny (default), llama-1m, -5m, -20m; as published,
             on C4: llama-60m, -130m, -350m, -1b, -7b.
         out: run folder, new or empty. Default: runs/PRESET-OPTIMIZER-TIME.
-        resume: a run folder to go on with from its last checkpoint. It holds all other options.
+        resume: a run folder to go on with from its last checkpoint. It holds all other options;
+            --steps makes the run longer.
+        dry_run: print the complete config as JSON, and train nothing.
         changes: the other options.
     """
 
@@ -35,39 +42,63 @@ def pretrain(
         config = chosen(changes.pop("optimizer", "lorapre-adamw")).replace(**changes)
         return config.replace(fsdp=config.fsdp or launched_with_fsdp())
 
-    given = {"preset": preset, "out": out} | changes
+    given = {"preset": preset, "out": out, "dry_run": dry_run} | changes
     return launch("pretrain", PretrainConfig, make, resume, given)
 
 
-@options(FinetuneConfig, without=("preset", "optimizer", "fsdp"), preset=True)
+@options(FinetuneConfig, without=("preset", "optimizer", "fsdp"), preset="metamath100k")
 def finetune(
     *,
     preset: str | None = None,
     method: Method | None = None,
     out: Path | None = None,
     resume: Path | None = None,
+    dry_run: bool | None = None,
     changes: dict[str, Any],
 ) -> int:
     """Fine-tune a causal language model on questions and answers; the loss is that of the answers.
 
-    What is not given comes from the preset. See docs/finetuning.md on the choice of rank, lr and scale.
+    What is not given comes from the preset. See docs/finetuning.md on the choice of rank, lr and
+    scale.
 
     Args:
         preset: data and schedule: metamath100k (default), the paper's, or arithmetic, for a CPU.
-        method: an optimizer of all weights (lorapre-adamw, the default, lorapre-muon, adamw, galore) or
-            adapters of peft (lora, rslora, dora, lora+).
+        method: an optimizer of all weights (lorapre-adamw, the default, lorapre-muon, adamw,
+            galore) or adapters of peft (lora, rslora, dora, lora+).
         out: run folder, new or empty. Default: runs/PRESET-METHOD-TIME.
-        resume: a run folder to go on with from its last checkpoint. It holds all other options.
+        resume: a run folder to go on with from its last checkpoint. It holds all other options;
+            --steps makes the run longer.
+        dry_run: print the complete config as JSON, and train nothing.
         changes: the other options.
     """
 
     def make() -> FinetuneConfig:
-        chosen = get_preset(FINETUNE, preset or "metamath100k")
+        name = preset or "metamath100k"
+        chosen = get_preset(FINETUNE, name)
         if launched_with_fsdp():
-            raise UserError(
-                "lorapre finetune: runs on one process; start it without accelerate launch"
-            )
-        return chosen(method or "lorapre-adamw").replace(**changes)
+            alone = "runs on one process; start it without accelerate launch"
+            raise UserError(f"lorapre finetune: {alone}")
+        config = chosen(method or "lorapre-adamw").replace(**changes)
+        if dry_run:
+            return config
+        try:
+            folder = model_folder(config.model)
+        except UserError as error:
+            if "model" in changes:
+                raise
+            own = f"it is the model of preset {name}; make it (docs/finetuning.md) or give another"
+            raise UserError(f"{error}; {own}") from error
+        return config if "sequence_length" in changes else shortened(config, Path(folder))
 
-    given = {"preset": preset, "method": method, "out": out} | changes
+    given = {"preset": preset, "method": method, "out": out, "dry_run": dry_run} | changes
     return launch("finetune", FinetuneConfig, make, resume, given)
+
+
+def shortened(config: FinetuneConfig, folder: Path) -> FinetuneConfig:
+    """The config with sequences as long as the model in a folder reads, at most."""
+    file = folder / "config.json"
+    reads = read_json(file).get("max_position_embeddings") if file.is_file() else None
+    if reads is None or config.sequence_length <= reads:
+        return config
+    print(f"lorapre: --sequence-length is {reads}, as much as the model reads", file=sys.stderr)
+    return config.replace(sequence_length=reads)

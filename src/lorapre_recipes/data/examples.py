@@ -10,7 +10,7 @@ import datasets  # type: ignore[import-untyped]
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from lorapre_recipes.config import FinetuneConfig, UserError
+from lorapre_recipes.config import FinetuneConfig, Template, UserError
 from lorapre_recipes.data.corpus import (
     JSONL_SUFFIX,
     from_hub,
@@ -26,6 +26,23 @@ FIELDS = (("query", "response"), ("question", "answer"), ("problem", "solution")
 T = TypeVar("T")
 
 
+class Wording(NamedTuple):
+    """What stands around a question."""
+
+    prompt: str  # with {} in its place
+    stop: str  # what a model that goes on after its answer would say next
+
+
+TEMPLATES: dict[Template, Wording] = {
+    "question": Wording("Question: {}\nAnswer:", "Question:"),  # of lm-eval's gsm8k task
+    "instruction": Wording(  # of Alpaca
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\n{}\n\n### Response:\n",
+        "### Instruction:",
+    ),
+}
+
+
 class Example(NamedTuple):
     """A question and its answer."""
 
@@ -34,8 +51,12 @@ class Example(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """What the model is given: the prompt of lm-eval's gsm8k task."""
-        return f"Question: {self.question}\nAnswer:"
+        """What the model is given where no template is named."""
+        return self.asked("question")
+
+    def asked(self, template: Template) -> str:
+        """What the model is given."""
+        return TEMPLATES[template].prompt.format(self.question)
 
     @property
     def completion(self) -> str:
@@ -52,18 +73,26 @@ class Examples(NamedTuple):
 
 
 def load_examples(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast) -> Examples:
-    """Read, take `samples` of them, hold out, and tokenize. Raises UserError.
+    """Read, take the first `samples` that are wanted, tokenize, hold out. Raises UserError.
 
-    Examples with more than `sequence_length` tokens are left out, and their number is printed.
+    Examples with too many tokens are left out, and their number is printed.
     """
-    examples = list(read_examples(config.data))
-    examples = spaced(examples, config.samples or len(examples))
-    rows = [encode(example, tokenizer) for example in examples]
-    rows = [row for row in rows if len(row["input_ids"]) <= config.sequence_length]
-    if left_out := len(examples) - len(rows):
-        count = f"{left_out:,} of {len(examples):,} examples have more"
-        most = f"{config.sequence_length} tokens (--sequence-length)"
-        print(f"lorapre: {count} than {most} and are left out", file=sys.stderr)
+    most, option = config.sequence_length, "--sequence-length"
+    if config.fewer_than is not None and config.fewer_than <= most:
+        most, option = config.fewer_than - 1, "--fewer-than"
+    examples, rows, left_out = list[Example](), list[dict[str, list[int]]](), 0
+    for example in read_examples(config.data, only=config.only):
+        row = encode(example, tokenizer, config.template)
+        if len(row["input_ids"]) > most:
+            left_out += 1
+            continue
+        examples.append(example)
+        rows.append(row)
+        if len(rows) == config.samples:
+            break
+    if left_out:
+        count = f"{left_out:,} of {left_out + len(rows):,} examples have more"
+        print(f"lorapre: {count} than {most} tokens ({option}) and are left out", file=sys.stderr)
     every, step = config.held_out_every, config.sequences_per_step
     train = [row for number, row in enumerate(rows, start=1) if number % every]
     validation = [row for number, row in enumerate(rows, start=1) if number % every == 0]
@@ -96,16 +125,19 @@ def labels_per_batch(rows: datasets.Dataset, batch_size: int) -> float:
     return float(counted / -(-len(rows) // batch_size))
 
 
-def encode(example: Example, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
+def encode(
+    example: Example, tokenizer: PreTrainedTokenizerFast, template: Template = "question"
+) -> dict[str, list[int]]:
     """Prompt, completion and end token as `input_ids`; as `labels` with IGNORED over the prompt.
 
     All is tokenized at once. A token with any character of the completion belongs to the answer.
     """
-    encoding = tokenizer(example.prompt + example.completion, return_offsets_mapping=True)
+    prompt = example.asked(template)
+    encoding = tokenizer(prompt + example.completion, return_offsets_mapping=True)
     tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
     labels = list(tokens)
     for number, (_, end) in enumerate(offsets):
-        if end <= len(example.prompt):
+        if end <= len(prompt):
             labels[number] = IGNORED
     if tokens[-1] != tokenizer.eos_token_id:  # some tokenizers add it
         tokens, labels = [*tokens, tokenizer.eos_token_id], [*labels, IGNORED]
@@ -113,8 +145,19 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerFast) -> dict[str, li
     return {"input_ids": tokens, "labels": labels}
 
 
-def read_examples(data: str, split: str = "train") -> Iterator[Example]:
-    """The examples of a JSONL file or of a split of a dataset on the hub. Raises UserError."""
+def read_examples(data: str, split: str = "train", only: str | None = None) -> Iterator[Example]:
+    """The examples of a JSONL file or of a split of a dataset on the hub. Raises UserError.
+
+    With `only`, those that have it in their field `type`.
+    """
+    for place, row in read_rows(data, split):
+        example = example_of(row, f"--data {data}: {place}")
+        if only is None or only in str(row.get("type")):
+            yield example
+
+
+def read_rows(data: str, split: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a file or dataset, and where each stands. Raises UserError."""
     path = Path(data).expanduser()
     if path.is_file():
         yield from read_lines(path)
@@ -123,27 +166,26 @@ def read_examples(data: str, split: str = "train") -> Iterator[Example]:
         with from_hub(data):
             rows = datasets.load_dataset(name, subset or None, split=split)
         for number, row in enumerate(rows, start=1):
-            yield example_of(row, f"--data {data}: row {number}")
+            yield f"row {number}", row
     else:
         hub = "a Hugging Face dataset (owner/name or owner/name:config, as openai/gsm8k:main)"
         wanted = f"give one of JSON lines, or the name of {hub}"
         raise UserError(f"--data {data}: no such file; {wanted}")
 
 
-def read_lines(path: Path) -> Iterator[Example]:
-    """The example of each line that is not empty. Raises UserError naming the line."""
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The JSON of each line that is not empty. Raises UserError naming the line."""
     if path.suffix != JSONL_SUFFIX:
         raise UserError(f"--data {path}: must be a file of JSON lines, *{JSONL_SUFFIX}")
     with readable(path):
         text = path.read_text(encoding="utf-8")
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines() breaks at U+2028 too
         if line.strip():
-            place = f"--data {path}: line {number}"
             try:
-                row = json.loads(line)
+                yield f"line {number}", json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{place} is not JSON ({error.msg})") from error
-            yield example_of(row, place)
+                wrong = f"line {number} is not JSON ({error.msg})"
+                raise UserError(f"--data {path}: {wrong}") from error
 
 
 def example_of(row: Any, place: str) -> Example:

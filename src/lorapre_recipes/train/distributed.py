@@ -1,4 +1,4 @@
-"""The processes that torchrun or accelerate launch started: joining them, and what only one of them does."""
+"""The processes that torchrun or accelerate launch started, and what they do together."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from lorapre_recipes.config import UserError
 
 T = TypeVar("T")
 
-# A process that waits longer than this for another one gives up. Rank 0 may train a tokenizer meanwhile.
+# A process gives up when it has waited so long for another. Rank 0 may train a tokenizer meanwhile.
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -55,7 +55,7 @@ def barrier() -> None:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 alone and return its result, or raise its UserError, on every rank."""
+    """Call `function` on rank 0 alone; every rank returns its result, or raises its UserError."""
     outcome: list[Any] = [None]
     if is_main():
         try:
@@ -71,7 +71,7 @@ def on_main(function: Callable[[], T]) -> T:
 
 @contextmanager
 def first_on_its_machine() -> Iterator[None]:
-    """One process of each machine runs the block before the others do, which then find its files."""
+    """One process of each machine runs the block first; the others then find its files."""
     first = rank("LOCAL_RANK") == 0
     if not first:
         barrier()
@@ -80,6 +80,15 @@ def first_on_its_machine() -> Iterator[None]:
     finally:
         if first:
             barrier()
+
+
+def anyone(here: bool) -> bool:
+    """Whether it is so in any of the processes. All must ask."""
+    if not dist.is_initialized():
+        return here
+    flag = torch.tensor(int(here))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def largest(*numbers: int) -> tuple[int, ...]:
@@ -95,10 +104,5 @@ def is_lost_contact(error: BaseException) -> bool:
     if not dist.is_initialized() or processes() == 1:
         return False
     # Gloo's are plain RuntimeErrors, and a checkpoint's wraps those of all ranks in its text.
-    gone = (
-        "gloo/transport",
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Timed out waiting",
-    )
+    gone = ("gloo/transport", "Connection closed by", "Connection reset by", "Timed out waiting")
     return isinstance(error, dist.DistError) or any(words in str(error) for words in gone)

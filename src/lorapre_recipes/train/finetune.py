@@ -1,13 +1,14 @@
-"""Fine-tune a causal language model on questions and answers, and leave a run folder: `lorapre finetune`.
+"""Fine-tune a causal language model on questions and answers: `lorapre finetune`.
 
-All weights with one of the optimizers, or adapters of peft with AdamW. The loss is that of the answers'
-tokens.
+All weights with one of the optimizers, or adapters of peft with AdamW. The loss is that of the
+answers' tokens.
 """
 
 import math
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch.optim import AdamW, Optimizer
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -48,41 +50,44 @@ def finetune(config: FinetuneConfig, out: Path, **session: Any) -> Summary:
     check_machine(config)
     folder = model_folder(config.model)
     tokenizer = load_tokenizer(config.model, folder)
-    set_seed(config.seed)
-    base = load_model(config.model, folder, DTYPES[config.dtype])
-    longest = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
+    with no_model(config.model):
+        shape = AutoConfig.from_pretrained(folder).get_text_config()
+    longest = getattr(shape, "max_position_embeddings", math.inf)
     if config.sequence_length > longest:
         option = f"--sequence-length {config.sequence_length}"
         raise UserError(f"{option}: the model reads at most {longest} tokens")
+    data = load_examples(config, tokenizer)
+    set_seed(config.seed)
+    base = load_model(config.model, folder, DTYPES[config.dtype])
     if config.gradient_checkpointing:
-        old = "gradient_checkpointing_enable"  # before transformers 5.23
-        getattr(base, "activation_checkpointing_enable", getattr(base, old))(
-            {"use_reentrant": False}
-        )
+        old = base.gradient_checkpointing_enable  # before transformers 5.23
+        getattr(base, "activation_checkpointing_enable", old)({"use_reentrant": False})
     freeze(base, config.freeze)
     model, optimizer = with_optimizer(base, config)
-    data = load_examples(config, tokenizer)
     summary = train(
         config,
         out,
         model=model,
         optimizer=optimizer,
         tokenizer=tokenizer,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
+        data=data._replace(facts=data.facts | {"model": folder}),
         collate=collator(tokenizer, packing=config.packing),
-        facts=data.facts | {"model": folder},
         eval_items=labels_per_batch(data.validation, config.batch_size),
         include_num_input_tokens_seen="all" if config.packing else "non_padding",
         **session,
     )
     if isinstance(model, PeftModel):
-        merged = model.merge_and_unload()
-        merged.save_pretrained(out / PARTIAL)
+        model.merge_and_unload().save_pretrained(out / PARTIAL)
         tokenizer.save_pretrained(out / PARTIAL)
         shutil.rmtree(out / MERGED, ignore_errors=True)
         (out / PARTIAL).rename(out / MERGED)
     return summary
+
+
+def no_model(name: str) -> AbstractContextManager[None]:
+    """Raises UserError where transformers finds no model in the block."""
+    missing = f"--model {name}: no causal language model here, nor found on the Hugging Face Hub"
+    return user_errors(missing, *NOT_LOADED)
 
 
 def load_tokenizer(name: str, folder: str) -> PreTrainedTokenizerFast:
@@ -98,8 +103,7 @@ def load_tokenizer(name: str, folder: str) -> PreTrainedTokenizerFast:
 
 def load_model(name: str, folder: str, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
     """The model with its weights in this dtype ("auto": as stored). Raises UserError without it."""
-    missing = "no causal language model here, nor found on the Hugging Face Hub"
-    with user_errors(f"--model {name}: {missing}", *NOT_LOADED):
+    with no_model(name):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     assert isinstance(model, PreTrainedModel)
     return model
@@ -120,10 +124,8 @@ def with_optimizer(
         use_rslora=config.adapter == "rslora",
         use_dora=config.adapter == "dora",
     )
-    with (
-        user_errors(f"--method {config.adapter}: peft refuses", ValueError),
-        warnings.catch_warnings(),
-    ):
+    refusal = user_errors(f"--method {config.adapter}: peft refuses", ValueError)
+    with refusal, warnings.catch_warnings():
         # peft 0.21 reads an attribute that transformers 5.23 has renamed.
         warnings.simplefilter("ignore", FutureWarning)
         adapted = get_peft_model(model, lora)
@@ -139,9 +141,9 @@ def with_optimizer(
 def collator(
     tokenizer: PreTrainedTokenizerFast, *, packing: bool
 ) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
-    """What makes a batch of rows: padded on the right, or all in one row where each sees itself alone.
+    """What makes a batch of rows: padded on the right, or all in one row.
 
-    Positions that begin anew tell the model where in the row an example begins.
+    There positions that begin anew tell the model where an example begins: each sees itself alone.
     """
     if not packing:
         return DataCollatorForSeq2Seq(tokenizer)

@@ -1,7 +1,8 @@
-"""One optimizer for the whole model, from a config: LoRA-Pre's two, and the peers they stand beside.
+"""One optimizer for the whole model, from a config: LoRA-Pre's two, and their peers.
 
-All take the same matrices for matrices (`lorapre.param_groups` decides), at `lr * scale`. The rest trains at
-`lr`, with the same dense AdamW for all or, by `terms="whole"`, with what the authors of an optimizer take.
+All take the same matrices for matrices (`lorapre.param_groups` decides), at `lr * scale`. The rest
+trains at `lr`, with the same dense AdamW for all or, by `terms="whole"`, with what the authors of
+an optimizer take.
 """
 
 import importlib
@@ -35,16 +36,31 @@ from lorapre_recipes.config import (
 Groups = list[dict[str, Any]]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# Newton-Schulz makes updates of one size whatever the gradient. With this adjustment it is AdamW's size: a
-# learning rate means the same for Adam and Muon.
+# Newton-Schulz makes updates of one size whatever the gradient. With this adjustment it is AdamW's
+# size: a learning rate means the same for Adam and Muon.
 ADJUST_LR = "match_rms_adamw"
+
+# Optimizers of other packages: module, class, and what to install.
+PACKAGED = {
+    "adam8bit": ("torchao.optim", "AdamW8bit", "torchao"),
+    "adam4bit": ("torchao.optim", "AdamW4bit", "torchao"),
+    "adam-mini": ("pytorch_optimizer", "AdamMini", "pytorch_optimizer"),
+    "galore": ("pytorch_optimizer", "GaLore", "pytorch_optimizer"),
+    "fira": ("pytorch_optimizer", "Fira", "pytorch_optimizer"),
+    "conda": ("pytorch_optimizer", "Conda", "pytorch_optimizer"),
+    "smmf": ("adv_optm", "AdamW_adv", "adv-optm"),
+    "muon-8bit": ("torchao.optim.subclass_8bit", "OptimState8bit", "torchao"),  # for its momentum
+}
+# By their authors for all weights, embeddings and norms too.
+FOR_ALL = ("adam8bit", "adam4bit", "adafactor", "adam-mini", "smmf")
 
 
 class WithAdamW(Optimizer):
     """One optimizer for matrices and torch.optim.AdamW for the rest, as one.
 
-    torch.optim.Muon takes nothing but matrices; a trainer takes one optimizer, scheduler and checkpoint. This
-    class owns all groups, those of the rest first, and all state, and lends them to the two for each step.
+    torch.optim.Muon takes nothing but matrices; a trainer takes one optimizer, scheduler and
+    checkpoint. This class owns all groups, those of the rest first, and all state, and lends them
+    to the two for each step.
     """
 
     def __init__(self, matrices: Optimizer, rest: AdamW) -> None:
@@ -53,7 +69,7 @@ class WithAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of each, with its own rule on its own groups. No closure: it would run under no_grad."""
+        """One step of each on its own groups. No closure: it would run under no_grad."""
         # Lent anew at every step: load_state_dict replaces the groups and the state.
         dense = len(self._rest.param_groups)
         self._rest.param_groups = self.param_groups[:dense]
@@ -66,155 +82,139 @@ class WithAdamW(Optimizer):
 def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] = ()) -> Optimizer:
     """The optimizer that `config` describes, on all of the model's parameters that train.
 
-    Groups at the full learning rate come first: loggers report the first group's. `rules` are those of
-    `lorapre.param_groups`, for lorapre-*. Raises UserError where no matrix can be factorised, the rank or a
-    rule does not fit, or a package is not installed.
+    Groups at the full learning rate come first: loggers report the first group's. `rules` are
+    those of `lorapre.param_groups`, for lorapre-*. Raises UserError where no matrix can be
+    factorised, the rank or a rule does not fit, or a package is not installed.
     """
-    low_rank = config.optimizer in LOW_RANK
-    matrices, rest = grouped(model, 1, (), option="--rank", strict=low_rank)
-    if not low_rank:
-        matrices = [
-            {"params": group["params"], "lr": config.lr * config.scale} for group in matrices
-        ]
-        rest = [
-            {"params": group["params"], "lr": config.lr, "betas": ends_betas(config)}
-            for group in rest
-        ]
+    ours = config.optimizer in LOW_RANK
+    matrices, rest = grouped(model, 1, (), option="--rank", strict=ours)
+    # Where only the matrices are compared, no sweep changes the betas of the rest.
+    betas = BETAS if config.terms == "matrices" else config.betas
+    if not ours:
+        rate, own = config.lr * config.scale, {"lr": config.lr, "betas": betas}
+        matrices = [{"params": group["params"], "lr": rate} for group in matrices]
+        rest = [{"params": group["params"]} | own for group in rest]
         return peer(model, matrices, rest, config)
     assert config.rank is not None
-    assert config.variant is not None
     # A larger rank would leave some matrices dense: no run of the rank that it is named after.
-    weights = (weight for group in matrices for _, weight in group["params"])
+    weights = [weight for group in matrices for _, weight in group["params"]]
     largest = min((weight.numel() - 1) // sum(weight.shape) for weight in weights)
     if config.rank > largest:
         larger = "factors would not be smaller than this model's smallest matrix"
         raise UserError(f"--rank {config.rank}: {larger}; give at most {largest}")
-    known = {weight for group in matrices for _, weight in group["params"]}
     matrices, rest = grouped(model, config.rank, rules, option="--rules", strict=True)
     # Rules may give embeddings and head a rank: their rate is that of the rest.
-    full_rate = {"scale": 1.0} if config.optimizer == "lorapre-adamw" else {"lr": config.lr}
-    ends = [
-        group | full_rate | {"params": [(name, p) for name, p in group["params"] if p not in known]}
-        for group in matrices
-    ]
-    if any(group["params"] for group in ends):
-        if config.terms == "matrices":
-            raise UserError("--rules: embeddings and head are dense for all; give --terms whole")
-        inner = [
-            group | {"params": [x for x in group["params"] if x[1] in known]} for group in matrices
-        ]
-        matrices = [group for group in (*ends, *inner) if group["params"]]
-    names = ("rank", "variant", "weight_decay", "seed", "stochastic_rounding")
-    shared: dict[str, Any] = {name: getattr(config, name) for name in names}
-    if config.optimizer == "lorapre-muon":
-        shared |= {
-            "lr": config.lr * config.scale,
-            "momentum": config.momentum,
-            "adjust_lr_fn": ADJUST_LR,
-        }
-        adamw = {"lr": config.lr, "betas": ends_betas(config), "eps": config.eps}
-        adamw |= {"weight_decay": config.weight_decay}
-        shared |= {f"adamw_{name}": value for name, value in adamw.items()}
-        return LoRAPreMuon([*rest, *matrices], **shared)
-    shared |= {name: getattr(config, name) for name in ("lr", "betas", "eps", "scale", "compress")}
-    rest = [{"betas": ends_betas(config)} | group for group in rest]
-    return LoRAPreAdamW([*rest, *matrices], **shared)
+    adam = config.optimizer == "lorapre-adamw"
+    full_rate: dict[str, Any] = {"scale": 1.0} if adam else {"lr": config.lr}
+    known, ends, inner = {*weights}, Groups(), Groups()
+    for group in matrices:
+        for part, own, wanted in ((ends, full_rate, False), (inner, {}, True)):
+            if params := [pair for pair in group["params"] if (pair[1] in known) == wanted]:
+                part.append(group | own | {"params": params})
+    if ends and config.terms == "matrices":
+        raise UserError("--rules: embeddings and head are dense for all; give --terms whole")
+    names = ["rank", "variant", "weight_decay", "seed", "stochastic_rounding"]
+    if adam:
+        names += ["lr", "betas", "eps", "scale", "compress"]
+        options = {name: getattr(config, name) for name in names}
+        rest = [{"betas": betas} | group for group in rest]
+        return LoRAPreAdamW([*rest, *ends, *inner], **options)
+    options = {name: getattr(config, name) for name in (*names, "momentum")}
+    options |= {"lr": config.lr * config.scale, "adjust_lr_fn": ADJUST_LR}
+    options |= {"adamw_lr": config.lr, "adamw_betas": betas, "adamw_eps": config.eps}
+    options |= {"adamw_weight_decay": config.weight_decay}
+    return LoRAPreMuon([*rest, *ends, *inner], **options)
 
 
 def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:
-    """The optimizer that LoRA-Pre stands beside. Raises UserError where its package is not installed."""
+    """An optimizer beside LoRA-Pre's. Raises UserError where its package is not installed."""
+    name, whole = config.optimizer, config.terms == "whole"
     decay: dict[str, Any] = {"weight_decay": config.weight_decay}
     adam = decay | {"betas": config.betas, "eps": config.eps}
-    name, momentum, whole = config.optimizer, config.momentum, config.terms == "whole"
-    rank, refresh = config.rank or 0, config.refresh or 0
+    momentum = decay | {"momentum": config.momentum}
+    rank = {"rank": config.rank or 0}
+    projected = rank | {"refresh": config.refresh or 0}
     if name == "adamw":
         return AdamW([*rest, *matrices], **adam)
-    if whole and name in ("adam8bit", "adam4bit", "adafactor", "adam-mini", "smmf"):
+    if whole and name in FOR_ALL:
         matrices, rest = [*rest, *matrices], []
     if whole and name in ("scale", "column-sgd"):
-        matrices, rest = with_ends(model, matrices, rest, momentum if name == "scale" else 0.0)
-    if name in ("adam8bit", "adam4bit"):
-        for group in (*matrices, *rest):  # torchao takes no names
+        head = config.momentum if name == "scale" else 0.0
+        matrices, rest = with_ends(model, matrices, rest, head)
+    make: Any = None
+    if name in PACKAGED:
+        module, called, package = PACKAGED[name]
+        missing = f"{called} is in the package {package}, which is not installed here"
+        install = "pip install 'lorapre[bench]'"
+        with user_errors(f"--optimizer: {missing}: {install}", ModuleNotFoundError):
+            make = getattr(importlib.import_module(module), called)
+    if name in ("adam8bit", "adam4bit"):  # torchao takes no names
+        for group in (*matrices, *rest):
             group["params"] = [p for _, p in group["params"]]
-        make = package("torchao.optim", f"AdamW{name[4:]}", "torchao")
-        chosen: Optimizer = make(matrices, **adam)
-    elif name in (packages := {"galore": "GaLore", "fira": "Fira", "conda": "Conda"}):
-        make = package("pytorch_optimizer", packages[name], "pytorch_optimizer")
+    if name in ("galore", "fira", "conda"):
         # Their state holds objects of this class, and torch.load refuses what it does not know.
-        torch.serialization.add_safe_globals(
-            [importlib.import_module(make.__module__).GaLoreProjector]
-        )
-        options = {"rank": rank, "update_proj_gap": refresh, "scale": 1.0, "projection_type": "std"}
-        chosen = make([group | options for group in matrices], **adam)
-    elif name == "adam-mini":
-        chosen = adam_mini(model, matrices, adam)
-    elif name == "smmf":
-        make = package("adv_optm", "AdamW_adv", "adv-optm")
-        chosen = make(matrices, state_precision="factored", stochastic_rounding=False, **adam)
-    elif name in ("apollo", "apollo-mini"):
-        chosen = Apollo(matrices, rank=rank, refresh=refresh, mini=name == "apollo-mini", **adam)
-    elif name == "mlorc":
-        chosen = MLorc(matrices, rank=rank, **adam)
-    elif name == "mofasgd":
-        chosen = MoFaSGD(matrices, rank=rank, momentum=momentum, **decay)
+        projector = importlib.import_module(make.__module__).GaLoreProjector
+        torch.serialization.add_safe_globals([projector])
+        own = {"update_proj_gap": config.refresh or 0, "scale": 1.0, "projection_type": "std"}
+        matrices = [group | rank | own for group in matrices]
+    if name == "adam-mini":
+        chosen = adam_mini(make, model, matrices, adam)
     else:
-        own: dict[str, tuple[Any, dict[str, Any]]] = {
-            "muon": (Muon, {"momentum": momentum, "adjust_lr_fn": ADJUST_LR}),
-            "muon-8bit": (StoredMuon, {"momentum": momentum, "store": "8bit"}),
-            "muon-bf16": (StoredMuon, {"momentum": momentum, "store": "bf16"}),
-            "muon-no-momentum": (StoredMuon, {"momentum": 0.0}),
-            "alice": (Alice, {"rank": rank, "refresh": refresh}),
-            "racs": (Racs, {}),
-            "scale": (Scale, {}),
-            "column-sgd": (Scale, {}),
-            "adafactor": (Adafactor, {}),
-            "sgd": (SGD, {"momentum": momentum}),
+        factored = {"state_precision": "factored", "stochastic_rounding": False}
+        table: dict[str, tuple[Any, dict[str, Any]]] = {
+            "smmf": (make, adam | factored),
+            "apollo": (Apollo, adam | projected),
+            "apollo-mini": (Apollo, adam | projected | {"mini": True}),
+            "mlorc": (MLorc, adam | rank),
+            "mofasgd": (MoFaSGD, momentum | rank),
+            "muon": (Muon, momentum | {"adjust_lr_fn": ADJUST_LR}),
+            "muon-8bit": (StoredMuon, momentum | {"store": "8bit"}),
+            "muon-bf16": (StoredMuon, momentum | {"store": "bf16"}),
+            "muon-no-momentum": (StoredMuon, decay | {"momentum": 0.0}),
+            "alice": (Alice, decay | projected),
+            "racs": (Racs, decay),
+            "scale": (Scale, decay),
+            "column-sgd": (Scale, decay),
+            "adafactor": (Adafactor, decay),
+            "sgd": (SGD, momentum),
         }
-        if name == "muon-8bit":  # it holds its momentum in a type of torchao's
-            package("torchao.optim.subclass_8bit", "OptimState8bit", "torchao")
-        make, options = own[name]
-        chosen = make(matrices, **options, **decay)
+        make, options = table.get(name, (make, adam))
+        chosen = make(matrices, **options)
     return WithAdamW(chosen, AdamW(rest, **adam)) if rest else chosen
 
 
-def adam_mini(model: nn.Module, groups: Groups, adam: dict[str, Any]) -> Optimizer:
+def adam_mini(make: Any, model: nn.Module, groups: Groups, adam: dict[str, Any]) -> Optimizer:
     """Adam-mini, which makes its own groups: the names say how second moments are shared."""
     named = [pair for group in groups for pair in group["params"]]
     rates = {name: group["lr"] for group in groups for name, _ in group["params"]}
-    heads, width = model.config.num_attention_heads, model.config.hidden_size  # type: ignore[union-attr]
+    shape: Any = model.config
     source = SimpleNamespace(named_parameters=lambda: named)
-    make = package("pytorch_optimizer", "AdamMini", "pytorch_optimizer")
+    width, heads = shape.hidden_size, shape.num_attention_heads
     made: Optimizer = make(source, num_embeds=width, num_heads=heads, **adam)
     for group in made.param_groups:
         group |= {"lr": rates[group["name"]], "param_names": [group["name"]]}
     return made
 
 
-def ends_betas(config: RunConfig) -> tuple[float, float]:
-    """Those of embeddings, head and norms: where only the matrices are compared, no sweep changes them."""
-    return BETAS if config.terms == "matrices" else config.betas
-
-
-def with_ends(
-    model: nn.Module, matrices: Groups, rest: Groups, momentum: float
-) -> tuple[Groups, Groups]:
+def with_ends(model: Any, matrices: Groups, rest: Groups, momentum: float) -> tuple[Groups, Groups]:
     """Groups of SCALE: matrices with embeddings and head, the latter with momentum; and vectors."""
-    table, lr = model.get_input_embeddings().weight, matrices[0]["lr"]  # type: ignore[operator]
-    ends = [(name, p) for group in rest for name, p in group["params"] if p.ndim == 2]
-    vectors = [[(name, p) for name, p in group["params"] if p.ndim < 2] for group in rest]
-    own = [{"dim": 0} if p is table else {"momentum": momentum} for _, p in ends]
-    matrices = [
-        *matrices,
-        *({"params": [end], "lr": lr} | own for end, own in zip(ends, own, strict=True)),
-    ]
-    rest = [
-        group | {"params": params} for group, params in zip(rest, vectors, strict=True) if params
-    ]
-    return matrices, rest
+    table, lr = model.get_input_embeddings().weight, matrices[0]["lr"]
+    ends, vectors = Groups(), Groups()
+    for group in rest:
+        for name, p in group["params"]:
+            own = {"dim": 0} if p is table else {"momentum": momentum}
+            if p.ndim == 2:
+                ends.append({"params": [(name, p)], "lr": lr} | own)
+        if params := [(name, p) for name, p in group["params"] if p.ndim < 2]:
+            vectors.append(group | {"params": params})
+    return [*matrices, *ends], vectors
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze the parameters in whose names a pattern is found. Raises UserError where none is, or all are."""
+    """Freeze the parameters in whose names a pattern is found.
+
+    Raises UserError where one is found in no name, or where nothing is left to train.
+    """
     for pattern in parse_patterns("freeze", patterns):
         found = [parameter for name, parameter in model.named_parameters() if pattern.search(name)]
         if not found:
@@ -228,7 +228,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 def grouped(
     model: nn.Module, rank: int, rules: Sequence[Rule], *, option: str, strict: bool
 ) -> tuple[Groups, Groups]:
-    """Groups with a rank, and those without. Raises UserError naming the option where that cannot be."""
+    """Groups with a rank, and those without. Raises UserError naming the option at fault."""
     try:
         groups = param_groups(model, rank=rank, rules=rules, strict=strict)
     except ValueError as error:
@@ -244,14 +244,14 @@ def matrices_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def state_bytes(optimizer: Optimizer, parameters: Sequence[nn.Parameter] | None = None) -> int:
-    """Bytes of state that an optimizer holds now in this process, of some parameters or of all."""
+    """Bytes of state that an optimizer has in this process, of some parameters or of all."""
     states = optimizer.state
-    held = states.values() if parameters is None else [states[p] for p in parameters if p in states]
-    return storage_bytes(*tensors_in(list(held)))
+    chosen = states if parameters is None else [p for p in parameters if p in states]
+    return storage_bytes(*tensors_in([states[p] for p in chosen]))
 
 
 def storage_bytes(*tensors: torch.Tensor) -> int:
-    """Bytes of the storages of tensors, each once, with those inside of tensors that wrap others."""
+    """Bytes of the storages of tensors, each once; a wrapper counts what it wraps."""
     storages: dict[int, int] = {}
     for tensor in tensors:
         if hasattr(tensor, "__tensor_flatten__"):
@@ -265,22 +265,13 @@ def storage_bytes(*tensors: torch.Tensor) -> int:
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """All tensors in an optimizer's state: in dicts and lists, and in the objects that peers keep there."""
+    """All tensors in an optimizer's state: in dicts, lists, and objects that peers keep there."""
     if isinstance(value, torch.Tensor):
         return [value]
+    if hasattr(value, "__dict__") and not isinstance(value, type | dict):
+        value = vars(value)
     if isinstance(value, dict):
-        return [tensor for item in value.values() for tensor in tensors_in(item)]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in tensors_in(item)]
-    return (
-        tensors_in(vars(value))
-        if hasattr(value, "__dict__") and not isinstance(value, type)
-        else []
-    )
-
-
-def package(module: str, name: str, package: str) -> Any:
-    """A class of a package. Raises UserError where that is not installed."""
-    missing = f"{name} is in the package {package}, which is not installed here: pip install 'lorapre[bench]'"
-    with user_errors(f"--optimizer: {missing}", ModuleNotFoundError):
-        return getattr(importlib.import_module(module), name)
+        value = list(value.values())
+    if not isinstance(value, list | tuple):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]

@@ -20,7 +20,7 @@ from lorapre_recipes.train.summary import Summary
 def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, **session: Any) -> Summary:
     """Train from scratch, evaluate as it goes, fill the run folder `out`, and print the table.
 
-    The arguments and errors are those of `session.train`; besides, StreamLost where a stream of data broke
+    Arguments and errors are those of `session.train`, and StreamLost where a stream of data broke
     off for good.
     """
     distributed.join()
@@ -36,18 +36,14 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, **sessi
         model=model,
         optimizer=build_optimizer(model, config, parse_rules(config.rules)),
         tokenizer=data.tokenizer,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
+        data=data,
         collate=collate,
-        facts=data.facts,
         resume=resume,
         **session,
     )
-    if distributed.is_main() and data.facts["skipped"]:
+    if distributed.is_main() and (skipped := data.facts["skipped"]):
         record_data(data.facts, out / "data.json")
-        print(
-            f"Skipped {data.facts['skipped']:,} corrupt records of --data {config.data}: they hold no text"
-        )
+        print(f"Skipped {skipped:,} corrupt records of --data {config.data}: they hold no text")
     return summary
 
 
@@ -55,22 +51,21 @@ def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalL
     """A Llama with fresh weights, the same whatever the dtype but for rounding."""
     # The backward pass of torch's fused attention is slow on CPUs in bfloat16.
     slow = config.precision == "bf16" and not torch.accelerator.is_available()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.heads,
-            max_position_embeddings=config.sequence_length,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=end_of_document,
-            pad_token_id=None,
-            attn_implementation="eager" if slow else "sdpa",  # type: ignore[call-arg]
-        )
+    shape = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=config.sequence_length,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=end_of_document,
+        pad_token_id=None,
+        attn_implementation="eager" if slow else "sdpa",  # type: ignore[call-arg]
     )
+    model = LlamaForCausalLM(shape)
     model.to(DTYPES[config.dtype])  # type: ignore[arg-type]
     return model
 
@@ -78,7 +73,7 @@ def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalL
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Stack sequences to (batch, length); the model shifts the labels itself.
 
-    Padding is no label. As tokens it needs no mask: it stands at the end, where no other token looks.
+    Padding is no label. As tokens it needs no mask: it stands at the end, where no other looks.
     """
     tokens = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows])
     return {"input_ids": torch.where(tokens == PADDING, 0, tokens), "labels": tokens}

@@ -13,19 +13,21 @@ damaged/                    checkpoints whose files are no longer those of the m
 model/                      only of adapters, at the end: the model with them merged in
 """
 
+from __future__ import annotations
+
 import hashlib
 import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorapre_recipes.config import RunConfig, UserError, user_errors
-from lorapre_recipes.data import smollm2
 from lorapre_recipes.files import read_json, write_json
-from lorapre_recipes.train import distributed
+
+# torch and transformers take seconds to import. What is at fault with a name is said before.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -33,27 +35,26 @@ PARTIAL = "partial"  # where a checkpoint is while it is written
 DAMAGED = "damaged"
 MANIFEST = "manifest.json"  # the last file of a checkpoint
 MERGED = "model"
+HUB_SECONDS = 5
 
 
 def prepare_folder(
-    out: Path,
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: dict[str, Any],
-    *,
-    resume: bool,
+    out: Path, config: RunConfig, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]
 ) -> None:
     """Make the run folder, or clean one that goes on. Raises UserError where that cannot be."""
     with user_errors(f"--out {out}: this folder cannot be made", OSError):
         out.mkdir(parents=True, exist_ok=True)
     record_data(facts, out / "data.json")
-    if not resume:
-        write_json(out / "config.json", config)
+    write_json(out / "config.json", config)
+    last = last_checkpoint(out)
+    if last is None:
         tokenizer.save_pretrained(out)
-    elif (out / PARTIAL).is_dir():
+    (out / "summary.json").unlink(missing_ok=True)  # where it is, a run has ended
+    if (out / PARTIAL).is_dir():
         shutil.rmtree(out / PARTIAL)
         note = "the run was cut off in a checkpoint; what is left of that is removed, and it"
-        print(f"lorapre: {note} goes on from {last_checkpoint(out)}", file=sys.stderr)
+        where = "starts anew" if last is None else f"goes on from {last}"
+        print(f"lorapre: {note} {where}", file=sys.stderr)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -104,32 +105,45 @@ def sha256(file: Path) -> str:
 
 
 def sound_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint without damage, or None. Newer ones are moved to `damaged`, with a line each."""
-    while (checkpoint := last_checkpoint(run)) is not None and (
-        fault := damage(checkpoint)
-    ) is not None:
+    """The newest checkpoint without damage, or None.
+
+    Newer ones are moved to `damaged`, with a line each.
+    """
+    for checkpoint in reversed(checkpoints(run)):
+        if (fault := damage(checkpoint)) is None:
+            return checkpoint
         aside = run / DAMAGED / checkpoint.name
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(exist_ok=True)
         checkpoint.rename(aside)
         before = last_checkpoint(run)
         then = f"the run goes on from {before}" if before else "there is no other checkpoint"
-        print(
-            f"lorapre: {checkpoint} is damaged ({fault}) and was moved to {aside}; {then}",
-            file=sys.stderr,
-        )
-    return checkpoint
+        note = f"{checkpoint} is damaged ({fault}) and was moved to {aside}; {then}"
+        print(f"lorapre: {note}", file=sys.stderr)
+    return None
 
 
 def model_folder(name: str) -> str:
-    """Where transformers finds a model: of a run folder the newest, all else as it is. Raises UserError."""
+    """Where transformers finds a model: of a run folder the newest, all else as it is.
+
+    Raises UserError where there is no such folder and the hub, asked once, has no such model.
+    """
     run = Path(name).expanduser()
-    if name == smollm2.NAME and not run.exists():
-        return str(smollm2.smollm2_folder())
-    if not run.exists() and name.startswith((".", "/", "~")):
-        raise UserError(f"--model {name}: there is no such folder")
-    if not (run / "data.json").is_file():  # a model's folder, or a name on the hub
-        return str(run) if run.exists() else name
+    if name == "smollm2" and not run.exists():
+        from lorapre_recipes.data.smollm2 import smollm2_folder
+
+        return str(smollm2_folder())
+    if not run.exists():
+        if name.startswith((".", "/", "~")):
+            raise UserError(f"--model {name}: there is no such folder")
+        import huggingface_hub as hub
+
+        with user_errors(f"--model {name}: no such folder, and not on the hub", Exception):
+            if not hub.try_to_load_from_cache(name, "config.json"):
+                hub.model_info(name, timeout=HUB_SECONDS)
+        return name
+    if not (run / "data.json").is_file():
+        return str(run)
     folder = run / MERGED if (run / MERGED).is_dir() else last_checkpoint(run)
     if folder is None:
         raise UserError(f"--model {name}: no checkpoint in this run folder")
@@ -140,22 +154,28 @@ def model_folder(name: str) -> str:
     return str(folder.resolve())
 
 
-def load_run(run: Path, kind: type[C]) -> C:
-    """The config, of this kind, of a run that can go on. Raises UserError where it cannot."""
+def load_run(run: Path, kind: type[C], steps: int | None = None) -> C:
+    """The config, of this kind, of a run that can go on, to the end of `steps` if these are given.
+
+    A run that has no checkpoint yet begins anew. Raises UserError where a run cannot go on.
+    """
+    from lorapre_recipes.train import distributed
+
     if not (run / "config.json").is_file():
         raise UserError(f"--resume {run}: not a run folder, config.json is missing")
     config = kind.load(run / "config.json")
     distributed.join()
     checkpoint = distributed.on_main(lambda: sound_checkpoint(run))
-    if checkpoint is None:
-        raise UserError(
-            f"--resume {run}: no checkpoint in this run folder; start again with a new --out"
-        )
-    if checkpoint_step(checkpoint) >= config.steps and (run / "summary.json").is_file():
-        raise UserError(
-            f"--resume {run}: nothing to do, the run has finished its {config.steps} steps"
-        )
-    return config
+    if checkpoint is None and (run / DAMAGED).is_dir():
+        again = "start again with a new --out"
+        raise UserError(f"--resume {run}: no checkpoint in this run folder; {again}")
+    taken = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    if steps is not None and steps <= taken:
+        raise UserError(f"--steps {steps}: the run has taken {taken} already; give more")
+    if steps is None and taken >= config.steps and (run / "summary.json").is_file():
+        done = f"the run has finished its {config.steps} steps; go on with more --steps"
+        raise UserError(f"--resume {run}: nothing to do, {done}")
+    return config.replace(steps=steps or config.steps)
 
 
 def record_data(facts: dict[str, Any], file: Path) -> None:

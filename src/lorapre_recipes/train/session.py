@@ -1,4 +1,4 @@
-"""A training session of any recipe: from model, optimizer and data to a filled run folder and its table."""
+"""A training session of any recipe: from model, optimizer and data to a filled run folder."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ from lorapre_recipes.train import distributed
 from lorapre_recipes.train.optim import matrices_of, state_bytes
 from lorapre_recipes.train.runs import last_checkpoint, prepare_folder
 from lorapre_recipes.train.summary import Summary, plot_curves, summary_table
-from lorapre_recipes.train.trainer import Bookkeeper, Finished, Progress, RecipeTrainer, metrics_of
+from lorapre_recipes.train.trainer import Bookkeeper, Brake, Finished, Progress, RecipeTrainer
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from lorapre_recipes.data.examples import Examples
+    from lorapre_recipes.data.stream import TokenData
 
 
 def train(
@@ -43,10 +46,8 @@ def train(
     model: PreTrainedModel | PeftModel,
     optimizer: Optimizer,
     tokenizer: PreTrainedTokenizerBase,
-    train_dataset: Any,
-    eval_dataset: Any,
+    data: TokenData | Examples,
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]],
-    facts: dict[str, Any],
     resume: bool = False,
     command: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -55,24 +56,17 @@ def train(
 ) -> Summary:
     """Train, evaluate as it goes, fill the run folder `out`, and print the table.
 
-    Args:
-        config: everything that decides the numbers.
-        out: the run folder; new or empty, or that of the run to go on with.
-        model: with its weights; `optimizer` has all of its parameters that train.
-        optimizer: see `model`.
-        tokenizer: kept with every checkpoint.
-        train_dataset: rows of which `collate` makes batches; so has `eval_dataset`.
-        eval_dataset: see `train_dataset`.
-        collate: see `train_dataset`.
-        facts: of the data (see `runs.record_data`), which must be the same again when a run goes on.
-        resume: go on from the last checkpoint in `out`, whose config `load_run` returned.
-        command: what to write to command.txt.
-        callbacks: more of transformers' trainer callbacks.
-        eval_items: labels in a batch of the evaluation, on average; needed where batches differ in it.
-        **arguments: for TrainingArguments, over those that follow from the config.
+    `optimizer` has all parameters of `model` that train. `collate` makes batches of rows of `data`,
+    whose facts must be the same when a run goes on. With `resume` it does, from the last checkpoint
+    in `out`. `command` is written to command.txt. Where batches of the evaluation differ in the
+    number of labels, `eval_items` is the mean. `arguments` go to TrainingArguments, over those that
+    follow from the config.
 
-    Raises UserError where the run cannot start, Diverged at a loss that is no number, and NotWritten where
-    a checkpoint could not be written.
+    Raises:
+        UserError: the run cannot start.
+        Diverged: the loss is no number.
+        NotWritten: a checkpoint could not be written.
+        KeyboardInterrupt: the run was asked to stop (SIGINT, SIGTERM), and has a checkpoint.
     """
     start = time.perf_counter()
     books = Bookkeeper(optimizer, out / "metrics.jsonl")
@@ -80,7 +74,7 @@ def train(
         gradient_release(model, optimizer)  # type: ignore[arg-type]
 
     # Nothing is written before this line: a mistake leaves no folder behind.
-    distributed.on_main(lambda: prepare_folder(out, config, tokenizer, facts, resume=resume))
+    distributed.on_main(lambda: prepare_folder(out, config, tokenizer, data.facts))
     if command is not None and distributed.is_main():
         append_line(out / "command.txt", command)
     trainer = RecipeTrainer(
@@ -89,36 +83,38 @@ def train(
         model=model,
         args=training_arguments(config, out, **arguments),
         data_collator=collate,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
         processing_class=tokenizer,
         eval_items=eval_items,
     )
-    trainer.optimizer = (
-        optimizer  # the constructor refuses one with FSDP; accelerate gives it the shards
-    )
+    # The constructor refuses one with FSDP; accelerate gives it the shards.
+    trainer.optimizer = optimizer
     trainer.remove_callback(ProgressCallback)
-    progress = Progress()
-    for callback in (progress, books, *callbacks):
+    progress, brake = Progress(), Brake()
+    for callback in (progress, books, *callbacks, brake):
         trainer.add_callback(callback)
     try:
-        trainer.train(resume_from_checkpoint=str(last_checkpoint(out)) if resume else None)
+        with brake:
+            trainer.train(resume_from_checkpoint=str(last_checkpoint(out)) if resume else None)
+        if trainer.state.global_step < config.steps:
+            raise KeyboardInterrupt
     except Finished:
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
     finally:
         if progress.training_bar is not None:  # before anyone says why the run ended
             progress.training_bar.close()
 
-    metrics = metrics_of(trainer.state.log_history)
+    metrics = trainer.metrics()
     last = next(row for row in reversed(metrics) if "validation_loss" in row)
     state = coverage(optimizer)
-    adapters = [
-        p for name, p in model.named_parameters() if "lora_" in name
-    ]  # what peft calls them
-    adamw_bytes = state.adamw_bytes
-    if adapters:  # of the model without them: two moments and a float32 step each
-        adamw_bytes = sum(2 * p.nbytes + 4 for p in {*model.parameters()} - {*adapters})
-    held, adamw_held = distributed.largest(state_bytes(optimizer), adamw_bytes)
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]  # peft's names
+    # Of the model without its adapters: two moments and a float32 step each.
+    dense = sum(2 * p.nbytes + 4 for p in {*model.parameters()} - {*adapters})
+    adamw_bytes = dense if adapters else state.adamw_bytes
+    kibibyte = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte
+    most, adamw_most = distributed.largest(state_bytes(optimizer), adamw_bytes)
     summary = Summary(
         optimizer=config.method,
         parameters=model.num_parameters() - sum(p.numel() for p in adapters),
@@ -129,12 +125,12 @@ def train(
         validation_loss=last["validation_loss"],
         validation_perplexity=last["validation_perplexity"],
         processes=distributed.processes(),
-        state_bytes=held,
+        state_bytes=most,
         matrix_state_bytes=state_bytes(optimizer, matrices_of(model)),
-        adamw_state_bytes=adamw_held,
+        adamw_state_bytes=adamw_most,
         optimizer_share=None if config.release else books.optimizer_seconds / books.step_seconds,
         tokens_per_second=books.steps * last["tokens"] / config.steps / books.step_seconds,
-        peak_bytes=peak_bytes(),
+        peak_bytes=torch.cuda.max_memory_allocated() or resident,
         step_seconds=books.step_seconds,
         wall_seconds=time.perf_counter() - start,
         device=describe_device(model.device),
@@ -187,7 +183,7 @@ def training_arguments(config: RunConfig, out: Path, **changes: Any) -> Training
     return TrainingArguments(**(arguments | changes))
 
 
-# transformers hands it to accelerate. Each layer is a unit: gathered before it computes, freed after.
+# For accelerate. Each layer is a unit: gathered before it computes, freed after.
 FSDP = {
     "version": 2,
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -199,19 +195,15 @@ FSDP = {
 
 def check_machine(config: RunConfig) -> None:
     """Refuse what this machine and these processes cannot do, before any work. Raises UserError."""
-    if (
-        config.precision == "bf16"
-        and torch.cuda.is_available()
-        and not torch.cuda.is_bf16_supported()
-    ):
+    lacks_bf16 = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
+    if config.precision == "bf16" and lacks_bf16:
         raise UserError("--precision: this GPU has no bf16; use fp32")
     available = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for logger in config.report_to:
         if logger not in available:
+            wrong = f"{logger!r} is unknown or not installed"
             names = ", ".join(available) or "none"
-            raise UserError(
-                f"--report-to: {logger!r} is unknown or not installed; available here: {names}"
-            )
+            raise UserError(f"--report-to: {wrong}; available here: {names}")
     count = distributed.processes()
     if config.batch_size % count:
         uneven = f"{count} processes cannot share it evenly; start a number of them that divides it"
@@ -229,14 +221,6 @@ def describe_device(device: torch.device) -> str:
         threads = torch.get_num_threads()
         return f"{times}{threads} CPU thread{'s' * (threads > 1)}"
     return times + (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
-
-
-def peak_bytes() -> int:
-    """The most that this process has held: allocated on its GPU, or else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    kibibyte = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: the table at its end, the picture of its curves, the summary as JSON."""
+"""What a run leaves to look at: the table at its end, the picture of its curves, the summary."""
 
 import dataclasses
 import json
@@ -31,9 +31,7 @@ class Summary:
     state_bytes: int  # of the process that holds most
     matrix_state_bytes: int  # that of attention and MLP matrices, in this process
     adamw_state_bytes: int  # what torch.optim.AdamW would hold there
-    optimizer_share: (
-        float | None
-    )  # of a training step's time, in optimizer.step; None in the backward pass
+    optimizer_share: float | None  # of a step's time, in optimizer.step; None in the backward pass
     tokens_per_second: float  # while training; evaluation and checkpoints left out
     peak_bytes: int  # of the process: allocated on its GPU, or else resident
     step_seconds: float  # all training steps together, without evaluation and checkpoints
@@ -44,20 +42,15 @@ class Summary:
 
 def describe_optimizer(config: OptimizerConfig) -> str:
     """The optimizer and the options that it has, in words."""
-    parts: list[str] = [config.method]
-    if config.rank is not None:
-        parts.append(f"rank {config.rank}")
-    if config.variant is not None:
-        parts.append(config.variant)
-    if config.compress not in (None, "both"):
-        parts.append(f"{config.compress} moment only")
-    if config.release:
-        parts.append("gradients released")
-    if config.dtype != "fp32":
-        parts.append(f"{config.dtype} weights")
-    if getattr(config, "stochastic_rounding", False):
-        parts.append("stochastic rounding")
-    return ", ".join(parts)
+    parts = {
+        f"rank {config.rank}": config.rank is not None,
+        f"{config.variant}": config.variant is not None,
+        f"{config.compress} moment only": config.compress not in (None, "both"),
+        "gradients released": config.release,
+        f"{config.dtype} weights": config.dtype != "fp32",
+        "stochastic rounding": getattr(config, "stochastic_rounding", False),
+    }
+    return ", ".join([config.method, *(words for words, shown in parts.items() if shown)])
 
 
 def summary_table(summary: Summary, config: RunConfig) -> Table:
@@ -102,9 +95,15 @@ def read_metrics(path: Path) -> list[Metric]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
-    """The mean of each value and of `reach` neighbours on either side: centred, so that it does not lag."""
-    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+def smooth(values: Sequence[float]) -> list[float]:
+    """The mean of each value and of as many neighbours on either side, at most two.
+
+    So it does not lag, and keeps both ends. Where values are few they differ by more than noise:
+    fewer than 40 stay as they are, fewer than 80 have one neighbour.
+    """
+    last, most = len(values) - 1, min(2, len(values) // 40)
+    reaches = [min(most, i, last - i) for i in range(len(values))]
+    windows = (values[i - reach : i + reach + 1] for i, reach in enumerate(reaches))
     return [sum(window) / len(window) for window in windows]
 
 
@@ -146,10 +145,11 @@ def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path:
     right = axes.secondary_yaxis("right")
     right.set_yticks([math.log(tick) for tick in ticks], [f"{tick:,}" for tick in ticks])
     right.set_ylabel("perplexity")
+    batch = f"{config.sequences_per_step} × {config.sequence_length} tokens"
     axes.set_title(
-        f"{describe_optimizer(config)}: {short(parameters)} parameters on {Path(config.data).name}\n"
-        f"lr {config.lr:g} (matrices × {config.scale:g}), {config.steps:,} steps of "
-        f"{config.sequences_per_step} × {config.sequence_length} tokens, seed {config.seed}",
+        f"{describe_optimizer(config)}: {short(parameters)} parameters on "
+        f"{Path(config.data).name}\nlr {config.lr:g} (matrices × {config.scale:g}), "
+        f"{config.steps:,} steps of {batch}, seed {config.seed}",
         fontsize=10,
     )
     figure.savefig(path, dpi=150)

@@ -1,22 +1,23 @@
-"""transformers.Trainer with a clock, metrics.jsonl, a progress bar and checkpoints that are complete.
+"""transformers.Trainer with a clock, metrics.jsonl, a progress bar and complete checkpoints.
 
-The loop, checkpoints, resuming, mixed precision, accumulation and loggers are transformers.Trainer's.
+The loop, checkpoints, resuming, mixed precision, accumulation and loggers are the Trainer's.
 """
 
 import json
 import math
+import os
 import shutil
+import signal
+import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import (  # type: ignore[import-untyped]
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-)
-from rich.console import Console
+from accelerate import DistributedType  # type: ignore[import-untyped]
+from accelerate import FullyShardedDataParallelPlugin as FSDPPlugin
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
@@ -45,10 +46,43 @@ class Finished(Exception):
     """There is no step left to take: the run was cut off after its last checkpoint."""
 
 
+class Brake(TrainerCallback):
+    """SIGINT and SIGTERM end the run after its step, with a checkpoint; a second one at once.
+
+    A context manager: the signals have their old meaning again behind its block.
+    """
+
+    def __enter__(self) -> None:
+        self._asked: float | None = None
+        # Only the main thread may take signals.
+        ours = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGINT, signal.SIGTERM) if ours else ()
+        self._before = {number: signal.signal(number, self._ask) for number in signals}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_: object) -> None:
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+            if distributed.is_main():  # not print: the signal may have come amid another one
+                os.write(2, b"\nlorapre: ends after this step, with a checkpoint; again: at once\n")
+        elif now - self._asked > 1:  # torchrun repeats what the terminal has sent to all
+            raise KeyboardInterrupt
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Log, save and stop where any process was asked to."""
+        if distributed.anyone(self._asked is not None):
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
 class Bookkeeper(TrainerCallback):
     """Times the steps, keeps metrics.jsonl, and takes up both where a checkpoint left them.
 
-    `step_seconds` leave out evaluation and checkpoints; `optimizer_seconds` of them are in optimizer.step.
+    `step_seconds` leave out evaluation and checkpoints. Of them `optimizer_seconds` are in
+    optimizer.step.
     """
 
     def __init__(self, optimizer: Optimizer, file: Path) -> None:
@@ -73,7 +107,7 @@ class Bookkeeper(TrainerCallback):
         self.steps += 1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Forget what an interrupted session logged after its last checkpoint: it will be logged again."""
+        """Forget what an earlier session logged after its last checkpoint: it will come again."""
         if distributed.is_main():
             write_lines(self.file, metrics_of(state.log_history))
         for entry in state.log_history:
@@ -82,13 +116,13 @@ class Bookkeeper(TrainerCallback):
                 self.optimizer_seconds = entry["optimizer_seconds"]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take no step more than there are: the trainer takes one before it looks. Raises Finished."""
+        """Raises Finished where no step is left: the trainer takes one before it looks."""
         if state.global_step >= state.max_steps:
             raise Finished
 
 
 def now() -> float:
-    """Seconds. Waits for an accelerator, whose work would else be booked on whoever waits for it next."""
+    """Seconds, when an accelerator is done: else who waits for it next would get its time."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
@@ -100,29 +134,27 @@ class RecipeTrainer(Trainer):
     def __init__(
         self, config: RunConfig, books: Bookkeeper, *, eval_items: float | None, **kwargs: Any
     ) -> None:
-        self.recipe, self.books, self._saving = config, books, False
+        self.recipe, self.books = config, books
         super().__init__(**kwargs)
         self.eval_items = eval_items
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Let accelerate know FSDP2 on CPUs too: torch has it, but accelerate puts it aside there."""
+        """FSDP2 on CPUs too: torch has it, but accelerate puts it aside there."""
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         if self.recipe.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.fsdp_plugin = FSDPPlugin(**self.args.fsdp_plugin_args)
             if self.recipe.precision == "bf16":
                 state.fsdp_plugin.set_mixed_precision("bf16")
             state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
     def _get_output_dir(self, trial: Any) -> str:
-        run = super()._get_output_dir(trial)
-        return str(Path(run) / PARTIAL) if self._saving else run
+        return str(self.books.file.parent / PARTIAL)  # aside, until a checkpoint is complete
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint, and rename it to its name when every process has written its part."""
         run, name = self.books.file.parent, f"checkpoint-{self.state.global_step}"
-        self._saving = True  # aside, until it is complete
         try:
             super()._save_checkpoint(model, trial)
             distributed.barrier()
@@ -136,35 +168,35 @@ class RecipeTrainer(Trainer):
                 shutil.rmtree(run / PARTIAL, ignore_errors=True)
             room = f"the disk has {free:,.0f} MiB left"
             raise NotWritten(f"{name} could not be written ({one_line(error)}); {room}") from error
-        finally:
-            self._saving = False
         if distributed.is_main():
             (run / PARTIAL / name).rename(run / name)
             for old in checkpoints(run)[:-KEPT]:
                 old.rename(run / PARTIAL / old.name)  # out of the way before it is incomplete
             shutil.rmtree(run / PARTIAL)
+        distributed.barrier()  # torchrun ends all where one has left: here it is complete
 
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        """Write what the Trainer writes, but for training_args.bin: a pickle, which nothing here reads."""
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """What the Trainer writes, but for training_args.bin: a pickle, which nothing reads."""
         super()._save(output_dir, state_dict)
-        folder = output_dir or self.args.output_dir
-        assert folder is not None
-        (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        folder = Path(output_dir or self.books.file.parent)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with user_errors(f"--resume: {checkpoint} does not fit this run", ValueError):
             super()._load_optimizer_and_scheduler(checkpoint)
 
+    def metrics(self) -> list[Metric]:
+        """The lines of metrics.jsonl."""
+        return metrics_of(self.state.log_history)
+
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """In evaluation, weigh tokens alike, not batches: the mean over batches is then that over tokens."""
+        """In evaluation, weigh tokens alike: the mean over batches is then that over tokens."""
         if not model.training and self.eval_items is not None:
             kwargs["num_items_in_batch"] = torch.tensor(self.eval_items, device=self.args.device)
         return super().compute_loss(model, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log to the trainer's history, loggers and metrics.jsonl. Raises Diverged at a loss of nan, inf."""
+        """Log to history, loggers and metrics.jsonl. Raises Diverged at a loss of nan or inf."""
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
         counted = self.state.num_input_tokens_seen  # where sequences differ in length
         logs["tokens"] = counted or self.state.global_step * self.recipe.tokens_per_step
@@ -187,18 +219,11 @@ class Progress(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar, at the checkpoint's step."""
-        if not state.is_world_process_zero:
-            return
-        self.training_bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.2
-            if Console(stderr=True).is_terminal
-            else 10,  # a log file needs no animation
-        )
         self.current_step = state.global_step
+        if state.is_world_process_zero:
+            often = 0.2 if sys.stderr.isatty() else 10  # a log file needs no animation
+            shape = {"initial": state.global_step, "total": state.max_steps, "unit": "step"}
+            self.training_bar = tqdm(dynamic_ncols=True, mininterval=often, **shape)
 
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
         """Draw nothing: an evaluation takes a second or two."""
@@ -210,31 +235,32 @@ class Progress(ProgressCallback):
         if "loss" in logs:
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
         if "eval_loss" in logs:
-            step = f"{state.global_step:>{len(str(state.max_steps))}}"
-            self.training_bar.write(
-                f"step {step}  validation perplexity {logs['eval_perplexity']:.2f}"
-            )
+            step = f"step {state.global_step:>{len(str(state.max_steps))}}"
+            perplexity = f"validation perplexity {logs['eval_perplexity']:.2f}"
+            self.training_bar.write(f"{step}  {perplexity}")
 
 
-# Names in metrics.jsonl of what the trainer's history names otherwise.
-RENAMED = {
-    "learning_rate": "lr",
-    "eval_loss": "validation_loss",
-    "eval_perplexity": "validation_perplexity",
-}
-METRICS = ("loss", "grad_norm", "step_seconds", "optimizer_seconds", *RENAMED)
+METRICS: tuple[str, ...] = (
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "step_seconds",
+    "optimizer_seconds",
+)
+METRICS += ("eval_loss", "eval_perplexity")
 
 
 def metrics_of(history: Iterable[dict[str, Any]]) -> list[Metric]:
-    """The lines of metrics.jsonl for the entries of the trainer's history, without its closing statistics."""
-    return [
-        {"step": entry["step"], "tokens": entry["tokens"]}
-        | {
-            RENAMED.get(name, name): entry[name]
+    """Entries of the trainer's history as lines of metrics.jsonl, but for its closing ones."""
+    rows = []
+    for entry in history:
+        row = {
+            name.replace("eval_", "validation_").replace("learning_rate", "lr"): entry[name]
             for name in METRICS
-            # No norm is finite where gradients are released.
-            if name in entry and (name != "grad_norm" or math.isfinite(entry[name]))
+            if name in entry
         }
-        for entry in history
-        if "loss" in entry or "eval_loss" in entry
-    ]
+        if not math.isfinite(row.get("grad_norm", 0.0)):  # as where gradients are released
+            del row["grad_norm"]
+        if "loss" in entry or "eval_loss" in entry:
+            rows.append({"step": entry["step"], "tokens": entry["tokens"]} | row)
+    return rows
