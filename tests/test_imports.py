@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"backends", "sharding", "variants"},
     {"batch", "checkpoints", "options", "report"},
     {"optimizers"},
-    {"integrations", "release"},
+    {"integrations", "migration", "release"},
 ]
 # Files that are one unit with another: they are loaded when a DTensor or a kernel is wanted.
 UNITS = {"backends.c": "backends", "backends.triton": "backends"}
