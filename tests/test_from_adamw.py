@@ -204,8 +204,8 @@ def test_muon_goes_on_from_adamw_and_adamw_beside_muon_from_its_own() -> None:
     beside = AdamW(params[1:], betas=(0.9, 0.95))
     descend(beside, params[1:], 2)
     optimizer = CASES["muon-calibrated"].make(params)
-    from_adamw(optimizer, muon.state_dict(), like=muon)
-    from_adamw(optimizer, beside.state_dict(), like=beside)
+    assert from_adamw(optimizer, muon.state_dict(), like=muon) == ["parameter 1 of its group"]
+    assert from_adamw(optimizer, beside.state_dict(), like=beside) == ["parameter 0 of its group"]
     s = optimizer.state[params[0]]
     torch.testing.assert_close(s["m_B"] @ s["m_A"], muon.state[params[0]]["momentum_buffer"] / 0.05)
     assert_same(optimizer.state[params[1]]["exp_avg"], beside.state[params[1]]["exp_avg"])
@@ -315,6 +315,7 @@ def test_muon_takes_the_momentum_back_and_another_rank() -> None:
     s = optimizer.state[params[0]]
     muon = Muon(params, momentum=0.9)
     muon.load_state_dict(to_adamw(optimizer, muon))
+    assert set(muon.state[params[0]]) == {"momentum_buffer"}
     torch.testing.assert_close(muon.state[params[0]]["momentum_buffer"], s["m_B"] @ s["m_A"] * 0.1)
     other, others = migrated(CASES["muon-subspace"], params, optimizer, rank=4, momentum=0.9)
     new = other.state[others[0]]
@@ -429,6 +430,7 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing() -> None:
     refused(optimizer, spoiled(4, exp_avg=torch.ones(3, 3)), r"parameter '2.weight' of shape \(24, 24\)")
     refused(optimizer, spoiled(4, exp_avg_sq=None), "parameter '2.weight' of shape")
     refused(optimizer, spoiled(4, step=None), "parameter '2.weight' of shape")
+    from_adamw(optimizer, spoiled(4, step=2))  # torch 1 kept a number
     others = nn.Sequential(nn.Linear(16, 24), nn.Linear(16, 24))
     foreign = AdamW([("1.bias", others[1].bias), ("other.weight", others[0].weight)])
     for p in others.parameters():
@@ -438,7 +440,9 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing() -> None:
     nameless = AdamW(net.parameters(), lr=0.01)
     learn(nameless, net)
     refused(optimizer, nameless.state_dict(), r"no names, and groups of \[8\] parameters instead of .*like=")
-    refused(optimizer, foreign.state_dict(), r"like has a parameter of \(24,\) that optimizer", like=foreign)
+    refused(
+        optimizer, foreign.state_dict(), r"like has a parameter of \(24,\) that optimizer lacks", like=foreign
+    )
     momentum = torch.optim.SGD(net.named_parameters(), lr=0.01, momentum=0.9)
     learn(momentum, net)
     refused(optimizer, momentum.state_dict(), "does not fit parameter '0.weight'")
@@ -449,13 +453,15 @@ def test_muons_have_no_second_moment() -> None:
     matrices = [p for _, p in params]
     muon = Muon(params)
     train(muon, matrices, 2)
-    refused(CASES["adam-split"].make(params), muon.state_dict(), "parameter 'a' needs a second moment")
-    refused(CASES["muon-calibrated"].make(params), muon.state_dict(), "parameter 'b' needs a second moment")
+    refused(CASES["adam-split"].make(params), muon.state_dict(), "parameter 'a' needs a second moment, of")
+    refused(
+        CASES["muon-calibrated"].make(params), muon.state_dict(), "parameter 'b' needs a second moment, of"
+    )
     optimizer = CASES["muon-calibrated"].make(params)
     train(optimizer, matrices, 2)
-    with pytest.raises(ValueError, match="parameter 'a' needs a second moment"):
+    with pytest.raises(ValueError, match="parameter 'a' needs a second moment, of"):
         to_adamw(optimizer, AdamW(params))
-    with pytest.raises(ValueError, match="adamw has parameter 'c', which optimizer has not"):
+    with pytest.raises(ValueError, match="adamw has parameter 'c', which optimizer lacks"):
         to_adamw(optimizer, AdamW([("c", nn.Parameter(torch.zeros(2)))]))
 
 

@@ -29,44 +29,51 @@ SECOND = ("exp_avg_sq", "v_row", "v_col", "v_B")  # v_row before v_B, which "sub
 @torch.no_grad()
 def from_adamw(
     optimizer: LoRAPreOptimizer, state_dict: Mapping[str, Any], like: Optimizer | None = None
-) -> None:
-    """Give `optimizer` the moments of another optimizer to go on from.
+) -> list[str]:
+    """Let `optimizer` go on from the moments of another one.
 
-    A dense weight takes them as they are. A factorised one takes a rank-r approximation of the
-    first moment and, of the second, what its variant keeps. The number of the step is carried over;
-    options stay those of `optimizer`. Parameters without a saved state keep what they have: Muon
-    and the AdamW beside it take two calls.
+    A dense weight takes them as they are. A factorised weight takes a rank-r approximation of the
+    first moment, and of the second what its variant keeps. The number of steps is carried over. The
+    options stay those of `optimizer`.
 
     Args:
         optimizer: a `LoRAPreAdamW` or `LoRAPreMuon`.
         state_dict: of torch.optim.AdamW, of torch.optim.Muon, or of ours with any rank and variant.
-            Parameters are matched by names where both sides have them, else by order.
+            Its parameters are matched by names where both sides have them, else by order.
         like: an optimizer of the same parameters, made as the saved one was. It tells whose each
             state is where `state_dict` has no names and another order. It needs no state itself.
 
+    Returns:
+        The parameters of which `state_dict` has no state, by name. They keep what they have, so a
+        second call can add the AdamW that runs beside Muon.
+
     Raises:
         ValueError: a state does not fit its parameter, lacks the second moment that is needed, or
-            has no parameter. The message names it, and nothing has changed.
+            belongs to none. The message names it, and nothing has changed.
     """
     result, own = _layout(optimizer)
     for p, state, source in _matched(state_dict, like or optimizer):
         if p not in own:
-            raise ValueError(f"like has a parameter of {tuple(p.shape)} that optimizer has not")
-        group, name, key, packed = own[p]
+            raise ValueError(f"like has a parameter of {tuple(p.shape)} that optimizer lacks")
+        group, name, key, packed = own.pop(p)
         new = _converted(p, state, source, group, name)
         result["state"][key] = {**result["state"].get(key, {}), **new}
         packed["made_for"] = meaning(group)
     optimizer.load_state_dict(result)
+    return [name for _, name, *_ in own.values()]
 
 
 @torch.no_grad()
 def to_adamw(optimizer: LoRAPreOptimizer, adamw: Optimizer) -> dict[str, Any]:
-    """The state_dict with which `adamw` goes on from the moments of `optimizer`, both in full.
+    """Make the state_dict with which `adamw` goes on from the moments of `optimizer`.
 
     Args:
         optimizer: a `LoRAPreAdamW` or `LoRAPreMuon`.
         adamw: a torch.optim.AdamW or torch.optim.Muon of all or some of the same parameters, in any
-            order. It stays as it is, and the result has its options.
+            order. It stays as it is.
+
+    Returns:
+        The moments in full, and the options of `adamw`; for its `load_state_dict`.
 
     Raises:
         ValueError: `optimizer` lacks a parameter, or the second moment that AdamW needs, as Muon
@@ -75,7 +82,7 @@ def to_adamw(optimizer: LoRAPreOptimizer, adamw: Optimizer) -> dict[str, Any]:
     (result, theirs), (_, own) = _layout(adamw), _layout(optimizer)
     for p, (group, name, key, _) in theirs.items():
         if p not in own:
-            raise ValueError(f"adamw has {name}, which optimizer has not")
+            raise ValueError(f"adamw has {name}, which optimizer lacks")
         if state := optimizer.state.get(p):
             new = _converted(p, state, own[p][0], group, own[p][1])
             new = {k: sharding.place(p, False, "exp_avg", x) for k, x in new.items()}
@@ -95,7 +102,7 @@ def _layout(optimizer: Optimizer) -> tuple[dict[str, Any], dict[Tensor, tuple[An
 def _matched(
     state_dict: Mapping[str, Any], like: Optimizer
 ) -> Iterator[tuple[Tensor, Mapping[str, Any], Mapping[str, Any]]]:
-    """(parameter, its state, the group it was saved in) of all that has a state."""
+    """(parameter, its state, the group that it was saved in) of all that has a state."""
     groups = state_dict["param_groups"]
     saved = [(key, group) for group in groups for key in group["params"]]
     params = [p for group in like.param_groups for p in group["params"]]
@@ -117,14 +124,14 @@ def _matched(
 
 
 def _names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of all parameters in order; none unless all have one, as key or in the group."""
+    """Names of all parameters in order, of the group or as keys; none unless all have one."""
     names = [x for group in groups for x in group.get("param_names") or group["params"]]
     return names if all(isinstance(x, str) for x in names) else []
 
 
 def _shapes(group: Mapping[str, Any], shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the state in a group of ours, of torch.optim.Muon or of AdamW."""
-    if "algorithm" in group:  # torch's groups may carry other options of ours, such as a rank
+    if "algorithm" in group:  # a rank alone may be in torch's groups too
         return state_shapes(group, shape)
     return {"momentum_buffer": tuple(shape)} if "ns_steps" in group else state_shapes({}, shape)
 
@@ -141,12 +148,17 @@ def _converted(
             f"state_dict does not fit {name} of shape {tuple(p.shape)}: saved was {found}, and "
             f"{expected} was expected"
         )
-    s = {k: _whole(state[k]).to(p.device) for k in found}
+    s = {
+        k: torch.as_tensor(x.full_tensor() if sharding.is_spread(x) else x).to(p.device)
+        for k, x in state.items()
+        if k in found
+    }
     t, matrices = float(s.get("step", 0.0)), matrix_shape(p.shape, target.get("flatten", False))
     first, second = (next((k for k in names if k in s), "") for names in (FIRST, SECOND))
     if not second and any(k in SECOND for k in wanted):
-        raise ValueError(f"{name} needs a second moment, which Muon does not keep")
-    new = {"step": torch.tensor(t, dtype=torch.float32, device="cpu")}
+        raise ValueError(f"{name} needs a second moment, of which Muon keeps none")
+    step = torch.tensor(t, dtype=torch.float32, device="cpu")
+    new = {"step": step} if "step" in wanted else {}  # torch's Muon has none
     with exact_products(p.device):
         moments = {first: s[first] if first != "m_B" else s["m_B"] @ s["m_A"]}
         if second:
@@ -166,10 +178,6 @@ def _converted(
     return new
 
 
-def _whole(x: Any) -> Tensor:
-    return torch.as_tensor(x.full_tensor() if sharding.is_spread(x) else x)
-
-
 def _second(s: Mapping[str, Tensor], k: float) -> Tensor:
     """The second moment in full, as its variant has it, with k = 1 - beta2**t."""
     if "v_row" not in s:
@@ -186,7 +194,7 @@ def _second(s: Mapping[str, Tensor], k: float) -> Tensor:
 
 def _share(key: str, group: Mapping[str, Any], t: float) -> float:
     """What a moment shows of a constant gradient of one after t steps: less where it is biased."""
-    if key == "momentum_buffer":  # its age is not known
+    if key == "momentum_buffer":  # torch's Muon keeps no step
         return 1.0
     if key == "m_B" and group["algorithm"] == "muon":
         return 1 / (1 - float(group["momentum"]))
