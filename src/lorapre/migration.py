@@ -15,9 +15,9 @@ from lorapre import sharding
 from lorapre.checkpoints import meaning
 from lorapre.gradient import Factors, Gradient, wide
 from lorapre.groups import matrix_shape, names_of, state_shapes
-from lorapre.linalg import exact_products
+from lorapre.linalg import debias, exact_products
 from lorapre.optimizers import LoRAPreOptimizer
-from lorapre.variants import debias, finite_or_zero, first_A, follow_ema, positive
+from lorapre.variants import finite_or_zero, first_A, follow_ema, positive
 
 __all__ = ["from_adamw", "to_adamw"]
 
