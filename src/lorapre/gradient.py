@@ -232,7 +232,7 @@ class Gradient:
                 adamw_(w, g, M, n, i, float(lr), float(decay), eps)
             else:
                 m, v = moments(M, n, i, g)
-                self._move_(w, m.div_(v.sqrt_().add_(eps)), at(lr, n), at(decay, n))
+                self._move_(w, m, at(lr, n), at(decay, n), root=v.sqrt_().add_(eps))
             self._store_(weights, n, i, w, keys)
         return (rows, columns) if sums else None
 
@@ -276,11 +276,16 @@ class Gradient:
         return g.abs() if self.absolute else g
 
     @staticmethod
-    def _move_(w: Tensor, update: Tensor, lr: Number, decay: Number) -> None:
-        """w <- decay w - lr update, in place."""
+    def _move_(w: Tensor, m: Tensor, lr: Number, decay: Number, root: Tensor | None = None) -> None:
+        """w <- decay w - lr m / root, in place."""
         if isinstance(decay, Tensor) or decay != 1:
             w.mul_(decay)
-        add_(w, -lr, update)
+        if root is None:
+            add_(w, -lr, m)
+        elif isinstance(lr, Tensor):
+            w.addcdiv_(m.mul_(-lr), root)
+        else:
+            w.addcdiv_(m, root, value=-lr)
 
     def _store_(
         self, weights: Sequence[Tensor], n: slice, i: slice, w: Tensor, keys: Tensor | None
