@@ -39,7 +39,7 @@ def evaluate(model: str, *, changes: dict[str, Any]) -> None:
     recipe(config)
 
 
-@options(PretrainConfig, without=OWN, preset=True)
+@options(PretrainConfig, without=OWN, preset="llama-1m")
 def compare(
     *,
     preset: str = "llama-1m",
