@@ -1,7 +1,8 @@
-"""Fill a page anew with what its blocks name: python docs/console.py docs/scaling.md.
+"""Fill a page anew with what it names: python docs/console.py docs/scaling.md.
 
-Below each `$ lorapre ...` line goes what the command prints. A row of a table that begins with a `lorapre plan` command
-gets its memory. A block with the title of a source file gets the functions that it quotes, as they are there now.
+* Below each `$ lorapre ...` line goes what the command prints.
+* A row of a table that begins with a `lorapre plan` command gets the memory of its last mesh.
+* A block with the title of a source file gets the functions that it quotes, as they are there now.
 """
 
 import ast
