@@ -1,7 +1,8 @@
-"""Fill a page anew with what its blocks name: python docs/console.py docs/scaling.md.
+"""Fill a page anew with what it names: python docs/console.py docs/scaling.md.
 
-Below each `$ lorapre ...` line goes what the command prints; a block with the title of a source file gets the
-functions that it quotes, as they are there now.
+* Below each `$ lorapre ...` line goes what the command prints.
+* A row of a table that begins with a `lorapre plan` command gets the memory of its last mesh.
+* A block with the title of a source file gets the functions that it quotes, as they are there now.
 """
 
 import ast
@@ -16,13 +17,26 @@ from unittest import mock
 from lorapre_recipes import cli
 
 BLOCK = re.compile(r"^```console\n\$ (lorapre (?:[^\n]*\\\n)*[^\n]*\n).*?^```$", re.MULTILINE | re.DOTALL)
+ROW = re.compile(r"^\| `(lorapre plan [^`\n]*)` \|.*$", re.MULTILINE)
+FIGURES = "optimizer state", "torch.optim.AdamW's state", "peak, no activations"  # the columns of such a row
 QUOTE = re.compile(r"^```python title=\"(src/[^\"]+)\"\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ROOT = Path(__file__).parents[1]
 
 
 def rerun(page: str) -> str:
-    """The page with every console block filled anew. Raises RuntimeError where a command fails."""
-    return BLOCK.sub(lambda block: f"```console\n$ {block[1]}{output(block[1])}```", page)
+    """The page with every console block and row of memory made anew.
+
+    Raises RuntimeError where a command fails.
+    """
+    page = BLOCK.sub(lambda block: f"```console\n$ {block[1]}{output(block[1])}```", page)
+    return ROW.sub(lambda row: " | ".join((f"| `{row[1]}`", *memory(row[1]))) + " |", page)
+
+
+def memory(command: str) -> list[str]:
+    """The figures of the last column that a `lorapre plan` command prints."""
+    rows = [re.split(" {2,}", line) for line in output(command).splitlines()]
+    last = {row[0]: row[-1] for row in rows}
+    return [last[name] for name in FIGURES]
 
 
 def output(command: str) -> str:
