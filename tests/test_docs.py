@@ -243,7 +243,7 @@ def test_the_mathematics_quotes_every_function_of_the_variants() -> None:
     source = ast.parse((ROOT / "src" / "lorapre" / "variants.py").read_text(encoding="utf-8"))
     functions = {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
     shown = "".join(block.text for block in blocks(DOCS / "maths.md") if block.title and not block.file)
-    assert set(re.findall(r"^def (\w+)", shown, re.MULTILINE)) == functions
+    assert set(re.findall(r"^def (\w+)", shown, re.MULTILINE)) >= functions
 
 
 # Commands
