@@ -45,7 +45,7 @@ class Ema(NamedTuple):
         """How far E moves towards x."""
         if self.finite is None:
             return 1 - self.beta
-        return self.finite[:, None, None] * (1 - self.beta)
+        return self.finite[:, None, None].to(self.t.dtype) * (1 - self.beta)
 
     @property
     def scale(self) -> Tensor:
