@@ -229,8 +229,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         weight_decay: decoupled, as in AdamW.
         rank: r, or None for dense AdamW.
         scale: factor on the update of the factorised weights alone (the paper trains with 0.25).
-        variant: "split", "subspace", "calibrated" or "paper" (as printed); docs/maths.md has the
-            differences.
+        variant: "split", "subspace", "calibrated" or "paper" (as printed); see docs/maths.md.
         compress: which moments are factorised: "both" or, but for "split", "first" or "second".
         maximize: ascend instead.
         nonfinite: what a NaN or infinite gradient does: "propagate" as in torch, or "skip" the step
@@ -299,8 +298,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
             sqrt(max(1, p / q)), "match_rms_adamw" is 0.2 sqrt(max(p, q)), with which AdamW's
             learning rates carry over.
         rank: r, or None for dense AdamW.
-        variant: "calibrated", "paper" (as printed) or "subspace"; docs/maths.md has the
-            differences.
+        variant: "calibrated", "paper" (as printed) or "subspace"; see docs/maths.md.
         adamw_lr: learning rate of the dense weights, None for lr. A group with `rank=None` takes it
             as its lr unless it names its own. Dense weights inside a factorised group keep the
             ratio adamw_lr / lr that they start with, under every scheduler (docs/choose.md).
@@ -349,8 +347,8 @@ class LoRAPreMuon(LoRAPreOptimizer):
             ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn,
             rank=rank, variant=variant, adamw_lr=adamw_lr, adamw_betas=adamw_betas,
             adamw_eps=adamw_eps, adamw_weight_decay=adamw_weight_decay, maximize=maximize,
-            nonfinite=nonfinite,
-            stochastic_rounding=stochastic_rounding, seed=seed, dense_ratio=1.0,
+            nonfinite=nonfinite, stochastic_rounding=stochastic_rounding, seed=seed,
+            dense_ratio=1.0,
         )  # fmt: skip
         super().__init__(params, defaults)
 
