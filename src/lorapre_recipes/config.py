@@ -236,6 +236,9 @@ class RunConfig(OptimizerConfig):
     held_out_every: Annotated[int, "one document or example in so many is held out."]
     checkpoints: Annotated[int, "how many checkpoints are written; the last two are kept."]
     precision: Annotated[Precision, "of matrix products, whatever the weights have."] = "fp32"
+    chunked_loss: Annotated[
+        bool, "take the loss of some positions at a time: logits of a batch never exist."
+    ] = True
     compile: Annotated[bool, "put the model through torch.compile."] = False
     report_to: Annotated[
         tuple[str, ...], "an installed logger: tensorboard, trackio, wandb; may be repeated."
