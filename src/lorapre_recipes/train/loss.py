@@ -1,8 +1,7 @@
-"""The loss of a causal language model without the logits of a whole batch.
+"""The loss of a causal language model in chunks of positions: logits of a batch never exist.
 
-With a large vocabulary logits and their gradients are the largest activation. Here head and cross
-entropy take some positions at a time, and again in the backward pass. The chunks of torch 2.13's
-`linear_cross_entropy` do the same, but sum the loss of bfloat16 in bfloat16: it is off by percents.
+Each chunk is computed again in the backward pass. torch 2.13's `linear_cross_entropy` has chunks
+too, but sums the loss of bfloat16 weights in bfloat16: it is percents off.
 """
 
 import inspect
@@ -15,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-IGNORED = -100  # the label of a position without loss
+from lorapre_recipes.data.examples import IGNORED
 
 
 class LogitsChanged(Exception):
@@ -63,20 +62,13 @@ class ChunkedLoss:
         if shifted is None:
             shifted = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
         count = options.get("num_items_in_batch")
-        if count is None:
-            count = (shifted != IGNORED).sum()
+        count = (shifted != IGNORED).sum() if count is None else count
         total = summed_loss(logits.flatten(0, -2), self.head, shifted.flatten())
         return total / torch.as_tensor(count, device=total.device)
 
 
 def summed_loss(x: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
-    """Cross entropy of head(x) (positions, vocabulary), summed over positions with a label.
-
-    Args:
-        x: (positions, width).
-        head: its weight is (vocabulary, width).
-        labels: (positions,), -100 where there is none.
-    """
+    """Cross entropy of head(x), x (positions, width), summed over the labels (positions,)."""
 
     def of_some(x: Tensor, labels: Tensor) -> Tensor:
         logits = F.linear(x, head.weight, head.bias).float()
@@ -84,5 +76,5 @@ def summed_loss(x: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
 
     size = max(1, x.numel() // head.out_features)  # logits take as much memory as x
     parts = zip(x.split(size), labels.split(size), strict=True)
-    how = {"use_reentrant": False, "preserve_rng_state": False}
+    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     return torch.stack([checkpoint(of_some, *part, **how) for part in parts]).sum()
