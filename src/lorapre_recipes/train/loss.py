@@ -31,7 +31,7 @@ class ChunkedLoss:
     def __init__(self, model: nn.Module) -> None:
         # The model of transformers within DDP, peft and so on.
         self.model: Any = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
-        self.head: Any = self.model.get_output_embeddings()
+        self.head: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.hidden: Tensor | None = None
 
     def applies(self) -> bool:
@@ -47,13 +47,13 @@ class ChunkedLoss:
         del self.head.forward, self.model._loss_function
         self.hidden = None
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def skip(self, hidden: Tensor) -> Tensor:
         """In place of the head's forward."""
         self.hidden = hidden
         return hidden
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def loss(self, logits: Tensor, labels: Tensor, *_: Any, **options: Any) -> Tensor:
         """In place of `ForCausalLMLoss`, with its arguments."""
         if logits is not self.hidden:
@@ -75,6 +75,6 @@ def summed_loss(x: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
     size = max(1, x.numel() // head.out_features)  # logits take as much memory as x
-    parts = zip(x.split(size), labels.split(size), strict=True)
+    parts = zip(torch.split(x, size), torch.split(labels, size), strict=True)
     how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     return torch.stack([checkpoint(of_some, *part, **how) for part in parts]).sum()

@@ -138,7 +138,7 @@ class RecipeTrainer(Trainer):
         self.recipe, self.books = config, books
         super().__init__(**kwargs)
         self.eval_items = eval_items
-        self.chunks = ChunkedLoss(self.model)
+        self.chunks = ChunkedLoss(kwargs["model"])
         self.chunked = config.chunked_loss and self.chunks.applies()
 
     def create_accelerator_and_postprocess(self) -> None:
