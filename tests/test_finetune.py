@@ -1,5 +1,6 @@
 """`lorapre finetune`: each method, resuming, what the loss counts, packing, release, a user's mistakes."""
 
+import contextlib
 import json
 import random
 import sys
@@ -9,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -27,6 +29,7 @@ from lorapre_recipes.train.finetune import (
     load_tokenizer,
     with_optimizer,
 )
+from lorapre_recipes.train.loss import ChunkedLoss, LogitsChanged
 from lorapre_recipes.train.runs import last_checkpoint, load_run, model_folder
 from lorapre_recipes.train.session import training_arguments
 from tiny_runs import Interrupt, losses
@@ -187,6 +190,40 @@ def test_options_change_no_loss_and_resume(name: str, tiny: Tiny, tmp_path: Path
         assert ("grad_norm" in row) == ("grad_norm" in plain) * (name != "release")
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_card_of_24_gigabytes(tied: bool, lorapre: Any, base: Path, data: Path, tmp_path: Path) -> None:
+    """The preset on a small Llama: factors for every matrix, and it says what it chose."""
+    folder = tmp_path / "model"
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    shape = LlamaConfig.from_pretrained(base, tie_word_embeddings=tied)
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    options = (
+        "--steps",
+        4,
+        "--evaluations",
+        2,
+        "--lr",
+        0.01,
+        "--held-out-every",
+        5,
+        "--out",
+        tmp_path / "run",
+    )
+    code, _, err = lorapre("finetune", "--preset", "24gb", "--model", folder, "--data", data, *options)
+    assert code == 0
+    assert (
+        "lorapre: lorapre-adamw, rank 8, split, low-rank ends, gradients released, bf16 weights, stochastic "
+        "rounding, activations computed again, loss in chunks, 4 sequences of up to 400 tokens\n"
+    ) in err
+    coverage = (tmp_path / "run" / "coverage.txt").read_text()
+    routes = {line.split()[0]: line.split()[2] for line in coverage.splitlines() if line.count("x") == 1}
+    assert routes["model.embed_tokens"] == "8"
+    assert routes.get("lm_head") == (None if tied else "8")
+    rows = losses(tmp_path / "run")
+    assert rows[-1]["validation_loss"] < rows[0].get("loss", rows[1].get("loss"))
+    assert {x.dtype for x in weights(last_checkpoint(tmp_path / "run")).values()} == {torch.bfloat16}
+
+
 def test_release_has_no_time_in_the_optimizer(tiny: Tiny, tmp_path: Path, capsys: Any) -> None:
     summary = finetune(tiny(release=True, steps=2), tmp_path / "run")
     assert summary.optimizer_share is None
@@ -293,6 +330,97 @@ def test_batches_lose_what_examples_alone_do(packing: bool, base: Path, data: Pa
     others = (slice(None), slice(first, None)) if packing else (slice(1, None),)
     torch.testing.assert_close(logits[others], before[others])
     assert not torch.allclose(logits[0, :first], before[0, :first])
+
+
+def small(name: str, tied: bool = False) -> Any:
+    """A model of a class of transformers with a vocabulary that takes several chunks."""
+    made: Any = getattr(transformers, name)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    sizes |= dict(num_key_value_heads=2, head_dim=16)
+    return made(made.config_class(vocab_size=500, tie_word_embeddings=tied, **sizes)).eval()
+
+
+def loss_and_gradients(
+    model: Any, *, chunked: bool, **options: Any
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    drawn = torch.Generator().manual_seed(1)
+    batch = {"input_ids": torch.randint(500, (3, 40), generator=drawn)}
+    batch["labels"] = torch.where(torch.rand(3, 40, generator=drawn) < 0.4, IGNORED, batch["input_ids"])
+    model.zero_grad()
+    with ChunkedLoss(getattr(model, "_orig_mod", model)) if chunked else contextlib.nullcontext():
+        loss = model(**batch, **options).loss
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("count", [None, 50, torch.tensor(50.0)], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile hides it else
+def test_the_chunked_loss_is_the_loss(compiled: bool, tied: bool, count: Any) -> None:
+    model = small("LlamaForCausalLM", tied)
+    expected, gradients = loss_and_gradients(model, chunked=False, num_items_in_batch=count)
+    if compiled:
+        model = torch.compile(model, backend="eager")
+    loss, found = loss_and_gradients(model, chunked=True, num_items_in_batch=count)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for x, y in zip(found, gradients, strict=True):
+        assert (x - y).norm() <= 1e-6 * y.norm()
+
+
+@pytest.mark.parametrize("name", ["GPTNeoXForCausalLM", "GemmaForCausalLM", "PhiForCausalLM"])
+def test_the_chunked_loss_of_other_models(name: str) -> None:
+    model = small(name)
+    assert ChunkedLoss(model).applies()
+    expected, _ = loss_and_gradients(model, chunked=False)
+    loss, _ = loss_and_gradients(model, chunked=True)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+def test_the_chunked_loss_in_bfloat16() -> None:
+    """The loss in float32; gradients to the rounding of bfloat16, once for each chunk."""
+    model = small("LlamaForCausalLM")
+    for weights_too in (False, True):
+        model = model.to(torch.bfloat16) if weights_too else model
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, gradients = loss_and_gradients(model, chunked=False)
+            loss, found = loss_and_gradients(model, chunked=True)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        for x, y in zip(found, gradients, strict=True):
+            assert (x - y).norm() <= 0.02 * y.norm()
+
+
+def test_a_model_that_changes_its_logits_keeps_its_loss(tiny: Tiny, base: Path, tmp_path: Path) -> None:
+    """Gemma 2 caps them: the run goes on with the model's own loss."""
+    model = small("Gemma2ForCausalLM")
+    with pytest.raises(LogitsChanged):
+        loss_and_gradients(model, chunked=True)
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 500)  # the head is itself again
+    made = transformers.Gemma2Config.from_dict(model.config.to_dict() | {"vocab_size": 500})
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "gemma")
+    transformers.Gemma2ForCausalLM(made).save_pretrained(tmp_path / "gemma")
+    for chunked in (True, False):
+        config = tiny(model=str(tmp_path / "gemma"), steps=2, checkpoints=1, chunked_loss=chunked)
+        finetune(config, tmp_path / f"{chunked}")
+    assert losses(tmp_path / "True") == losses(tmp_path / "False")
+
+
+@pytest.mark.parametrize("method", ["lorapre-adamw", "lora"])
+def test_a_run_has_the_same_losses_without_chunks(
+    method: Method, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(
+        "lorapre_recipes.train.loss.checkpoint",
+        lambda *a, **k: taken.append(len(a[1])) or torch.utils.checkpoint.checkpoint(*a, **k),
+    )
+    for chunked in (False, True):
+        finetune(tiny(method, steps=3, chunked_loss=chunked), tmp_path / f"{chunked}")
+        assert bool(taken) == chunked
+    assert max(taken) < 4 * 60  # positions of a batch
+    for plain, row in zip(losses(tmp_path / "False"), losses(tmp_path / "True"), strict=True):
+        assert row == pytest.approx(plain, rel=1e-5)
 
 
 def test_validation_loss_is_the_mean_over_tokens(tiny: Tiny, base: Path, tmp_path: Path) -> None:
@@ -410,7 +538,7 @@ def test_which_examples_are_taken(tiny: Tiny, base: Path, tmp_path: Path, capsys
     ("arguments", "message"),
     [
         (["--method", "best"], "--method"),
-        (["--preset", "huge"], "--preset: there is no 'huge'; choose from metamath100k, arithmetic"),
+        (["--preset", "huge"], "--preset: there is no 'huge'; choose from metamath100k, 24gb"),
         (["--rank", "0"], "--rank: must be at least 1, not 0"),
         (["--method", "lora", "--rank", "0"], "--rank: must be at least 1, not 0"),
         (["--rank", "16"], "--rank 16: factors would not be smaller than this model's smallest matrix"),

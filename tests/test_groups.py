@@ -102,6 +102,48 @@ def test_llama(tied):
     assert decays == matching(model, r"_proj\.weight|embed_tokens|lm_head")
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_ends_get_factors_like_any_matrix(tied):
+    model = llama(tie_word_embeddings=tied)
+    ends = matching(model, "embed_tokens|lm_head")
+    assert low_rank(model, ends="low-rank", strict=True) == low_rank(model) | ends
+    ranks = {
+        name: group["rank"] for name, group in routes(model, ends="low-rank", rules=[("embed", 2)]).items()
+    }
+    assert {ranks[name] for name in ends} == ({2} if tied else {2, RANK})
+    assert ranks["model.norm.weight"] is None
+    assert low_rank(model, ends="low-rank", rules=[("embed|lm_head", None)]) == low_rank(model)
+    assert low_rank(model, ends="low-rank", rank=None) == set()
+
+
+def test_low_rank_ends_are_tables_and_the_head_alone():
+    """Position tables too. Patch embeddings, classification heads and tables of few rows stay dense."""
+    gpt2 = transformer(
+        "GPT2LMHeadModel", vocab_size=96, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+    )
+    assert low_rank(gpt2, ends="low-rank") == low_rank(gpt2) | {
+        "transformer.wte.weight",
+        "transformer.wpe.weight",
+    }
+    vit = transformer("ViTForImageClassification", **tiny(image_size=32, patch_size=8, num_labels=24))
+    assert low_rank(vit, ends="low-rank", strict=True) == low_rank(vit)
+    bert = transformer("BertForSequenceClassification", **tiny(vocab_size=96, num_labels=24))
+    tables = matching(bert, "(word|position)_embeddings")
+    assert low_rank(bert, ends="low-rank", strict=True) == low_rank(bert) | tables
+    plain = nn.Sequential(nn.Embedding(96, 32), nn.Linear(32, 32), nn.Linear(32, 96))
+    assert low_rank(plain, ends="low-rank") == {"0.weight", "1.weight", "2.weight"}
+    mixtral = transformer(
+        "MixtralForCausalLM", **tiny(vocab_size=96, num_key_value_heads=2, num_local_experts=16)
+    )
+    added = low_rank(mixtral, ends="low-rank") - low_rank(mixtral)
+    assert added == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_bad_ends():
+    with pytest.raises(ValueError, match="ends must be 'dense' or 'low-rank', got 'both'"):
+        param_groups(llama(), rank=RANK, ends="both")
+
+
 def test_llama_makes_one_group_for_each_set_of_options():
     groups = param_groups(llama(), rank=RANK)
     options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
@@ -368,8 +410,9 @@ def test_a_convolutional_model_without_classes_keeps_its_routes_or_warns(way):
 @pytest.mark.parametrize("tied", [False, True])
 def test_llama_without_classes_keeps_its_routes(way, tied):
     eager = Logits(llama(tie_word_embeddings=tied))
-    expected = routes(eager)
-    assert routes(taken(way, eager, TOKENS)[0], strict=True) == expected
+    bare = taken(way, eager, TOKENS)[0]
+    for ends in ("dense", "low-rank"):
+        assert routes(bare, strict=True, ends=ends) == routes(eager, ends=ends)
 
 
 @torch_warns

@@ -134,6 +134,34 @@ def test_muon_takes_one_dense_matrix_at_a_time() -> None:
     assert one <= 1024 * 768 * (4 + 3 * 2) + 2 * 2 * 768 * 768
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_chunked_loss_takes_less_than_the_logits(tied: bool, dtype: torch.dtype) -> None:
+    """Forward and backward, gradients included: 512 positions and a vocabulary of 8,000."""
+    transformers = pytest.importorskip("transformers")
+    from lorapre_recipes.train.loss import ChunkedLoss
+
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.LlamaConfig(vocab_size=8000, tie_word_embeddings=tied, **sizes)
+    model = transformers.LlamaForCausalLM(config).to(dtype)
+    tokens = torch.randint(8000, (4, 128))
+
+    def plain() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+
+    def chunked() -> None:
+        with ChunkedLoss(model):
+            plain()
+
+    taken = []
+    for step in (plain, chunked):
+        model.zero_grad()
+        taken.append(peak_bytes(step))
+    logits = 4 * tokens.numel() * 8000
+    assert taken[0] > 2 * logits
+    assert taken[1] < logits / 2
+
+
 def test_a_tensor_of_the_size_of_the_weight_would_be_seen() -> None:
     x: Tensor = weights([(2048, 2048)])[0]
     assert peak_bytes(lambda: x.abs()) >= 16 * MIB

@@ -468,3 +468,64 @@ def test_the_start_does_not_depend_on_the_order_of_the_parameters(case: Case) ->
     case.make(forward).step()
     case.make(backward[::-1]).step()
     assert_near(weights(forward), weights(backward), 1e-6)
+
+
+class Table:
+    """An embedding of 1,000 rows, of which 100 have a gradient in each of 100 steps at lr 1.
+
+    300 rows never have one, 20 once, in step 50, and the others in every seventh step.
+    """
+
+    def __init__(self, rank: int | None, size: float = 1e-3, fall: float = 1.0, **options: Any) -> None:
+        drawn = torch.Generator().manual_seed(1)
+        self.never, self.rare, self.common = torch.randperm(1000, generator=drawn).split([300, 20, 680])
+        tokens = torch.randn(1000, 8, generator=drawn) * fall ** torch.arange(8)
+        p = nn.Parameter(torch.randn(1000, 32, generator=drawn))
+        optimizer = LoRAPreAdamW([p], lr=1.0, rank=rank, weight_decay=0.0, **options)
+        path = [p.detach().clone()]
+        for step in range(100):
+            rows = self.common[torch.randperm(680, generator=drawn)[:100]]
+            rows = torch.cat([rows, self.rare]) if step == 50 else rows
+            p.grad = torch.zeros(1000, 32)
+            p.grad[rows] = size * tokens[rows] @ torch.randn(8, 32, generator=drawn)
+            if fall == 1:
+                p.grad[rows] += size * torch.randn(len(rows), 32, generator=drawn)
+            optimizer.step()
+            path.append(p.detach().clone())
+        self.path = torch.stack(path)  # (101, 1000, 32)
+        self.steps = self.path.diff(dim=0)
+
+    def moved(self, rows: Tensor, since: int = 0) -> float:
+        """Root mean square of how far entries have come from where they were."""
+        return (self.path[-1] - self.path[since])[rows].square().mean().sqrt().item()
+
+
+@pytest.mark.usefixtures("arithmetic")
+def test_rows_of_a_table_that_are_idle_in_most_steps_move_as_far_as_with_dense_moments() -> None:
+    """Rows that never had a gradient stay. A rare row comes as far, but most of it in one step."""
+    dense, table = Table(None), Table(8)
+    assert table.steps.abs().max() <= 6.2  # docs/maths.md, "How large an update can be"
+    assert (table.path[-1] - table.path[0])[table.never].abs().max() < 0.02
+    assert table.path[50].sub(table.path[0])[table.rare].abs().max() < 0.02
+    assert table.moved(table.common) == pytest.approx(dense.moved(dense.common), rel=0.05)
+    assert table.moved(table.rare, 50) == pytest.approx(dense.moved(dense.rare, 50), rel=0.2)
+    first, least = (x.steps[50][x.rare].square().mean().sqrt() for x in (table, dense))
+    assert 6 * least < first < 12 * least
+
+
+def test_rows_of_a_table_without_gradients_stay_where_gradients_almost_lack_rank() -> None:
+    """Rounding errors have entries in all rows: eps hides them where gradients are small."""
+    table = Table(8, size=1e-5, fall=0.1)
+    assert (table.path[-1] - table.path[0])[table.never].abs().max() < 0.5
+    assert table.steps.abs().max() <= 6.2
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_weight_decay_works_on_rows_without_gradients(rank: int | None) -> None:
+    p = nn.Parameter(torch.randn(100, 32))
+    before = p.detach().clone()
+    optimizer = LoRAPreAdamW([p], lr=0.1, rank=rank, weight_decay=0.5)
+    for _ in range(10):
+        p.grad = torch.cat([torch.randn(50, 32), torch.zeros(50, 32)])
+        optimizer.step()
+    torch.testing.assert_close(p[50:].detach(), 0.95**10 * before[50:])

@@ -114,6 +114,8 @@ def test_a_new_field_is_a_new_option() -> None:
         ({"weight_decay": float("inf")}, "--weight-decay: must be a number that is not negative, not inf"),
         ({"heads": 3}, "--heads 3: a head must have an even share of --hidden-size 256"),
         ({"compress": "first"}, "--compress: variant split has no moment alone"),
+        ({"ends": "low-rank", "variant": "subspace"}, "--ends: variant subspace moves rows of an embedding"),
+        ({"ends": "all"}, "--ends: there is no 'all'; choose from dense, low-rank"),
         ({"dtype": "fp64"}, "--dtype: there is no 'fp64'; choose from fp32, bf16"),
         ({"rules": ("lm_head",)}, "--rules 'lm_head': write PATTERN=RANK"),
         ({"release": True, "accumulation": 2}, "--release: gradients cannot be accumulated"),
@@ -137,3 +139,9 @@ def test_rules_and_freeze_of_pretrain(lorapre: Any, tmp_path: Any, monkeypatch: 
     routes = {line.split()[0]: line.split()[2] for line in coverage.splitlines() if line.count("x") == 1}
     assert routes["model.embed_tokens"] == "frozen"
     assert routes["lm_head"] == "4"
+    options = ("--ends", "low-rank", "--rules", "lm_head=2")
+    assert lorapre("pretrain", "--preset", "tiny", *options, "--out", tmp_path / "b")[0] == 0
+    coverage = (tmp_path / "b" / "coverage.txt").read_text()
+    routes = {line.split()[0]: line.split()[2] for line in coverage.splitlines() if line.count("x") == 1}
+    assert routes["model.embed_tokens"] == routes["model.layers.0.mlp.up_proj"] == "4"
+    assert routes["lm_head"] == "2"

@@ -62,7 +62,7 @@ def build(model: nn.Module, settings: Settings) -> Optimizer:
         return WithAdamW(
             torch.optim.Muon(matrices, weight_decay=0.0), torch.optim.AdamW(rest, weight_decay=0.0)
         )
-    groups = param_groups(model, rank=settings.rank)
+    groups = param_groups(model, rank=settings.rank, ends=settings.ends)
     variant = settings.variant
     if settings.optimizer == "lorapre-muon":
         return LoRAPreMuon(groups, variant=variant)
@@ -94,7 +94,12 @@ LOW_RANK = [
     *({"variant": variant, "compress": "second"} for variant in ("calibrated", "subspace")),
     *({"optimizer": "lorapre-muon", "variant": variant} for variant in ("paper", "calibrated", "subspace")),
 ]
-ALL = [*({"rank": RANK, **options} for options in LOW_RANK), {"optimizer": "adamw"}, {"optimizer": "muon"}]
+ENDS = {"rank": RANK, "ends": "low-rank"}
+ALL = [
+    *({"rank": RANK, **options} for options in LOW_RANK),
+    *(ENDS, ENDS | {"optimizer": "lorapre-muon"}),
+    *({"optimizer": "adamw"}, {"optimizer": "muon"}),
+]
 
 
 def name_of(options: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -90,8 +90,9 @@ def names_of(group: Mapping[str, Any]) -> list[str]:
 
 
 def param_groups(
-    model: nn.Module, *, rank: int | None = 128, rules: Sequence[Rule] = (), strict: bool = False
-) -> list[dict[str, Any]]:
+    model: nn.Module, *, rank: int | None = 128, ends: Literal["dense", "low-rank"] = "dense",
+    rules: Sequence[Rule] = (), strict: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Sort a model's parameters into groups for `LoRAPreAdamW` or `LoRAPreMuon`.
 
     Low rank are the matrices inside the network: attention and MLP weights (of `nn.Linear`, of
@@ -121,6 +122,8 @@ def param_groups(
     Args:
         model: the model, wrapped (DDP, FSDP2, torch.compile, PEFT) or not.
         rank: rank of the momenta, a positive integer, or None for dense AdamW everywhere.
+        ends: "low-rank" gives factors to embedding tables and the output head too, tied or not,
+            unless these were larger than the table. The other ends are small and stay dense.
         rules: (regular expression, options) pairs that override the above. The expression is
             searched in the name of the parameter; the first match wins. Options are a rank, None
             (dense) or a dict of group options, as in `("lm_head", {"rank": 64, "lr": 1e-4})`; what
@@ -134,8 +137,8 @@ def param_groups(
 
     Raises:
         TypeError: `model` is no `nn.Module`.
-        ValueError: a rank that is neither None nor a positive integer, a malformed rule, a rule
-            that no parameter reaches, a lazy parameter without a shape, or what `strict` forbids.
+        ValueError: a rank that is no positive integer, unknown `ends`, a malformed rule or one that
+            no parameter reaches, a lazy parameter without a shape, or what `strict` forbids.
 
     Warns:
         UserWarning: no trainable parameter becomes low rank, or a matrix goes dense because its use
@@ -144,13 +147,13 @@ def param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _check_rank(rank, "rank")
+    if ends not in ("dense", "low-rank"):
+        raise ValueError(f"ends must be 'dense' or 'low-rank', got {ends!r}")
     parsed = [_parse_rule(pattern, options) for pattern, options in rules]
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
-            raise ValueError(
-                f"parameter {name!r} has no shape yet: run the model once before param_groups"
-            )
-    routed = list(_route(model, rank, parsed))
+            raise ValueError(f"parameter {name!r} has no shape yet: run the model once before this")
+    routed = list(_route(model, rank, rank if ends == "low-rank" else None, parsed))
     for index, (pattern, options) in enumerate(parsed):
         matched = [item.parameter for item in routed if item.rule == index]
         if not matched:
@@ -200,10 +203,12 @@ def _parse_rule(pattern: str, options: int | Mapping[str, Any] | None) -> _Parse
         raise ValueError(f"rules: {pattern!r} is not a regular expression: {error}") from None
 
 
-def _route(model: nn.Module, rank: int | None, rules: Sequence[_ParsedRule]) -> Iterator[_Routed]:
+def _route(
+    model: nn.Module, rank: int | None, ends_rank: int | None, rules: Sequence[_ParsedRule]
+) -> Iterator[_Routed]:
     modules = dict(model.named_modules())
     classes = _classes(modules)
-    ends, doubtful = _ends(classes)
+    ends, doubtful = _ends(classes, ends_rank)
     ends |= _routers(classes)
     for name, parameter in model.named_parameters():
         path, _, attribute = name.rpartition(".")
@@ -317,11 +322,13 @@ def _use(owner: Any, cls: type[nn.Module], attribute: str, parameter: nn.Paramet
     return "matrix" if weight or experts else "unknown"
 
 
-def _ends(classes: Mapping[Any, type[nn.Module]]) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
-    """Parameters of the layers that read the input or write the output, and of those that may.
+def _ends(
+    classes: Mapping[Any, type[nn.Module]], rank: int | None
+) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
+    """Dense parameters of layers that read the input or write the output, and of those that may.
 
-    The latter are in models whose modules have lost their classes, and with them methods that name
-    the head and the number of channels of a convolution.
+    The latter: modules that have lost their classes know neither which of them is the head nor the
+    channels of a convolution. With a rank, tables are not dense, nor is a head with as many rows.
     """
 
     def layers(*kinds: type[nn.Module]) -> list[Any]:
@@ -347,7 +354,9 @@ def _ends(classes: Mapping[Any, type[nn.Module]]) -> tuple[set[nn.Parameter], se
             ends.append(layer)
         elif lost and (last or alike) and layer not in listed:
             doubtful.append(layer)
-    return _parameters(ends), _parameters(doubtful)
+    found, rows = _parameters(ends), {shape[0] for shape in shapes}
+    wide = {p for p in found if p.ndim == 2 and p.shape[0] in rows and is_low_rank(p.shape, rank)}
+    return found - wide, _parameters(doubtful) - found
 
 
 def _parameters(modules: Sequence[nn.Module]) -> set[nn.Parameter]:

@@ -36,6 +36,7 @@ Adapter = Literal["lora", "rslora", "dora", "lora+"]
 Method = Literal[LowRank, "adamw", "galore", Adapter]
 Variant = Literal["paper", "calibrated", "subspace", "split"]
 Compress = Literal["both", "first", "second"]
+Ends = Literal["dense", "low-rank"]
 Precision = Literal["fp32", "bf16"]
 Terms = Literal["matrices", "whole"]
 TaskName = Literal["gsm8k", "math-500"]
@@ -55,6 +56,7 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
     "refresh": PROJECTED,
     "stochastic_rounding": LOW_RANK,
     "release": LOW_RANK,
+    "ends": LOW_RANK,
     "rules": LOW_RANK,
 }
 # Whole numbers are at least 1, these aside. A vocabulary has 256 bytes and the end of a document.
@@ -151,6 +153,7 @@ class OptimizerConfig(Checked):
     compress: Annotated[Compress | None, "which moments are low rank; by default both."] = None
     dtype: Annotated[Precision, "of weights and gradients; factors are float32."] = "fp32"
     release: Annotated[bool, "use and free each gradient in the backward pass."] = False
+    ends: Annotated[Ends, "momenta of embeddings and output head; low-rank saves memory."] = "dense"
     rules: Annotated[
         tuple[str, ...],
         "PATTERN=RANK or PATTERN=dense, for parameters in whose names the regular expression is "
@@ -166,12 +169,16 @@ class OptimizerConfig(Checked):
             value = getattr(self, name, None)
             if value is None and hasattr(self, name) and self.method in methods:
                 raise UserError(f"{flag(name)}: {self.method} needs a value")
-            if value not in (None, False, ()) and self.method not in methods:
+            if value not in (None, getattr(type(self), name, None)) and self.method not in methods:
                 known = ", ".join(method for method in self.METHODS if method in methods)
                 lacking = f"{self.method} has no such option; leave it out"
                 raise UserError(f"{flag(name)}: {lacking} (those that have it: {known})")
         if self.variant == "split" and self.compress not in (None, "both"):
             raise UserError("--compress: variant split has no moment alone; take another --variant")
+        adam = self.method == "lorapre-adamw"
+        if adam and self.ends == "low-rank" and self.variant != "split":
+            far = "moves rows of an embedding that have no gradient too far"
+            raise UserError(f"--ends: variant {self.variant} {far}; take --variant split")
         if self.freeze and self.method in ADAPTERS:
             raise UserError(f"--freeze: {self.method} freezes the whole model; leave it out")
         parse_rules(self.rules)
@@ -229,6 +236,9 @@ class RunConfig(OptimizerConfig):
     held_out_every: Annotated[int, "one document or example in so many is held out."]
     checkpoints: Annotated[int, "how many checkpoints are written; the last two are kept."]
     precision: Annotated[Precision, "of matrix products, whatever the weights have."] = "fp32"
+    chunked_loss: Annotated[
+        bool, "take the loss of some positions at a time: logits of a batch never exist."
+    ] = True
     compile: Annotated[bool, "put the model through torch.compile."] = False
     report_to: Annotated[
         tuple[str, ...], "an installed logger: tensorboard, trackio, wandb; may be repeated."

@@ -62,7 +62,8 @@ def finetune(
     scale.
 
     Args:
-        preset: data and schedule: metamath100k (default), the paper's, or arithmetic, for a CPU.
+        preset: metamath100k (default), the paper's; 24gb, which trains all weights of an 8B model
+            on one card; or arithmetic, for a CPU.
         method: an optimizer of all weights (lorapre-adamw, the default, lorapre-muon, adamw,
             galore) or adapters of peft (lora, rslora, dora, lora+).
         out: run folder, new or empty. Default: runs/PRESET-METHOD-TIME.
@@ -88,10 +89,23 @@ def finetune(
                 raise
             own = f"it is the model of preset {name}; make it (docs/finetuning.md) or give another"
             raise UserError(f"{error}; {own}") from error
-        return config if "sequence_length" in changes else shortened(config, Path(folder))
+        config = config if "sequence_length" in changes else shortened(config, Path(folder))
+        if name == "24gb":
+            print(f"lorapre: {savings(config)}", file=sys.stderr)
+        return config
 
     given = {"preset": preset, "method": method, "out": out, "dry_run": dry_run} | changes
     return launch("finetune", FinetuneConfig, make, resume, given)
+
+
+def savings(config: FinetuneConfig) -> str:
+    """What decides the memory of a run, in words."""
+    from lorapre_recipes.train.summary import describe_optimizer  # brings torch
+
+    words = {"activations computed again": config.gradient_checkpointing}
+    words |= {"loss in chunks": config.chunked_loss}
+    size = f"{config.batch_size} sequences of up to {config.sequence_length} tokens"
+    return ", ".join([describe_optimizer(config), *(x for x in words if words[x]), size])
 
 
 def shortened(config: FinetuneConfig, folder: Path) -> FinetuneConfig:

@@ -111,7 +111,8 @@ def groups_of(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
         rank = 1 if settings.optimizer == "muon" else None
         return LoRAPreAdamW(param_groups(model, rank=rank)).param_groups
     options: dict[str, Any] = {"variant": settings.variant}
-    groups = param_groups(model, rank=settings.rank, rules=parse_rules(settings.rules))
+    rules = parse_rules(settings.rules)
+    groups = param_groups(model, rank=settings.rank, ends=settings.ends, rules=rules)
     if settings.optimizer == "lorapre-muon":
         return LoRAPreMuon(groups, **options).param_groups
     return LoRAPreAdamW(groups, compress=settings.compress or "both", **options).param_groups

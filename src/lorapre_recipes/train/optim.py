@@ -87,7 +87,7 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
     factorised, the rank or a rule does not fit, or a package is not installed.
     """
     ours = config.optimizer in LOW_RANK
-    matrices, rest = grouped(model, 1, (), option="--rank", strict=ours)
+    matrices, rest = grouped(model, 1, option="--rank", strict=ours)
     # Where only the matrices are compared, no sweep changes the betas of the rest.
     betas = BETAS if config.terms == "matrices" else config.betas
     if not ours:
@@ -102,8 +102,9 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
     if config.rank > largest:
         larger = "factors would not be smaller than this model's smallest matrix"
         raise UserError(f"--rank {config.rank}: {larger}; give at most {largest}")
-    matrices, rest = grouped(model, config.rank, rules, option="--rules", strict=True)
-    # Rules may give embeddings and head a rank: their rate is that of the rest.
+    routes: dict[str, Any] = {"rules": rules, "ends": config.ends}
+    matrices, rest = grouped(model, config.rank, option="--rules", strict=True, **routes)
+    # Embeddings and head may have a rank: their rate is that of the rest.
     adam = config.optimizer == "lorapre-adamw"
     full_rate: dict[str, Any] = {"scale": 1.0} if adam else {"lr": config.lr}
     known, ends, inner = {*weights}, Groups(), Groups()
@@ -112,7 +113,8 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
             if params := [pair for pair in group["params"] if (pair[1] in known) == wanted]:
                 part.append(group | own | {"params": params})
     if ends and config.terms == "matrices":
-        raise UserError("--rules: embeddings and head are dense for all; give --terms whole")
+        option = "--rules" if config.ends == "dense" else "--ends"
+        raise UserError(f"{option}: embeddings and head are dense for all; give --terms whole")
     names = ["rank", "variant", "weight_decay", "seed", "stochastic_rounding"]
     if adam:
         names += ["lr", "betas", "eps", "scale", "compress"]
@@ -225,12 +227,10 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         raise UserError("--freeze: leaves nothing to train")
 
 
-def grouped(
-    model: nn.Module, rank: int, rules: Sequence[Rule], *, option: str, strict: bool
-) -> tuple[Groups, Groups]:
+def grouped(model: nn.Module, rank: int, *, option: str, **routes: Any) -> tuple[Groups, Groups]:
     """Groups with a rank, and those without. Raises UserError naming the option at fault."""
     try:
-        groups = param_groups(model, rank=rank, rules=rules, strict=strict)
+        groups = param_groups(model, rank=rank, **routes)
     except ValueError as error:
         raise UserError(f"{option}: {error}") from error
     matrices = [group for group in groups if group["rank"] is not None]
@@ -239,7 +239,7 @@ def grouped(
 
 def matrices_of(model: nn.Module) -> list[nn.Parameter]:
     """The attention and MLP matrices that train."""
-    matrices, _ = grouped(model, 1, (), option="--rank", strict=False)
+    matrices, _ = grouped(model, 1, option="--rank", strict=False)
     return [p for group in matrices for _, p in group["params"]]
 
 

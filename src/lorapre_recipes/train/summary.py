@@ -46,6 +46,7 @@ def describe_optimizer(config: OptimizerConfig) -> str:
         f"rank {config.rank}": config.rank is not None,
         f"{config.variant}": config.variant is not None,
         f"{config.compress} moment only": config.compress not in (None, "both"),
+        "low-rank ends": config.ends == "low-rank",
         "gradients released": config.release,
         f"{config.dtype} weights": config.dtype != "fp32",
         "stochastic rounding": getattr(config, "stochastic_rounding", False),

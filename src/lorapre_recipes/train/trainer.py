@@ -28,6 +28,7 @@ from lorapre_recipes.config import RunConfig, user_errors
 from lorapre_recipes.console import one_line
 from lorapre_recipes.files import append_line, write_lines
 from lorapre_recipes.train import distributed
+from lorapre_recipes.train.loss import ChunkedLoss, LogitsChanged
 from lorapre_recipes.train.runs import PARTIAL, checkpoints, write_manifest
 from lorapre_recipes.train.summary import Metric
 
@@ -137,6 +138,8 @@ class RecipeTrainer(Trainer):
         self.recipe, self.books = config, books
         super().__init__(**kwargs)
         self.eval_items = eval_items
+        self.chunks = ChunkedLoss(kwargs["model"])
+        self.chunked = config.chunked_loss and self.chunks.applies()
 
     def create_accelerator_and_postprocess(self) -> None:
         """FSDP2 on CPUs too: torch has it, but accelerate puts it aside there."""
@@ -193,6 +196,12 @@ class RecipeTrainer(Trainer):
         """In evaluation, weigh tokens alike: the mean over batches is then that over tokens."""
         if not model.training and self.eval_items is not None:
             kwargs["num_items_in_batch"] = torch.tensor(self.eval_items, device=self.args.device)
+        if self.chunked:
+            try:
+                with self.chunks:
+                    return super().compute_loss(model, *args, **kwargs)
+            except LogitsChanged:
+                self.chunked = False
         return super().compute_loss(model, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
