@@ -9,12 +9,12 @@ from lorapre_recipes.plan.settings import Mesh, Settings
 
 
 @options(Settings, preset=True)
-def plan(model: str, /, *, mesh: list[str] | None = None, changes: dict[str, Any]) -> None:
-    """Compute the memory of a training step of a model, without loading its weights.
+def plan(model: str, /, *, mesh: list[str] | None = None, changes: dict[str, Any]) -> int:
+    """Compute the peak memory of a training step of a model, without its weights.
 
-    The peak is that of weights, gradients, optimizer state and what the step allocates for its own
-    use; activations, which depend on the batch and on checkpointing, come on top. A run folder has
-    its optimizer and options, a preset its rank; without them it is lorapre-adamw in float32.
+    A forward and backward pass is traced on one GPU. With --mesh activations are left out. The exit
+    code is 3 for a plan that does not fit into the budget. A run folder has its optimizer and
+    options, a preset its rank; without them it is lorapre-adamw in float32.
 
     Args:
         model: a Hugging Face config (a name on the hub, a folder, a config.json), a run folder or a
@@ -28,7 +28,9 @@ def plan(model: str, /, *, mesh: list[str] | None = None, changes: dict[str, Any
     meshes = [Mesh.parse(text) for text in mesh or ()]
     from lorapre_recipes.plan.tables import render
 
-    print(render(model, settings, meshes))
+    text, fits = render(model, settings, meshes)
+    print(text)
+    return 0 if fits else 3
 
 
 @options(ArithmeticConfig)
