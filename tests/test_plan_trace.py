@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from predicted import CASES, Case
-from transformers import BertConfig, GPT2Config, MixtralConfig, ViTConfig
+from transformers import BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig, ViTConfig
 
+from lorapre_recipes.plan.against import contenders
 from lorapre_recipes.plan.settings import Settings
 from lorapre_recipes.plan.shapes import meta_model
 from lorapre_recipes.plan.trace import Trace, trace
+from lorapre_recipes.presets import PRETRAIN
+from lorapre_recipes.train.optim import build_optimizer, state_bytes, storage_bytes
 
 Run = Callable[..., tuple[int, str, str]]
 EIGHT_B = ["meta-llama/Llama-3.1-8B", "--rank", 128, "--dtype", "bf16"]
@@ -98,9 +101,37 @@ def test_a_model_that_looks_at_data_is_planned_without_activations(tmp_path: Pat
     assert "cannot be followed without data" in err
 
 
+def test_contenders_hold_what_their_optimizers_allocate(tmp_path: Path) -> None:
+    sizes: Any = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+    }
+    config = LlamaConfig(**sizes, vocab_size=300, max_position_embeddings=64)
+    config.save_pretrained(tmp_path)
+    columns = dict(contenders(str(tmp_path), Settings(rank=4)))
+    for name, method in {"AdamW": "adamw", "GaLore": "galore"}.items():
+        model = LlamaForCausalLM(config)
+        run: Any = PRETRAIN["llama-tiny"](method)  # type: ignore[arg-type]
+        optimizer = build_optimizer(model, run.replace(rank=4, refresh=200) if name == "GaLore" else run)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        assert columns[name]["state"] == state_bytes(optimizer), name
+        assert columns[name]["weights"] == storage_bytes(*model.parameters())
+    matrices = [p.shape for name, p in model.named_parameters() if "_proj" in name]
+    adapters = sum(4 * 4 * (p + q) for p, q in matrices)
+    assert columns["LoRA"]["weights"] == columns["AdamW"]["weights"] + adapters
+    assert columns["LoRA"]["state"] == 2 * adapters
+    eighth = columns["8-bit AdamW"]["state"] / columns["AdamW"]["state"]
+    assert 0.25 < eighth < 0.3  # a byte in place of four, scales, and small weights in float32
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--against", "--mesh", "fsdp=2"], "--against: plans one GPU; leave out --mesh"),
         (["--budget", "24"], "--budget '24': write a size, as in 24GiB or 80GB"),
         (["--budget", "0GiB"], "--budget '0GiB'"),
         (["--budget", "24GiB", "--mesh", "fsdp=2"], "--budget: activations of sharded weights"),

@@ -27,11 +27,11 @@ from lorapre_recipes.plan.settings import Settings
 Event = tuple[int, int, str]
 
 
-class Trace(TorchDispatchMode):
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The events while it is active, in order."""
 
     def __init__(self, vocabulary: int | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.vocabulary, self.batch, self.attention = vocabulary, "", "not fused"
         self.events: list[Event] = []
         self.logits: set[int] = set()  # storages with one number for every token of the vocabulary
@@ -93,7 +93,7 @@ def trace(model: PreTrainedModel, settings: Settings) -> Trace:
     with user_errors(wrong, Exception), FakeTensorMode(), warnings.catch_warnings(), packing:
         warnings.simplefilter("ignore")
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
         if model._supports_sdpa:
             model.set_attn_implementation("sdpa")
         make_fake(model)
@@ -107,7 +107,7 @@ def trace(model: PreTrainedModel, settings: Settings) -> Trace:
                 found.events.append((found.known[p.grad.untyped_storage()._cdata], 0, name))
 
             if p.requires_grad:
-                p.register_post_accumulate_grad_hook(complete)
+                p.register_post_accumulate_grad_hook(complete)  # type: ignore[no-untyped-call]
         with found:
             loss(model.train()(**inputs)).backward()
         found.batch = " x ".join(map(str, next(iter(inputs.values())).shape))
@@ -135,8 +135,8 @@ def batch(model: PreTrainedModel, settings: Settings) -> dict[str, Tensor]:
     if model.main_input_name == "pixel_values":
         size = getattr(model.config, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
-        shape = (settings.batch_size, model.config.num_channels, height, width)
-        return {"pixel_values": torch.empty(shape, dtype=model.dtype, device="cpu")}
+        image = (settings.batch_size, model.config.num_channels, height, width)
+        return {"pixel_values": torch.empty(image, dtype=model.dtype, device="cpu")}
     if model.main_input_name != "input_ids":
         raise ValueError(f"it takes {model.main_input_name}")
     shape = (settings.batch_size, settings.length(model.config))
