@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from allocations import peak_bytes
+from torch.optim import Optimizer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -25,10 +26,10 @@ from lorapre_recipes.plan.settings import Settings
 from lorapre_recipes.plan.trace import batch, loss, trace
 from lorapre_recipes.train.optim import DTYPES, state_bytes, storage_bytes
 
-LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, "num_hidden_layers": 4}
-WIDE = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 4, "num_hidden_layers": 3}
-GPT2 = {"n_embd": 256, "n_head": 4, "n_layer": 4}
-VIT = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 3}
+LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, "num_hidden_layers": 2}
+WIDE = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 4, "num_hidden_layers": 2}
+GPT2 = {"n_embd": 256, "n_head": 4, "n_layer": 2}
+VIT = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2}
 VIT |= {"image_size": 56, "patch_size": 4}
 MODELS: dict[str, tuple[PretrainedConfig, int, int]] = {  # with a batch: sequences, and tokens of each
     "Llama": (LlamaConfig(**LLAMA, vocab_size=8_000, tie_word_embeddings=False), 1, 512),
@@ -45,11 +46,13 @@ class Case(NamedTuple):
     dtype: Any
     release: bool
     checkpointing: bool
+    optimizer: Any = "lorapre-adamw"
 
     def settings(self) -> Settings:
         _, size, length = MODELS[self.model]
         return Settings(
-            rank=16,
+            optimizer=self.optimizer,
+            rank=None if self.optimizer == "adamw" else 16,
             dtype=self.dtype,
             release=self.release,
             gradient_checkpointing=self.checkpointing,
@@ -72,7 +75,9 @@ class Case(NamedTuple):
     def measured(self) -> int:
         """The peak in bytes that torch's allocator counts, with all that is there before the step."""
         model, settings = self.build("cpu"), self.settings()
-        optimizer = LoRAPreAdamW(param_groups(model, rank=settings.rank))
+        optimizer: Optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+        if settings.low_rank:
+            optimizer = LoRAPreAdamW(param_groups(model, rank=settings.rank))
         if self.release:
             gradient_release(model, optimizer)
         if self.checkpointing:
@@ -97,19 +102,17 @@ CASES = [
     for each in itertools.product(MODELS, DTYPES, (False, True), (False, True))
     if each[0] != "Llama, wide" or not each[-1]  # it has few activations
 ]
+CASES += [Case("Llama, wide", dtype, False, False, "adamw") for dtype in DTYPES]
 
 
 def main() -> None:
     """Print the table."""
-    print("| model | dtype | release | checkpointing | predicted, MiB | measured, MiB | error |")
-    print("|---|---|---|---|---:|---:|---:|")
+    print("| model | optimizer | dtype | release | checkpointing | predicted, MiB | measured, MiB | error |")
+    print("|---|---|---|---|---|---:|---:|---:|")
     for case in CASES:
         predicted, measured = case.predicted(), case.measured()
-        words = [
-            case.model,
-            case.dtype,
-            *("yes" if on else "no" for on in (case.release, case.checkpointing)),
-        ]
+        switches = ["yes" if on else "no" for on in (case.release, case.checkpointing)]
+        words = [case.model, case.optimizer, case.dtype, *switches]
         figures = f"{predicted / 2**20:.1f} | {measured / 2**20:.1f} | {predicted / measured - 1:+.1%}"
         print(f"| {' | '.join(words)} | {figures} |", flush=True)
 
