@@ -316,9 +316,9 @@ def test_built_in_models_have_the_published_sizes(name: str, billions: float) ->
 def test_configs_of_other_models(config: Any, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     meshes = [Mesh.parse("fsdp=8"), Mesh.parse("hsdp=2x16")]
-    text = render(str(tmp_path / "config.json"), Settings(rank=8), meshes)
+    text, _ = render(str(tmp_path / "config.json"), Settings(rank=8), meshes)
     assert text.count("one GPU") == 1
-    assert text.splitlines()[1:] == render(str(tmp_path), Settings(rank=8), meshes).splitlines()[1:]
+    assert text.splitlines()[1:] == render(str(tmp_path), Settings(rank=8), meshes)[0].splitlines()[1:]
 
 
 # The command

@@ -4,17 +4,19 @@ from pathlib import Path
 from typing import Any
 
 from lorapre_recipes.cli.options import options
-from lorapre_recipes.config import ArithmeticConfig
+from lorapre_recipes.config import ArithmeticConfig, UserError
 from lorapre_recipes.plan.settings import Mesh, Settings
 
 
 @options(Settings, preset=True)
-def plan(model: str, /, *, mesh: list[str] | None = None, changes: dict[str, Any]) -> None:
-    """Compute the memory of a training step of a model, without loading its weights.
+def plan(
+    model: str, /, *, mesh: list[str] | None = None, against: bool = False, changes: dict[str, Any]
+) -> int:
+    """Compute the peak memory of a training step of a model, without its weights.
 
-    The peak is that of weights, gradients, optimizer state and what the step allocates for its own
-    use; activations, which depend on the batch and on checkpointing, come on top. A run folder has
-    its optimizer and options, a preset its rank; without them it is lorapre-adamw in float32.
+    A forward and backward pass is traced on one GPU. With --mesh activations are left out. The exit
+    code is 3 for a plan that does not fit into the budget. A run folder has its optimizer and
+    options, a preset its rank; without them it is lorapre-adamw in float32.
 
     Args:
         model: a Hugging Face config (a name on the hub, a folder, a config.json), a run folder or a
@@ -22,13 +24,22 @@ def plan(model: str, /, *, mesh: list[str] | None = None, changes: dict[str, Any
             -7b, llama-3.1-8b, -70b, -405b.
         mesh: GPUs: fsdp=8 (FSDP2), hsdp=4x8 (four replicas of eight shards), tp=8 (tensor
             parallel), or both kinds with a comma: fsdp=128,tp=8. May be given three times.
+        against: print a second table, with AdamW, 8-bit AdamW, GaLore and LoRA at the same rank.
         changes: the other options.
     """
     settings = Settings.complete(model, changes)
     meshes = [Mesh.parse(text) for text in mesh or ()]
+    if against and meshes:
+        raise UserError("--against: plans one GPU; leave out --mesh")
     from lorapre_recipes.plan.tables import render
 
-    print(render(model, settings, meshes))
+    text, fits = render(model, settings, meshes)
+    print(text)
+    if against:
+        from lorapre_recipes.plan import against as comparison
+
+        print(f"\n{comparison.against(model, settings)}")
+    return 0 if fits else 3
 
 
 @options(ArithmeticConfig)

@@ -19,6 +19,7 @@ from lorapre.batch import transient_bytes
 from lorapre.groups import is_low_rank, matrix_shape, state_shapes
 from lorapre_recipes.config import UserError, parse_rules
 from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
+from lorapre_recipes.plan.trace import Trace
 from lorapre_recipes.train.optim import freeze
 
 BF16, FLOAT32 = 2, 4  # bytes
@@ -165,6 +166,8 @@ class Memory(NamedTuple):
     dense: int  # optimizer state of all else
     transient: int  # what the step allocates for its own use, at most
     adamw: int  # what torch.optim.AdamW would hold as state
+    activations: int = 0  # of a forward and backward pass that was traced, the logits aside
+    logits: int = 0
 
     @property
     def state(self) -> int:
@@ -173,8 +176,9 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """The most that a step holds, without activations and buffers of collectives."""
-        return self.weights + self.gradients + self.state + self.transient
+        """All that is held at once, buffers of collectives aside."""
+        passing = self.activations + self.logits
+        return self.weights + self.gradients + self.state + self.transient + passing
 
 
 def memory(weights: Iterable[Weight], settings: Settings, mesh: Mesh = ONE_GPU) -> Memory:
@@ -195,6 +199,20 @@ def memory(weights: Iterable[Weight], settings: Settings, mesh: Mesh = ONE_GPU) 
         # two moments in the weight's dtype, and a step
         adamw=sum(2 * weight.held(mesh) * item + FLOAT32 for weight in trained),
     )
+
+
+def moments(weights: Iterable[Weight], settings: Settings, trace: Trace) -> list[Memory]:
+    """One GPU where the backward pass, or the forward pass before it, and the step hold most.
+
+    With gradient release the steps are within the backward pass, which is then the only moment.
+    """
+    weights = list(weights)
+    base, named = memory(weights, settings), {weight.name: weight for weight in weights}
+    if settings.release:
+        pulses = {name: step_bytes(settings, [x], ONE_GPU) for name, x in named.items()}
+        return [max((base._replace(**x) for x in trace.moments(pulses)), key=lambda x: x.peak)]
+    found = [base._replace(**x) for x in trace.moments()]
+    return [max(found, key=lambda x: x.peak), found[-1]._replace(transient=base.transient)]
 
 
 def step_bytes(settings: Settings, weights: Sequence[Weight], mesh: Mesh) -> int:

@@ -18,6 +18,8 @@ from lorapre_recipes.config import (
 from lorapre_recipes.presets import PRETRAIN
 from lorapre_recipes.train.summary import describe_optimizer
 
+LENGTH = 2048  # tokens of a sequence, where the model reads so many
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(OptimizerConfig):
@@ -28,12 +30,39 @@ class Settings(OptimizerConfig):
     optimizer: Annotated[PlannedOptimizer, "what to train with. Default: lorapre-adamw."] = (
         "lorapre-adamw"
     )
+    batch_size: Annotated[int, "sequences or images in a forward pass."] = 1
+    sequence_length: Annotated[
+        int | None, "tokens of each. Default: 2048, or less if the model reads less."
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool, "compute activations again in the backward pass instead of keeping them."
+    ] = False
+    budget: Annotated[
+        str | None, "memory to fit into, 24GiB or 80GB. Default: that of the GPU that is there."
+    ] = None
 
     def __post_init__(self) -> None:
         defaults = self.fitting(self.optimizer, rank=0, refresh=0)
         for name in ("variant", "compress"):
             object.__setattr__(self, name, getattr(self, name) or defaults[name])
         super().__post_init__()
+        self.budget_bytes()
+
+    def budget_bytes(self) -> int | None:
+        """The budget in bytes."""
+        if self.budget is None:
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", self.budget)
+        if match is None or not float(match[1]):
+            raise UserError(f"--budget {self.budget!r}: write a size, as in 24GiB or 80GB")
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2])))
+
+    def length(self, config: Any) -> int:
+        """Tokens of a sequence of a model with this config."""
+        most: int = getattr(config.get_text_config(), "max_position_embeddings", LENGTH)
+        if (self.sequence_length or 0) > most:
+            raise UserError(f"--sequence-length {self.sequence_length}: the model reads {most}")
+        return self.sequence_length or min(LENGTH, most)
 
     @classmethod
     def complete(cls, model: str, given: dict[str, Any]) -> Settings:
@@ -44,7 +73,7 @@ class Settings(OptimizerConfig):
         config = pretrain_config(model, given.get("optimizer", "lorapre-adamw"))
         if config is None or given.get("optimizer", config.optimizer) != config.optimizer:
             return cls(**given)
-        names = [field.name for field in dataclasses.fields(cls)]
+        names = [each.name for each in dataclasses.fields(cls) if hasattr(config, each.name)]
         own = {name: getattr(config, name) for name in (["rank"] if model in PRETRAIN else names)}
         return cls(**(own | given))
 

@@ -1,25 +1,38 @@
 """`lorapre plan`: memory of a training step of a model, without its weights, as a table."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
 
 from lorapre_recipes.config import UserError
 from lorapre_recipes.console import binary, short
-from lorapre_recipes.plan.memory import check_mesh, memory, routed
+from lorapre_recipes.plan.memory import Memory, Weight, check_mesh, memory, moments, routed
 from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
 from lorapre_recipes.plan.shapes import meta_model
+from lorapre_recipes.plan.trace import Trace, trace
 from lorapre_recipes.train.optim import DTYPES
 
+GIB = 2**30
 MOST_MESHES = 3  # that fit into 80 columns
+ENDS = "embed_tokens|lm_head"  # embeddings and head, which are dense by default
 
 Row = tuple[str, ...]
 
 
-def render(name: str, settings: Settings, meshes: Sequence[Mesh] = ()) -> str:
-    """The text that `lorapre plan` prints. Raises UserError for a plan that cannot be made."""
-    if meshes and settings.release:
-        sharded = "gradients of sharded weights are not released"
-        raise UserError(f"--release: {sharded}; leave out --mesh")
+def render(name: str, settings: Settings, meshes: Sequence[Mesh] = ()) -> tuple[str, bool]:
+    """The text that `lorapre plan` prints, and whether the plan fits into the budget.
+
+    On one GPU a training step is traced. With meshes, and for models that cannot be traced,
+    activations are left out. Raises UserError for a plan that cannot be made.
+    """
+    if meshes and (settings.release or settings.budget):
+        option, reason = "--budget", "activations of sharded weights are not known"
+        if settings.release:
+            option, reason = "--release", "gradients of sharded weights are not released"
+        raise UserError(f"{option}: {reason}; leave out --mesh")
     if len(meshes) > MOST_MESHES:
         most = f"{MOST_MESHES} fit into a table, not {len(meshes)}"
         raise UserError(f"--mesh: {most}; run the command again")
@@ -28,31 +41,96 @@ def render(name: str, settings: Settings, meshes: Sequence[Mesh] = ()) -> str:
     for mesh in meshes:
         check_mesh(model, weights, mesh)
     numel = short(sum(math.prod(weight.shape) for weight in weights))
-    meshes = (ONE_GPU, *meshes)
-    columns = [memory(weights, settings, mesh) for mesh in meshes]
+    text = f"{name}, {numel} parameters in {settings.dtype}\n{settings}\n"
+    traces: dict[bool, Trace] = {}
+    if not meshes:
+        try:
+            traces[settings.gradient_checkpointing] = found = trace(model, settings)
+            text += f"a batch of {found.batch}, attention: {found.attention}\n"
+        except UserError as error:
+            if settings.budget:
+                raise
+            text += f"activations are not counted: {error}\n"
+    if not traces:
+        columns = [memory(weights, settings, mesh) for mesh in (ONE_GPU, *meshes)]
+        names = [mesh.name for mesh in (ONE_GPU, *meshes)]
+        body = rows(columns, weights, settings, "peak, no activations")
+        return f"{text}\n{table(('Memory of a GPU', *names), body)}", True
+    columns = moments(weights, settings, found)
+    names = ["in backward", "in the step"][: len(columns)]
+    body = rows(columns, weights, settings, "all of it")
+    peak, budget = max(column.peak for column in columns), settings.budget_bytes() or gpu_bytes()
+    text += f"\n{table(('Memory of one GPU', *names), body)}\n\npeak: {binary(peak)}"
+    if budget is None:
+        return text, True
+    if peak <= budget:
+        return f"{text}\nfits: {peak / GIB:.1f} of {budget / GIB:.4g} GiB", True
+    much = f"does not fit: {(peak - budget) / GIB:.1f} GiB too much for {budget / GIB:.4g} GiB"
+    return "\n".join([text, much, *advice(name, settings, peak, traces)]), False
 
-    def row(label: str, field: str) -> Row:
-        return (label, *(binary(getattr(column, field)) for column in columns))
 
+def rows(
+    columns: Sequence[Memory], weights: Sequence[Weight], settings: Settings, total: str
+) -> list[Row]:
+    """The lines of the table; `total` is the label of their sum."""
     trained = [weight for weight in weights if not weight.frozen]
     matrices = sum(weight.matrix for weight in trained)
-    route = "low rank" if settings.low_rank else "Muon's"
-    body = [
-        row("weights", "weights"),
-        row("largest gradient" if settings.release else "gradients", "gradients"),
-        row("optimizer state", "state"),
-    ]
+    lines = {"weights": "weights", "gradients": "gradients", "optimizer state": "state"}
     if settings.optimizer != "adamw":
-        body.append(row(f"  {route}, {matrices} weights", "matrices"))
-        body.append(row(f"  dense, {len(trained) - matrices} weights", "dense"))
-    body += [
-        row("transient, at most", "transient"),
-        row("peak, no activations", "peak"),
-        row("torch.optim.AdamW's state", "adamw"),
-        ("state / AdamW's", *(f"{column.state / column.adamw:.2f}" for column in columns)),
+        route = "low rank" if settings.low_rank else "Muon's"
+        lines[f"  {route}, {matrices} weights"] = "matrices"
+        lines[f"  dense, {len(trained) - matrices} weights"] = "dense"
+    if any(column.activations for column in columns):
+        lines |= {"activations": "activations", "logits": "logits"}
+    lines |= {
+        "transient, at most": "transient",
+        total: "peak",
+        "torch.optim.AdamW's state": "adamw",
+    }
+    body = [
+        (label, *(binary(getattr(column, field)) for column in columns))
+        for label, field in lines.items()
     ]
-    head = f"{name}, {numel} parameters in {settings.dtype}\n{settings}"
-    return f"{head}\n\n{table(('Memory of a GPU', *(mesh.name for mesh in meshes)), body)}"
+    ratios = (f"{column.state / column.adamw:.2f}" for column in columns)
+    return [*body, ("state / AdamW's", *ratios)]
+
+
+def gpu_bytes() -> int | None:
+    """The memory of the GPU that is there."""
+    if not torch.cuda.is_available():
+        return None
+    total: int = torch.cuda.get_device_properties(0).total_memory
+    return total
+
+
+def advice(name: str, settings: Settings, peak: int, traces: dict[bool, Trace]) -> Iterator[str]:
+    """What options that are not given would save, each and all together: planned again with them.
+
+    `traces` are those at hand, by gradient checkpointing.
+    """
+    ways: dict[str, dict[str, Any]] = {"--gradient-checkpointing": {"gradient_checkpointing": True}}
+    if settings.low_rank:
+        ends = f"{ENDS}={settings.rank}"
+        ways["--release"] = {"release": True}
+        ways[f"--rules '{ends}'"] = {"rules": (*settings.rules, ends)}
+
+    def saved(changes: dict[str, Any]) -> int:
+        model, changed = meta_model(name, DTYPES[settings.dtype]), settings.replace(**changes)
+        weights, key = routed(model, changed), changed.gradient_checkpointing
+        if key not in traces:
+            traces[key] = trace(model, changed)
+        return peak - max(each.peak for each in moments(weights, changed, traces[key]))
+
+    possible: dict[str, dict[str, Any]] = {}
+    for option, changes in ways.items():
+        with contextlib.suppress(UserError):  # the model has no such part
+            alone = saved(changes)
+            if settings != settings.replace(**changes):
+                possible[option] = changes
+                yield f"  {option} saves {binary(max(0, alone))}"
+    if len(possible) > 1:
+        together = saved({key: value for way in possible.values() for key, value in way.items()})
+        yield f"  all together save {binary(max(0, together))}"
 
 
 def table(header: Row, body: Sequence[Row]) -> str:
