@@ -488,6 +488,8 @@ def test_a_convolution_is_the_matrix_of_its_filters_in_any_memory_format(
         by_matrix.step()
     assert conv.is_contiguous(memory_format=weight_format)
     assert_near([conv.detach().flatten(1)], [matrix.detach()], 1e-6)
+    for name, value in by_matrix.state[matrix].items():  # in the order of the dimensions, whatever memory has
+        assert_near([by_conv.state[conv][name].view_as(value)], [value], 1e-5)
 
 
 @every_case

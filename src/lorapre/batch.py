@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lorapre.variants import VARIANTS, State, first_A
 # Elements of the factors that a batch stacks; those of one weight may be more. On GPUs, where calls
 # cost more than memory, all weights of a shape share the launches of a step.
 STACK, GPU_STACK = 2**19, 2**24
+COLUMNS = ("m_A", "v_A", "v_col")  # state with a number for each column, last
 SHARED = 2**18  # elements of sharded matrices that Muon orthogonalises together, for each process
 
 
@@ -56,13 +57,21 @@ class Batch:
             name: [sharding.local(m.state[name]) for m in members] for name in members[0].state
         }  # fmt: skip
         self._copies: list[tuple[Tensor, Tensor]] = []
-        self.weights = self._matrices([sharding.local(m.weight) for m in members], written=True)
-        grads = self._matrices([sharding.local(m.grad) for m in members])
+        weights = [sharding.local(m.weight) for m in members]
+        grads = [sharding.local(m.grad) for m in members]
+        shards = sharding.shards(weight, flatten)
+        self._dims = self._order([*weights, *grads]) if self.rank and shards.count == 1 else None
+        self.weights, grads = self._matrices(weights, written=True), self._matrices(grads)
         kind, self.slow = backend(self.weights, grads)
         self.T = kind(
-            grads, (p, q), sharding.local(weight).device, scale=-1.0 if group["maximize"] else 1.0,
-            dtype=wide(weight.dtype), shards=sharding.shards(weight, flatten),
+            grads, (p, q), weights[0].device, scale=-1.0 if group["maximize"] else 1.0,
+            dtype=wide(weight.dtype), shards=shards,
         )  # fmt: skip
+        if self._dims is not None:
+            places = torch.arange(q, dtype=torch.int64, device=weights[0].device)
+            self.T.columns = (
+                places.view(weight.shape[1:]).permute([d - 1 for d in self._dims]).flatten()
+            )
 
     def begin(self) -> None:
         """Count the step, and read the state."""
@@ -127,6 +136,25 @@ class Batch:
         """(N, 1, 1) of (n,)."""
         return x[:, None].expand(-1, self.E).reshape(-1, 1, 1)
 
+    def _order(self, tensors: Sequence[Tensor]) -> list[int] | None:
+        """The dimensions of a filter as all these convolutions have them in memory.
+
+        None is the usual order, or no common one. With channels_last the columns of the matrix are
+        taken in another order, which spares copies of weights and gradients.
+        """
+        first = tensors[0]
+        if first.ndim < 3 or self._matrix[1] or torch.compiler.is_compiling():
+            return None
+        dims = sorted(range(1, first.ndim), key=lambda d: -first.stride()[d])
+        contiguous = all(x.permute(0, *dims).is_contiguous() for x in tensors)
+        return dims if contiguous and dims != list(range(1, first.ndim)) else None
+
+    def as_stored(self, name: str, x: Tensor) -> Tensor:
+        """State of the matrices with its columns in the order of the weight's dimensions."""
+        if self._dims is None or name not in COLUMNS:
+            return x
+        return torch.empty_like(x).index_copy_(-1, cast(Tensor, self.T.columns), x)
+
     def _matrices(self, tensors: list[Tensor], written: bool = False) -> list[Tensor]:
         """N matrices (p, q) with contiguous rows, copies where memory has another order.
 
@@ -135,6 +163,7 @@ class Batch:
         (p, q), fused = self._matrix
         matrices: list[Tensor] = []
         for x in tensors:
+            x = x if self._dims is None else x.permute(0, *self._dims)
             if x.ndim in (2, 3) and (x.ndim == 2 or fused) and x.stride(-1) == 1:
                 matrices += [x] if x.ndim == 2 else x.unbind()
                 continue
@@ -149,12 +178,14 @@ class Batch:
         """A state tensor of the batch, (N, ...); that of one parameter shares its memory."""
         fused = self._matrix[1]
         tensors = [x if fused else x[None] for x in self._tensors[name]]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        x = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return x[..., self.T.columns] if self._dims is not None and name in COLUMNS else x
 
     def _write(self, name: str, new: Tensor) -> None:
         old, fused = self._tensors[name], self._matrix[1]
         if self.T.finite is not None:
             new = torch.where(self.T.finite.view(-1, *[1] * (new.ndim - 1)), new, self._read(name))
+        new = self.as_stored(name, new)
         torch._foreach_copy_(old, list(torch.split(new, self.E) if fused else new.unbind()))
 
 
@@ -241,8 +272,9 @@ def start_state(
     }
     for stream, name in enumerate(("m_A", "v_A")):
         if name in shapes and p.numel():
-            T = Batch(group, [Member(p, sharding.gradient(p), {}, 0)]).T
-            target, r = (abs(T) if name == "v_A" else T), shapes[name][-2]
+            batch = Batch(group, [Member(p, sharding.gradient(p), {}, 0)])
+            target, r = (abs(batch.T) if name == "v_A" else batch.T), shapes[name][-2]
+            A = batch.as_stored(name, first_A(start, target, r, 4 * group["seed"] + stream))
             local = sharding.local(state[name])
-            local.copy_(first_A(start, target, r, 4 * group["seed"] + stream).view_as(local))
+            local.copy_(A.view_as(local))
     return state
