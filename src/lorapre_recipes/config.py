@@ -38,6 +38,7 @@ Variant = Literal["paper", "calibrated", "subspace", "split"]
 Compress = Literal["both", "first", "second"]
 Ends = Literal["dense", "low-rank"]
 Precision = Literal["fp32", "bf16"]
+Device = Literal["auto", "cpu"]
 Terms = Literal["matrices", "whole"]
 TaskName = Literal["gsm8k", "math-500"]
 Template = Literal["question", "instruction"]
@@ -236,6 +237,7 @@ class RunConfig(OptimizerConfig):
     held_out_every: Annotated[int, "one document or example in so many is held out."]
     checkpoints: Annotated[int, "how many checkpoints are written; the last two are kept."]
     precision: Annotated[Precision, "of matrix products, whatever the weights have."] = "fp32"
+    device: Annotated[Device, "auto takes a GPU where there is one."] = "auto"
     chunked_loss: Annotated[
         bool, "take the loss of some positions at a time: logits of a batch never exist."
     ] = True
