@@ -47,6 +47,8 @@ class Case(NamedTuple):
     release: bool
     checkpointing: bool
     optimizer: Any = "lorapre-adamw"
+    accumulation: int = 1
+    precision: Any = "fp32"
 
     def settings(self) -> Settings:
         _, size, length = MODELS[self.model]
@@ -55,6 +57,8 @@ class Case(NamedTuple):
             rank=None if self.optimizer == "adamw" else 16,
             dtype=self.dtype,
             release=self.release,
+            accumulation=self.accumulation,
+            precision=self.precision,
             gradient_checkpointing=self.checkpointing,
             batch_size=size,
             sequence_length=length or None,
@@ -88,7 +92,11 @@ class Case(NamedTuple):
         model.train()
 
         def step() -> None:
-            loss(model(**inputs)).backward()
+            for _ in range(self.accumulation):
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+                    total = loss(model(**inputs))
+                total.backward()
+                del total
             optimizer.step()
             optimizer.zero_grad()
 
@@ -103,6 +111,8 @@ CASES = [
     if each[0] != "Llama, wide" or not each[-1]  # it has few activations
 ]
 CASES += [Case("Llama, wide", dtype, False, False, "adamw") for dtype in DTYPES]
+CASES += [Case("Llama, wide", dtype, False, False, accumulation=2) for dtype in DTYPES]
+CASES += [Case("ViT", "fp32", False, False, precision="bf16")]
 
 
 def main() -> None:
@@ -112,7 +122,9 @@ def main() -> None:
     for case in CASES:
         predicted, measured = case.predicted(), case.measured()
         switches = ["yes" if on else "no" for on in (case.release, case.checkpointing)]
-        words = [case.model, case.optimizer, case.dtype, *switches]
+        accumulated = f", {case.accumulation} batches" if case.accumulation > 1 else ""
+        model = case.model + accumulated + (", autocast" if case.precision == "bf16" else "")
+        words = [model, case.optimizer, case.dtype, *switches]
         figures = f"{predicted / 2**20:.1f} | {measured / 2**20:.1f} | {predicted / measured - 1:+.1%}"
         print(f"| {' | '.join(words)} | {figures} |", flush=True)
 

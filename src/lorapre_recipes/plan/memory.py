@@ -211,7 +211,11 @@ def moments(weights: Iterable[Weight], settings: Settings, trace: Trace) -> list
     if settings.release:
         pulses = {name: step_bytes(settings, [x], ONE_GPU) for name, x in named.items()}
         return [max((base._replace(**x) for x in trace.moments(pulses)), key=lambda x: x.peak)]
-    found = [base._replace(**x) for x in trace.moments()]
+    if settings.accumulation > 1:  # each new gradient is added to the one that is there
+        added = trace.moments(dict.fromkeys(named, 0))
+        found = [base._replace(**x | {"gradients": base.gradients + x["gradients"]}) for x in added]
+    else:
+        found = [base._replace(**x) for x in trace.moments()]
     return [max(found, key=lambda x: x.peak), found[-1]._replace(transient=base.transient)]
 
 

@@ -12,6 +12,7 @@ from lorapre_recipes.config import (
     OptimizerConfig,
     OptimizerName,
     PlannedOptimizer,
+    Precision,
     PretrainConfig,
     UserError,
 )
@@ -34,6 +35,8 @@ class Settings(OptimizerConfig):
     sequence_length: Annotated[
         int | None, "tokens of each. Default: 2048, or less if the model reads less."
     ] = None
+    accumulation: Annotated[int, "forward passes in an optimizer step."] = 1
+    precision: Annotated[Precision, "of matrix products, whatever the weights have."] = "fp32"
     gradient_checkpointing: Annotated[
         bool, "compute activations again in the backward pass instead of keeping them."
     ] = False
@@ -46,6 +49,8 @@ class Settings(OptimizerConfig):
         for name in ("variant", "compress"):
             object.__setattr__(self, name, getattr(self, name) or defaults[name])
         super().__post_init__()
+        if self.release and self.accumulation > 1:
+            raise UserError("--release: gradients cannot be accumulated; give --accumulation 1")
         self.budget_bytes()
 
     def budget_bytes(self) -> int | None:

@@ -109,7 +109,9 @@ def trace(model: PreTrainedModel, settings: Settings) -> Trace:
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(complete)  # type: ignore[no-untyped-call]
         with found:
-            loss(model.train()(**inputs)).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+                total = loss(model.train()(**inputs))
+            total.backward()
         found.batch = " x ".join(map(str, next(iter(inputs.values())).shape))
         found.events = list(found.events)  # what is freed from now on does not count
     return found
@@ -137,10 +139,7 @@ def batch(model: PreTrainedModel, settings: Settings) -> dict[str, Tensor]:
         height, width = (size, size) if isinstance(size, int) else size
         image = (settings.batch_size, model.config.num_channels, height, width)
         return {"pixel_values": torch.empty(image, dtype=model.dtype, device="cpu")}
-    if model.main_input_name != "input_ids":
-        raise ValueError(f"it takes {model.main_input_name}")
-    shape = (settings.batch_size, settings.length(model.config))
-    tokens = torch.empty(shape, dtype=torch.int64, device="cpu")
+    tokens = torch.zeros(settings.batch_size, settings.length(model.config), dtype=torch.int64)
     labels = "LM" in type(model).__name__ or model.config.is_encoder_decoder
     return {"input_ids": tokens} | ({"labels": tokens} if labels else {})
 
