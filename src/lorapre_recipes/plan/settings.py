@@ -40,6 +40,9 @@ class Settings(OptimizerConfig):
     gradient_checkpointing: Annotated[
         bool, "compute activations again in the backward pass instead of keeping them."
     ] = False
+    chunked_loss: Annotated[
+        bool, "take the loss of some positions at a time, as pretrain and finetune do."
+    ] = False
     budget: Annotated[
         str | None, "memory to fit into, 24GiB or 80GB. Default: that of the GPU that is there."
     ] = None
@@ -81,6 +84,11 @@ class Settings(OptimizerConfig):
         names = [each.name for each in dataclasses.fields(cls) if hasattr(config, each.name)]
         own = {name: getattr(config, name) for name in (["rank"] if model in PRETRAIN else names)}
         return cls(**(own | given))
+
+    @property
+    def passes(self) -> tuple[bool, bool]:
+        """The options that change what the forward and the backward pass allocate."""
+        return self.gradient_checkpointing, self.chunked_loss
 
     @property
     def low_rank(self) -> bool:

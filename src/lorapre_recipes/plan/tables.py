@@ -17,9 +17,9 @@ from lorapre_recipes.train.optim import DTYPES
 
 GIB = 2**30
 MOST_MESHES = 3  # that fit into 80 columns
-ENDS = "embed_tokens|lm_head"  # embeddings and head, which are dense by default
 
 Row = tuple[str, ...]
+Passes = tuple[bool, bool]  # `Settings.passes`
 
 
 def render(name: str, settings: Settings, meshes: Sequence[Mesh] = ()) -> tuple[str, bool]:
@@ -42,10 +42,10 @@ def render(name: str, settings: Settings, meshes: Sequence[Mesh] = ()) -> tuple[
         check_mesh(model, weights, mesh)
     numel = short(sum(math.prod(weight.shape) for weight in weights))
     text = f"{name}, {numel} parameters in {settings.dtype}\n{settings}\n"
-    traces: dict[bool, Trace] = {}
+    traces: dict[Passes, Trace] = {}
     if not meshes:
         try:
-            traces[settings.gradient_checkpointing] = found = trace(model, settings)
+            traces[settings.passes] = found = trace(model, settings)
             text += f"a batch of {found.batch}, attention: {found.attention}\n"
         except UserError as error:
             if settings.budget:
@@ -103,20 +103,21 @@ def gpu_bytes() -> int | None:
     return total
 
 
-def advice(name: str, settings: Settings, peak: int, traces: dict[bool, Trace]) -> Iterator[str]:
+def advice(name: str, settings: Settings, peak: int, traces: dict[Passes, Trace]) -> Iterator[str]:
     """What options that are not given would save, each and all together: planned again with them.
 
-    `traces` are those at hand, by gradient checkpointing.
+    `traces` are those at hand, by what the passes depend on.
     """
-    ways: dict[str, dict[str, Any]] = {"--gradient-checkpointing": {"gradient_checkpointing": True}}
+    ways: dict[str, dict[str, Any]] = {
+        "--gradient-checkpointing": {"gradient_checkpointing": True},
+        "--chunked-loss": {"chunked_loss": True},
+    }
     if settings.low_rank:
-        ends = f"{ENDS}={settings.rank}"
-        ways["--release"] = {"release": True}
-        ways[f"--rules '{ends}'"] = {"rules": (*settings.rules, ends)}
+        ways |= {"--release": {"release": True}, "--ends low-rank": {"ends": "low-rank"}}
 
     def saved(changes: dict[str, Any]) -> int:
         model, changed = meta_model(name, DTYPES[settings.dtype]), settings.replace(**changes)
-        weights, key = routed(model, changed), changed.gradient_checkpointing
+        weights, key = routed(model, changed), changed.passes
         if key not in traces:
             traces[key] = trace(model, changed)
         return peak - max(each.peak for each in moments(weights, changed, traces[key]))

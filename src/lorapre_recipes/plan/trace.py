@@ -6,6 +6,7 @@ fused kernel there and saves its output and one number per query and head, as fl
 on a GPU. With dropout it keeps the scores. What kernels allocate within themselves is not seen.
 """
 
+import contextlib
 import logging
 import warnings
 import weakref
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 
 from lorapre_recipes.config import user_errors
 from lorapre_recipes.plan.settings import Settings
+from lorapre_recipes.train.loss import ChunkedLoss
 
 # A storage and the bytes that come or go; or a storage, 0, and the weight whose gradient is there
 Event = tuple[int, int, str]
@@ -108,7 +110,9 @@ def trace(model: PreTrainedModel, settings: Settings) -> Trace:
 
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(complete)  # type: ignore[no-untyped-call]
-        with found:
+        chunked = ChunkedLoss(model)
+        in_chunks = settings.chunked_loss and chunked.applies()
+        with found, chunked if in_chunks else contextlib.nullcontext():
             with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
                 total = loss(model.train()(**inputs))
             total.backward()
