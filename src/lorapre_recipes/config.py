@@ -237,7 +237,7 @@ class RunConfig(OptimizerConfig):
     checkpoints: Annotated[int, "how many checkpoints are written; the last two are kept."]
     precision: Annotated[Precision, "of matrix products, whatever the weights have."] = "fp32"
     chunked_loss: Annotated[
-        bool, "take the loss of some positions at a time: logits of a batch never exist."
+        bool, "compute the loss in chunks: logits of a batch never exist. Not with FSDP."
     ] = True
     compile: Annotated[bool, "put the model through torch.compile."] = False
     report_to: Annotated[
