@@ -239,7 +239,7 @@ class RunConfig(OptimizerConfig):
     precision: Annotated[Precision, "of matrix products, whatever the weights have."] = "fp32"
     device: Annotated[Device, "auto takes a GPU where there is one."] = "auto"
     chunked_loss: Annotated[
-        bool, "take the loss of some positions at a time: logits of a batch never exist."
+        bool, "compute the loss in chunks: logits of a batch never exist. Not with FSDP."
     ] = True
     compile: Annotated[bool, "put the model through torch.compile."] = False
     report_to: Annotated[

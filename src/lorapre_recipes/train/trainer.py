@@ -139,7 +139,8 @@ class RecipeTrainer(Trainer):
         super().__init__(**kwargs)
         self.eval_items = eval_items
         self.chunks = ChunkedLoss(kwargs["model"])
-        self.chunked = config.chunked_loss and self.chunks.applies()
+        # With FSDP the head has its weight in its own forward alone.
+        self.chunked = config.chunked_loss and not config.fsdp and self.chunks.applies()
 
     def create_accelerator_and_postprocess(self) -> None:
         """FSDP2 on CPUs too: torch has it, but accelerate puts it aside there."""
