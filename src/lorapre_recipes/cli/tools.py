@@ -34,11 +34,11 @@ def plan(
     from lorapre_recipes.plan.tables import render
 
     text, fits = render(model, settings, meshes)
-    print(text)
     if against:
         from lorapre_recipes.plan import against as comparison
 
-        print(f"\n{comparison.against(model, settings)}")
+        text += f"\n\n{comparison.against(model, settings)}"
+    print(text)
     return 0 if fits else 3
 
 

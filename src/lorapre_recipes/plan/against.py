@@ -27,6 +27,8 @@ def against(name: str, settings: Settings) -> str:
     """What is alive at the peak of a step, by optimizer, as a table. Raises UserError."""
     if not settings.low_rank:
         raise UserError("--against: compares lorapre-adamw or lorapre-muon with others")
+    if settings.accumulation > 1:
+        raise UserError("--against: has no gradients to add to; give --accumulation 1")
     columns = dict(contenders(name, settings))
     kinds = ("weights", "gradients", "state", "activations", "logits", "transient")
     body = [(kind, *(binary(column[kind]) for column in columns.values())) for kind in kinds]

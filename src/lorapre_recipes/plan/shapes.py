@@ -21,7 +21,7 @@ def llama(hidden: int, intermediate: int, heads: int, layers: int, **fields: Any
 
 
 # The published shapes of Llama 3.1: 128,256 tokens, eight heads of keys and values.
-LLAMA_3 = {"vocab_size": 128_256, "num_key_value_heads": 8}
+LLAMA_3 = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
 
 BUILT_IN: dict[str, LlamaConfig] = {
     "llama-60m": llama(512, 1376, heads=8, layers=8),

@@ -43,6 +43,7 @@ def render(name: str, settings: Settings, meshes: Sequence[Mesh] = ()) -> tuple[
     numel = short(sum(math.prod(weight.shape) for weight in weights))
     text = f"{name}, {numel} parameters in {settings.dtype}\n{settings}\n"
     traces: dict[Passes, Trace] = {}
+    settings.length(model.config)  # a wrong --sequence-length is no fault of the model
     if not meshes:
         try:
             traces[settings.passes] = found = trace(model, settings)
