@@ -209,12 +209,39 @@ def test_the_reference_explains_every_argument(function: Callable[..., object]) 
     assert "\nRaises:\n" in text or function is lorapre.coverage
 
 
-@pytest.mark.parametrize("name", ["index.md", "results.md"])
-def test_the_first_pages_have_no_figures_but_the_readme_s(name: str) -> None:
-    number = re.compile(r"(?<![\w.(/-])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    page = (DOCS / name).read_text(encoding="utf-8").partition("## In three lines")[0]
-    assert {*number.findall(page)} <= {*number.findall(readme)}
+NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?(?!\w)"
+FIGURE = re.compile(rf"(?<![\w.(/-]){NUMBER}(?: ± {NUMBER})?")
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", DOCS / "index.md", DOCS / "results.md"], ids=lambda page: page.name
+)
+def test_the_first_pages_have_no_figures_but_those_of_the_pages_they_link_to(page: Path) -> None:
+    """Each section and each bullet links to the page that has the command of a figure, or its report."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    for part in re.split(r"^(?:#+|\*) ", text, flags=re.MULTILINE):
+        sources = [page.parent / target for target in LINK.findall(part) if target.endswith(".md")]
+        known = {
+            figure
+            for source in sources
+            if source.name != "LOG.md"  # so many figures that it would prove nothing
+            for figure in FIGURE.findall(source.read_text(encoding="utf-8"))
+        }
+        unknown = {figure for figure in FIGURE.findall(LINK.sub("", part)) if not is_rounded(figure, known)}
+        assert not unknown, part
+
+
+def is_rounded(figure: str, known: set[str]) -> bool:
+    """Whether it is a known figure, its mean alone, or one of these rounded."""
+    means = {mean for mean, _, _ in (other.partition(" ± ") for other in known)}
+    decimals = len(figure.rpartition(".")[2])
+    return any(figure in (other, rounded(other, decimals)) for other in known | means)
+
+
+def rounded(figure: str, decimals: int) -> str:
+    """A figure, or a mean ± its deviation, with fewer decimals. Integers stay as they are."""
+    numbers = figure.replace(",", "").split(" ± ")
+    return " ± ".join(f"{float(n):.{decimals}f}" if "." in n else n for n in numbers)
 
 
 def test_the_mathematics_names_functions_and_tests_that_exist() -> None:
