@@ -18,7 +18,7 @@ from lorapre_recipes import cli
 
 BLOCK = re.compile(r"^```console\n\$ (lorapre (?:[^\n]*\\\n)*[^\n]*\n).*?^```$", re.MULTILINE | re.DOTALL)
 ROW = re.compile(r"^\| `(lorapre plan [^`\n]*)` \|.*$", re.MULTILINE)
-FIGURES = "optimizer state", "torch.optim.AdamW's state", "peak, no activations"  # the columns of such a row
+STATE = "optimizer state", "torch.optim.AdamW's state"  # columns of such a row, before the peak
 QUOTE = re.compile(r"^```python title=\"(src/[^\"]+)\"\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ROOT = Path(__file__).parents[1]
 
@@ -34,9 +34,9 @@ def rerun(page: str) -> str:
 
 def memory(command: str) -> list[str]:
     """The figures of the last column that a `lorapre plan` command prints."""
-    rows = [re.split(" {2,}", line) for line in output(command).splitlines()]
+    rows = [re.split(" {2,}|: ", line) for line in output(command).splitlines()]
     last = {row[0]: row[-1] for row in rows}
-    return [last[name] for name in FIGURES]
+    return [*(last[name] for name in STATE), last.get("peak") or last["peak, no activations"]]
 
 
 def output(command: str) -> str:

@@ -7,6 +7,7 @@ a weight is ever formed. `lorapre.backends` has the same three in C and in Trito
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from ctypes import c_float
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -216,10 +217,12 @@ class Gradient:
         """`step_`, with the sums of T**2 over what is held here."""
         rows = torch.zeros(len(self), self.held[0], 1, dtype=torch.float32, device=self.device)
         columns = torch.zeros(len(self), 1, self.held[1], dtype=torch.float32, device=self.device)
-        kernel = self._has_adamw(weights, M, lr, decay)
-        in_place = kernel and self._as_it_is and all(w.dtype == torch.float32 for w in weights)
-        one_by_one = ((slice(n, n + 1), slice(0, self.held[0])) for n in range(len(self)))
-        for n, i in one_by_one if in_place else self._tiles():
+        kernel = self._has_adamw(weights, M)
+        in_place = kernel and self._as_it_is and self.scale == 1
+        in_place = in_place and all(w.dtype == torch.float32 for w in weights)
+        for n, i in self._tiles(whole=in_place, alone=kernel):
+            if kernel and self.finite is not None and not self.finite[n]:
+                continue
             g = self._tile(n, i).to(self.dtype)
             g = g * self.scale if self.scale != 1 else g
             if sums:
@@ -229,20 +232,20 @@ class Gradient:
                 del square
             w = read(weights, n, i).to(self.dtype)
             if kernel:
-                adamw_(w, g, M, n, i, float(lr), float(decay), eps)
+                # As a masked lr has them, so that a mask changes nothing else.
+                numbers = (c_float(float(at(x, n))).value for x in (lr, decay))
+                adamw_(w, g, M, n, i, *numbers, eps)
             else:
                 m, v = moments(M, n, i, g)
                 self._move_(w, m, at(lr, n), at(decay, n), root=v.sqrt_().add_(eps))
             self._store_(weights, n, i, w, keys)
         return (rows, columns) if sums else None
 
-    def _has_adamw(self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number) -> bool:
+    def _has_adamw(self, weights: Sequence[Tensor], M: Moments) -> bool:
         """Whether torch's fused AdamW takes the step: both moments in full, on a CPU."""
         return (
             M.exp_avg is not None
             and M.exp_avg_sq is not None
-            and self.finite is None
-            and not any(isinstance(x, Tensor) and x.ndim for x in (lr, decay))
             and all(at_hand(x) and x.is_contiguous() for x in (*weights, *self.grads))
         )
 
@@ -255,14 +258,14 @@ class Gradient:
             and all(g.dtype == torch.float32 for g in self.grads)
         )
 
-    def _tiles(self, whole: bool = False) -> Iterator[tuple[slice, slice]]:
-        """(members, rows): some small matrices, or some rows of a large one, all if `whole`."""
+    def _tiles(self, whole: bool = False, alone: bool = False) -> Iterator[tuple[slice, slice]]:
+        """(members, rows): some small matrices, or one; some rows of a large one, or all."""
         (p, q), N = self.held, len(self)
-        if torch.compiler.is_compiling() or p * q <= SMALL:
+        if torch.compiler.is_compiling() or (p * q <= SMALL and not alone):
             some = N if torch.compiler.is_compiling() else max(1, SMALL // max(1, p * q))
             yield from ((slice(n, n + some), slice(0, p)) for n in range(0, N, some))
             return
-        height = p if whole else max(1, TILE // q)
+        height = max(1, p if whole else TILE // max(1, q))
         for n in range(N):
             yield from (
                 (slice(n, n + 1), slice(i, min(i + height, p))) for i in range(0, p, height)

@@ -79,7 +79,7 @@ class CGradient(Gradient):
         # One buffer holds a product, or the moment that is kept in full in its place.
         both = any(f and ema for f, ema in zip(products, emas, strict=True))
         plain = N > 0 and weights[0].dtype == torch.float32
-        fused = plain and self._has_adamw(weights, M, lr, decay)
+        fused = plain and self._has_adamw(weights, M)
         if not in_order or both or fused:  # torch's own kernel is the fastest for AdamW in float32
             return super()._step_(weights, M, lr, decay, eps, keys, sums)
         assert not self.absolute
