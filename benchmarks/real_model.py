@@ -32,8 +32,8 @@ from transformers import (
 
 from lorapre_recipes.config import EvaluateConfig, FinetuneConfig
 from lorapre_recipes.console import quieten
-from lorapre_recipes.data.arithmetic import train_tokenizer
 from lorapre_recipes.data.examples import read_examples, spaced
+from lorapre_recipes.data.tokens import for_transformers, train_tokenizer
 from lorapre_recipes.evaluate import evaluate
 from lorapre_recipes.files import read_json, write_lines
 from lorapre_recipes.presets import finetuning
@@ -118,7 +118,8 @@ def tiny_model(out: Path) -> Path:
     folder = out / "tiny"
     if not folder.is_dir():
         torch.manual_seed(0)
-        tokenizer = train_tokenizer([row.prompt for row in read_examples(str(out / "train.jsonl"))])
+        prompts = [row.prompt for row in read_examples(str(out / "train.jsonl"))]
+        tokenizer = for_transformers(train_tokenizer(prompts, 384, digits=True))
         sizes = dict(hidden_size=160, intermediate_size=192, num_hidden_layers=1, num_attention_heads=1)
         ends = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
         config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **sizes, **ends)

