@@ -213,9 +213,9 @@ def scores(experiment: Experiment, folder: str) -> Row:
     new_tokens = experiment.new_tokens
     found = evaluate(EvaluateConfig(model=folder, data=str(problems), max_new_tokens=new_tokens, out=result))
     return {
-        "loss": found.answer_loss,
-        "exact_match": found.metrics["exact match, strict-match"],
-        "problems": found.examples,
+        "loss": found["answer_loss"],
+        "exact_match": found["metrics"]["exact match, strict-match"],
+        "problems": found["examples"],
         "general_loss": general_loss(folder, experiment.windows),
     }
 

@@ -259,9 +259,9 @@ def test_subspace_is_within_twice_the_best_rank_r_approximation_of_a_turning_sig
 def test_a_switch_to_gradients_orthogonal_to_all_before_is_followed(
     name: str, dtype: torch.dtype, k: int, r: int
 ) -> None:
-    """Orthogonal in rows and columns, rank k: followed to 1 % in 120 steps, without overshoot.
+    """Orthogonal in rows and columns, rank k: followed to 2 % in 100 steps, without overshoot.
 
-    It starts from rounding errors, which grow at a fixed rate, so the time depends on them a little.
+    It starts from rounding errors, and where k is below r the Gram matrices are singular but for the damping.
     """
     U, V = orthonormal(48, 2 * k), orthonormal(64, 2 * k)
     strength = torch.diag(torch.linspace(1, 2, k, dtype=torch.float64))
@@ -271,10 +271,10 @@ def test_a_switch_to_gradients_orthogonal_to_all_before_is_followed(
     for _ in range(200):
         B, A = follow(name, B, A, before, BETA)
     assert error(B, A, before) < 1e-3
-    for _ in range(120):
+    for _ in range(100):
         B, A = follow(name, B, A, after, BETA)
         assert error(B, A, after) < 1.5
-    assert error(B, A, after) < 0.01
+    assert error(B, A, after) < 0.02
 
 
 @pytest.mark.parametrize("name", ["newton", "subspace"])
