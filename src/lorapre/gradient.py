@@ -233,8 +233,8 @@ class Gradient:
             w = read(weights, n, i).to(self.dtype)
             if kernel:
                 # As a masked lr has them, so that a mask changes nothing else.
-                numbers = (c_float(float(at(x, n))).value for x in (lr, decay))
-                adamw_(w, g, M, n, i, *numbers, eps)
+                own_lr, keep = (c_float(float(at(x, n))).value for x in (lr, decay))
+                adamw_(w, g, M, n, i, own_lr, keep, eps)
             else:
                 m, v = moments(M, n, i, g)
                 self._move_(w, m, at(lr, n), at(decay, n), root=v.sqrt_().add_(eps))
