@@ -102,6 +102,8 @@ def test_a_model_that_looks_at_data_is_planned_without_activations(tmp_path: Pat
 
 
 def test_contenders_hold_what_their_optimizers_allocate(tmp_path: Path) -> None:
+    for package in ("torchao", "pytorch_optimizer"):  # of the extra bench
+        pytest.importorskip(package)
     sizes: Any = {
         "hidden_size": 64,
         "intermediate_size": 96,

@@ -7,7 +7,6 @@ a weight is ever formed. `lorapre.backends` has the same three in C and in Trito
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from ctypes import c_float
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -232,8 +231,11 @@ class Gradient:
                 del square
             w = read(weights, n, i).to(self.dtype)
             if kernel:
-                # As a masked lr has them, so that a mask changes nothing else.
-                own_lr, keep = (c_float(float(at(x, n))).value for x in (lr, decay))
+                # In the dtype of a masked lr, so that a mask changes nothing else.
+                own_lr, keep = (
+                    torch.as_tensor(at(x, n), dtype=self.dtype, device="cpu").item()
+                    for x in (lr, decay)
+                )
                 adamw_(w, g, M, n, i, own_lr, keep, eps)
             else:
                 m, v = moments(M, n, i, g)

@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from lorapre_recipes.config import UserError
+from lorapre_recipes.config import UserError, user_errors
 from lorapre_recipes.console import binary
 from lorapre_recipes.plan.memory import moments, routed
 from lorapre_recipes.plan.settings import Settings
@@ -29,7 +29,10 @@ def against(name: str, settings: Settings) -> str:
         raise UserError("--against: compares lorapre-adamw or lorapre-muon with others")
     if settings.accumulation > 1:
         raise UserError("--against: has no gradients to add to; give --accumulation 1")
-    columns = dict(contenders(name, settings))
+    missing = "8-bit AdamW and GaLore are in packages that are not installed here"
+    install = "pip install torchao pytorch_optimizer"
+    with user_errors(f"--against: {missing}: {install}", ModuleNotFoundError):
+        columns = dict(contenders(name, settings))
     kinds = ("weights", "gradients", "state", "activations", "logits", "transient")
     body = [(kind, *(binary(column[kind]) for column in columns.values())) for kind in kinds]
     sums = (binary(sum(column.values())) for column in columns.values())
