@@ -30,7 +30,7 @@ def against(name: str, settings: Settings) -> str:
     if settings.accumulation > 1:
         raise UserError("--against: has no gradients to add to; give --accumulation 1")
     missing = "8-bit AdamW and GaLore are in packages that are not installed here"
-    install = "pip install torchao pytorch_optimizer"
+    install = "pip install 'lorapre[bench]'"
     with user_errors(f"--against: {missing}: {install}", ModuleNotFoundError):
         columns = dict(contenders(name, settings))
     kinds = ("weights", "gradients", "state", "activations", "logits", "transient")
