@@ -3,7 +3,7 @@
 A table: the rows are `cases.CASES`, the columns are the tests below and those of
 
     test_state.py        names, types and bytes of the state, checkpoints, resuming bit for bit
-    test_migration.py    checkpoints of other state formats
+    test_state_format.py checkpoints of other state formats
     test_compile.py      torch.compile: one graph, no recompilation
     test_fuzz.py         no NaN from finite gradients, no update above its bound
     test_faults.py       NaN and infinities at random steps

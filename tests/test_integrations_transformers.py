@@ -140,6 +140,12 @@ def test_what_is_given_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
+def test_embedding_and_head_can_be_low_rank(tmp_path: Path, factory: str) -> None:
+    _, ends, _ = routes(trainer(tmp_path, factory, {"ends": "low-rank"}).create_optimizer())
+    assert ends["rank"] == 4
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
 def test_an_option_that_is_none_is_refused_at_once(tmp_path: Path, factory: str) -> None:
     with pytest.raises(TypeError, match="rnak"):
         FACTORIES[factory](arguments(tmp_path), rnak=8)

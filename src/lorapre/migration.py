@@ -48,9 +48,14 @@ def from_adamw(
         second call can add the AdamW that runs beside Muon.
 
     Raises:
-        ValueError: a state does not fit its parameter, lacks the second moment that is needed, or
-            belongs to none. The message names it, and nothing has changed.
+        TypeError: `optimizer` is something else, for instance accelerate's wrapper.
+        ValueError: `state_dict` is no optimizer's, or a state does not fit its parameter, lacks the
+            second moment that is needed, or belongs to none. The message names it, and nothing has
+            changed.
     """
+    _check_ours(optimizer)
+    if not (isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys()):
+        raise ValueError("state_dict must be an optimizer's, with the keys state and param_groups")
     result, own = _layout(optimizer)
     for p, state, source in _matched(state_dict, like or optimizer):
         if p not in own:
@@ -76,9 +81,14 @@ def to_adamw(optimizer: LoRAPreOptimizer, adamw: Optimizer) -> dict[str, Any]:
         The moments in full, and the options of `adamw`; for its `load_state_dict`.
 
     Raises:
+        TypeError: `optimizer` or `adamw` is something else.
         ValueError: `optimizer` lacks a parameter, or the second moment that AdamW needs, as Muon
             does. The message names the parameter.
     """
+    _check_ours(optimizer)
+    if not isinstance(adamw, torch.optim.Adam | torch.optim.AdamW | torch.optim.Muon):
+        found = type(adamw).__name__
+        raise TypeError(f"adamw must be a torch.optim.AdamW or torch.optim.Muon, got {found}")
     (result, theirs), (_, own) = _layout(adamw), _layout(optimizer)
     for p, (group, name, key, _) in theirs.items():
         if p not in own:
@@ -88,6 +98,12 @@ def to_adamw(optimizer: LoRAPreOptimizer, adamw: Optimizer) -> dict[str, Any]:
             new = {k: sharding.place(p, False, "exp_avg", x) for k, x in new.items()}
             result["state"][key] = new
     return result
+
+
+def _check_ours(optimizer: object) -> None:
+    if not isinstance(optimizer, LoRAPreOptimizer):
+        found = type(optimizer).__name__
+        raise TypeError(f"optimizer must be a LoRAPreAdamW or LoRAPreMuon itself, got {found}")
 
 
 def _layout(optimizer: Optimizer) -> tuple[dict[str, Any], dict[Tensor, tuple[Any, ...]]]:

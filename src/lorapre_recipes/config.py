@@ -328,7 +328,7 @@ class FinetuneConfig(RunConfig):
     GROUP: ClassVar[str] = "Data and model"
     METHODS: ClassVar[tuple[str, ...]] = get_args(Method)
 
-    model: Annotated[str, "a name on the Hugging Face hub, a folder, or a run folder."]
+    model: Annotated[str, "a name on the hub, a folder, a run folder, or smollm2."]
     data: Annotated[
         str,
         "a JSONL file with the fields query and response or question and answer, or a Hugging "

@@ -8,7 +8,7 @@ of nameless parameters.
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import TrainingArguments
@@ -28,6 +28,7 @@ def lorapre_adamw(
     args: TrainingArguments,
     *,
     rank: int | None = 128,
+    ends: Literal["dense", "low-rank"] = "dense",
     rules: Sequence[Rule] = (),
     strict: bool = False,
     **options: Any,
@@ -44,6 +45,7 @@ def lorapre_adamw(
         args: the Trainer's. `optim`, `optim_args` and `optim_target_modules` have no effect, as
             with any `optimizer_cls_and_kwargs`.
         rank: as in `lorapre.param_groups`.
+        ends: as in `lorapre.param_groups`.
         rules: as in `lorapre.param_groups`.
         strict: as in `lorapre.param_groups`; an error, for instance, where LoRA adapters are the
             only trainable weights.
@@ -69,7 +71,7 @@ def lorapre_adamw(
             weight_decay=args.weight_decay,
         )
 
-    routes = dict(rank=rank, rules=rules, strict=strict)
+    routes = dict(rank=rank, ends=ends, rules=rules, strict=strict)
     return _for_trainer(LoRAPreAdamW, from_args, routes, options)
 
 
@@ -77,6 +79,7 @@ def lorapre_muon(
     args: TrainingArguments,
     *,
     rank: int | None = 128,
+    ends: Literal["dense", "low-rank"] = "dense",
     rules: Sequence[Rule] = (),
     strict: bool = False,
     **options: Any,
@@ -92,6 +95,7 @@ def lorapre_muon(
     Args:
         args: as in `lorapre_adamw`.
         rank: as in `lorapre.param_groups`.
+        ends: as in `lorapre.param_groups`.
         rules: as in `lorapre.param_groups`.
         strict: as in `lorapre_adamw`.
         options: of `LoRAPreMuon`; they override `args`.
@@ -114,7 +118,7 @@ def lorapre_muon(
             adamw_weight_decay=args.weight_decay,
         )
 
-    routes = dict(rank=rank, rules=rules, strict=strict)
+    routes = dict(rank=rank, ends=ends, rules=rules, strict=strict)
     return _for_trainer(LoRAPreMuon, from_args, routes, options)
 
 

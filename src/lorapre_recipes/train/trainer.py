@@ -203,6 +203,8 @@ class RecipeTrainer(Trainer):
                     return super().compute_loss(model, *args, **kwargs)
             except LogitsChanged:
                 self.chunked = False
+                what = "the model changes its logits before the loss, which is not taken in chunks"
+                print(f"lorapre: {what}", file=sys.stderr)
         return super().compute_loss(model, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
