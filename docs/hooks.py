@@ -1,9 +1,10 @@
-"""What mkdocs cannot do by itself: files of the repository on the site, and a look at the finished pages.
+"""What mkdocs cannot do by itself: files of the repository on the site, formulae, a look at what it made.
 
 Pages link to files outside docs/ as they do in the repository: `../LOG.md`, `../src/lorapre/variants.py`.
 What is linked to comes onto the site too, Markdown as a page, sources and notebooks as pages that show them.
 """
 
+import html
 import json
 import posixpath
 import re
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from latex2mathml.converter import convert
 from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 CODE_LINK = re.compile(r"\[`([\w.]+)`\]\((?:\.\./)?src/lorapre/([\w/]+)\.py\)")
+FORMULA = re.compile(r'<(div|span) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', re.DOTALL)
 FENCED = re.compile(r"^(`{3,})[^`\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
 SHOWN = {".py": "python", ".yml": "yaml", ".yaml": "yaml", ".toml": "toml", ".txt": "text", "": "make"}
 
@@ -55,6 +58,17 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     kept = [block[0] for block in FENCED.finditer(markdown)]
     prose = LINK.sub(moved, CODE_LINK.sub(documented, FENCED.sub("\0", markdown)))
     return re.sub("\0", lambda _: kept.pop(0), prose)
+
+
+def on_page_content(content: str, /, **_: Any) -> str:
+    """Turn formulae into MathML, which browsers render without a script."""
+
+    def rendered(formula: re.Match[str]) -> str:
+        tag, tex = formula[1], html.unescape(formula[2])
+        mathml = convert(tex, display="block" if tag == "div" else "inline")
+        return f'<{tag} class="formula" title="{html.escape(tex)}">{mathml}</{tag}>'
+
+    return FORMULA.sub(rendered, content)
 
 
 def _navigation(entries: Any) -> Iterator[str]:

@@ -159,8 +159,8 @@ def test_links_between_pages_resolve(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-# Equations, the rule of a file format and the directives of mkdocstrings; what is code has a fence.
-INDENTED = {"maths.md", "optimizers.md", "internals.md", "integrations.md"}
+# The rule of a file format and the directives of mkdocstrings; what is code has a fence.
+INDENTED = {"optimizers.md", "internals.md", "integrations.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
