@@ -1,24 +1,33 @@
-"""What mkdocs cannot do by itself: files of the repository on the site, and a look at the finished pages.
+"""What mkdocs cannot do by itself: files of the repository on the site, formulae, a look at what it made.
 
 Pages link to files outside docs/ as they do in the repository: `../LOG.md`, `../src/lorapre/variants.py`.
 What is linked to comes onto the site too, Markdown as a page, sources and notebooks as pages that show them.
 """
 
+import dataclasses
+import html
+import io
 import json
 import posixpath
 import re
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from latex2mathml.converter import convert
 from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
+from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "src"))  # the commands as they are here
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 CODE_LINK = re.compile(r"\[`([\w.]+)`\]\((?:\.\./)?src/lorapre/([\w/]+)\.py\)")
+FORMULA = re.compile(r'<(div|span) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', re.DOTALL)
+GENERATED = re.compile(r"^<!-- (help|presets) of lorapre (\w+) -->$", re.MULTILINE)
 FENCED = re.compile(r"^(`{3,})[^`\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
 SHOWN = {".py": "python", ".yml": "yaml", ".yaml": "yaml", ".toml": "toml", ".txt": "text", "": "make"}
 
@@ -52,9 +61,21 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         name = link[1] if link[1].startswith(f"{module}.") else f"{module}.{link[1]}"
         return f"[`{link[1]}`][lorapre.{name}]"
 
+    markdown = GENERATED.sub(lambda place: _OF_COMMANDS[place[1]](place[2]), markdown)
     kept = [block[0] for block in FENCED.finditer(markdown)]
     prose = LINK.sub(moved, CODE_LINK.sub(documented, FENCED.sub("\0", markdown)))
     return re.sub("\0", lambda _: kept.pop(0), prose)
+
+
+def on_page_content(content: str, /, **_: Any) -> str:
+    """Turn formulae into MathML, which browsers render without a script."""
+
+    def rendered(formula: re.Match[str]) -> str:
+        tag, tex = formula[1], html.unescape(formula[2])
+        mathml = convert(tex, display="block" if tag == "div" else "inline")
+        return f'<{tag} class="formula" title="{html.escape(tex)}">{mathml}</{tag}>'
+
+    return FORMULA.sub(rendered, content)
 
 
 def _navigation(entries: Any) -> Iterator[str]:
@@ -121,6 +142,53 @@ def _notebook(path: Path) -> str:
             elif printed := "".join(output.get("text", data.get("text/plain", ""))):
                 parts.append(f"```text\n{printed.rstrip()}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+# Options and presets of the commands
+
+
+def _help(command: str) -> str:
+    """What `lorapre COMMAND --help` prints."""
+    from lorapre_recipes.cli import app
+
+    printed = io.StringIO()
+    app([command, "--help"], console=Console(file=printed, width=80), result_action="return_value")
+    text = re.sub(r" +$", "", printed.getvalue(), flags=re.MULTILINE).strip()
+    return f"```text\n{text}\n```"
+
+
+def _presets(command: str) -> str:
+    """The options of every preset: those that differ as one table, those that all share as another."""
+    from lorapre_recipes import presets
+
+    makers: Any = {"pretrain": presets.PRETRAIN, "finetune": presets.FINETUNE}[command]
+    configs = [dataclasses.asdict(make("lorapre-adamw")) for make in makers.values()]
+    known = set(re.findall(r"--([\w-]+)", _help(command))) - {"preset"}
+    differing, shared = [["option", *makers]], [["option", "all presets"]]
+    for name in configs[0]:
+        cells = [_shown(config[name]) for config in configs]
+        if name.replace("_", "-") in known and any(cells):
+            flag = f"`--{name.replace('_', '-')}`{{.option}}"
+            (differing if len({*cells}) > 1 else shared).append([flag, *cells])
+    return f"{_table(differing)}\n\n{_table([row[:2] for row in shared])}"
+
+
+def _shown(value: Any) -> str:
+    """The value of an option as it is typed; nothing where it is off."""
+    if value is None or value is False:
+        return ""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return "on" if value is True else str(value)
+
+
+def _table(rows: list[list[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+_OF_COMMANDS = {"help": _help, "presets": _presets}
 
 
 # The finished pages

@@ -4,7 +4,7 @@ Kernels for processors with units for such products round them; here it is writt
 
     python tests/test_precision.py
 
-prints what docs/maths.md quotes, "Precision".
+prints what LOG.md quotes for "Precision" in docs/maths.md.
 """
 
 import math

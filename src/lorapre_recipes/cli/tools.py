@@ -47,8 +47,8 @@ def arithmetic(out: Path, /, *, changes: dict[str, Any]) -> None:
     """Write a small arithmetic reasoning task: stories with a question, and worked-out answers.
 
     It is for models of a million parameters, which a CPU can train from nothing: see
-    docs/finetuning.md. The folder then holds train.jsonl and test.jsonl with GSM8K's fields, and to
-    pre-train with a tokenizer and text.jsonl, where stories have no answers.
+    docs/finetuning-results.md. The folder then holds train.jsonl and test.jsonl with GSM8K's
+    fields, and to pre-train with a tokenizer and text.jsonl, where stories have no answers.
 
     Args:
         out: a folder, new or empty.

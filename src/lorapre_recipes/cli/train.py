@@ -87,8 +87,8 @@ def finetune(
         except UserError as error:
             if "model" in changes:
                 raise
-            own = f"it is the model of preset {name}; make it (docs/finetuning.md) or give another"
-            raise UserError(f"{error}; {own}") from error
+            made = "make it (docs/finetuning-results.md) or give another"
+            raise UserError(f"{error}; it is the model of preset {name}; {made}") from error
         config = config if "sequence_length" in changes else shortened(config, Path(folder))
         if name == "24gb":
             print(f"lorapre: {savings(config)}", file=sys.stderr)
