@@ -983,4 +983,6 @@ def test_a_model_may_move_to_its_device_after_the_optimizer_was_made_and_stepped
 def test_the_table_has_a_row_for_every_variant_of_both_classes() -> None:
     for cls, known in ((LoRAPreAdamW, ADAM), (LoRAPreMuon, FOLLOW)):
         default = cls(parameters()).defaults["variant"]
-        assert {case.options.get("variant", default) for case in CASES.values() if case.cls is cls} == {*known}
+        assert {case.options.get("variant", default) for case in CASES.values() if case.cls is cls} == {
+            *known
+        }

@@ -215,7 +215,7 @@ def check_muon(name: str, *, variant: str, **options: Any) -> None:
     assert relative(weight.detach(), expected) < 1e-2
 
 
-# ------------------------------------------------------------------------------------- what departures are for
+# ------------------------------------------------------------------------------------ what departures are for
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-8, 1e-4, 1e4])

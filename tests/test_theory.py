@@ -72,7 +72,7 @@ def test_printed_step_is_a_newton_step_in_each_factor_with_the_other_at_its_old_
 
 
 def test_damping_changes_a_printed_step_from_well_conditioned_factors_by_less_than_1e_5(
-    monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     B, A, T = (torch.randn(shape, dtype=torch.float64) for shape in ((30, 4), (4, 40), (30, 40)))
     damped = follow("printed", B, A, T, DECAY).product

@@ -59,7 +59,7 @@ def from_adamw(
     for p, state, source in _matched(state_dict, like or optimizer):
         if p not in own:
             raise ValueError(f"like has a parameter of {tuple(p.shape)} that optimizer lacks")
-        group, name, key, packed = own.pop(p)
+        group, name, key = own.pop(p)
         new = _converted(p, state, source, group, name)
         result["state"][key] = {**result["state"].get(key, {}), **new}
     optimizer.load_state_dict(result)
@@ -105,11 +105,11 @@ def _check_ours(optimizer: object) -> None:
 
 
 def _layout(optimizer: Optimizer) -> tuple[dict[str, Any], dict[Tensor, tuple[Any, ...]]]:
-    """Its state_dict, and of every parameter (group, name, key and group in the state_dict)."""
+    """Its state_dict, and of every parameter (group, name, key in the state_dict)."""
     state_dict, places = optimizer.state_dict(), {}
     for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for p, name, key in zip(group["params"], names_of(group), packed["params"], strict=True):
-            places[p] = group, name, key, packed
+            places[p] = group, name, key
     return state_dict, places
 
 

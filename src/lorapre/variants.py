@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lorapre.gradient import Ema, Factors, Gradient, Moments, Number
+from lorapre.gradient import Ema, Factors, Gradient, Moments
 from lorapre.linalg import (
     DAMPING,
     TINY,
