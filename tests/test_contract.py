@@ -317,14 +317,13 @@ ROUNDED: dict[str, Any] = {"nonfinite": "skip", "stochastic_rounding": True}
 
 @every_case
 @pytest.mark.parametrize("ambient", AMBIENT)
-@pytest.mark.parametrize("since", [0, 2], ids=["first", "later"])
 @pytest.mark.parametrize(
-    ("dtype", "options"),
-    [(torch.float32, {}), (torch.bfloat16, ROUNDED)],
-    ids=["float32", "rounded"],
+    ("dtype", "options", "since"),
+    [(torch.float32, {}, 0), (torch.bfloat16, ROUNDED, 0), (torch.float32, {}, 2)],
+    ids=["float32", "rounded", "later"],
 )
 def test_default_dtype_and_device_and_precision_of_products_change_nothing(
-    case: Case, ambient: str, since: int, dtype: torch.dtype, options: dict[str, Any]
+    case: Case, ambient: str, dtype: torch.dtype, options: dict[str, Any], since: int
 ) -> None:
     """From the constructor on, or from the third step; "meta" stands for another device."""
     shapes = [*SHAPES, (256, 192)]  # too small, and libraries would not look at the precision
@@ -930,12 +929,12 @@ class DenseReference:
 
 
 @every_case
-def test_a_thousand_steps_hold_no_more_memory_than_ten(case: Case) -> None:
+def test_three_hundred_steps_hold_no_more_memory_than_ten(case: Case) -> None:
     params = parameters([(6, 10)])
     optimizer = case.make(params)
     set_gradients(params, 0)
     held = []
-    for steps in (10, 990):
+    for steps in (10, 290):
         for _ in range(steps):
             optimizer.step()
         held.append(holdings())

@@ -65,8 +65,8 @@ def compare(variant: str, noise: float, steps: int = 100) -> dict[str, list[floa
     """What rounding changes, by step.
 
     Of "m" and, where it has factors, "v" the change of B A, relative to B A; as a yardstick "gradient",
-    what gradients' own rounding has changed in that of m; and the distance of that of m from the EMA, relative to
-    the EMA, with rounded factors ("rounded") and without ("exact").
+    what gradients' own rounding has changed in that of m; and the distance of that of m from the EMA,
+    relative to the EMA, with rounded factors ("rounded") and without ("exact").
     """
     full = gradients(noise, steps)
     grads = [g.bfloat16() for g in full]

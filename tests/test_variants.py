@@ -173,7 +173,7 @@ def test_the_rest_of_split_is_nothing_where_squares_are_infinite_or_all_taken() 
 
 
 @pytest.mark.usefixtures("arithmetic")
-@pytest.mark.parametrize("r", [1, 2, 4, 8, 12, 16, 32, 128, 256])
+@pytest.mark.parametrize("r", [1, 2, 8, 32, 256])
 @followers
 def test_rank_one_targets_are_followed_at_any_rank(name: str, r: int) -> None:
     """The Gram of a rank-one matrix has negative eigenvalues after rounding; Cholesky fails on it.
@@ -217,7 +217,7 @@ def test_factors_stay_finite_for_targets_of_any_size_and_rank(name: str, size: f
         assert (B @ A).isfinite().all()
 
 
-@pytest.mark.parametrize("zeros", [1500, 2000, 3000])
+@pytest.mark.parametrize("zeros", [1500, 2000])
 @followers
 def test_factors_stay_finite_through_thousands_of_zero_targets_and_after(name: str, zeros: int) -> None:
     """On their way to zero the factors pass through the numbers whose inverse is infinite."""
