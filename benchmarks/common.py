@@ -126,7 +126,7 @@ def contenders(ranks: Sequence[int], dtype: torch.dtype) -> Iterator[Contender]:
     yield Contender("MLorc", ranks[0], mlorc(ranks[0]))
     yield Contender("MoFaSGD", None, mofasgd)
     for rank in ranks:
-        for variant in ("calibrated", "paper", "subspace", "split"):
+        for variant in ("split", "paper"):
             yield Contender(f"LoRA-Pre, {variant}", rank, lorapre_adamw(rank, variant=variant))
         if dtype == torch.bfloat16:
             build = lorapre_adamw(rank, stochastic_rounding=True)

@@ -13,29 +13,13 @@ from torch import Tensor
 
 from lorapre import LoRAPreAdamW
 from lorapre.gradient import Factors, Gradient
-from lorapre.linalg import DAMPING, damped_root, gauge_, matmul, probe
-from lorapre.variants import Follow, follow_ema, newton, norm_p, printed
+from lorapre.linalg import DAMPING, gauge_
+from lorapre.variants import Follow, follow_ema, printed
 
 BETA = 0.9
 
 
-def both_at_once(f: Factors, T: Gradient, beta: float) -> Factors:
-    """Both steps from the old factors, as printed, but with relative damping, probe and gauge (a, d, g)."""
-    (B, A), gamma, size = f, 1 - beta**0.5, norm_p(f.B, T)
-    R = damped_root(matmul(A, A.mT))
-    new_B = B.lerp(matmul(T @ matmul(R, probe(A, T)).mT, R), gamma)
-    L = B / size
-    R = damped_root(matmul(L.mT, L))
-    new_A = A.lerp(matmul(R.mT, matmul(R, L.mT) @ T).div_(size), gamma)
-    return Factors(*gauge_(new_B, new_A, T))
-
-
-TRACKERS = {
-    "printed": printed,
-    "both at once": both_at_once,
-    "newton": newton,
-    "subspace": follow_ema,
-}
+TRACKERS: dict[str, Follow] = {"printed": printed, "subspace": follow_ema}
 
 
 def follow(tracker: Follow, targets: Iterator[Tensor], rank: int, beta: float = BETA) -> Iterator[Tensor]:
@@ -46,11 +30,8 @@ def follow(tracker: Follow, targets: Iterator[Tensor], rank: int, beta: float = 
         p, q = target.shape
         T = Gradient([target], (p, q), target.device)
         if f is None:
-            A = 0.02 * torch.randn(1, rank, q, generator=generator)
-            f = Factors(torch.zeros(1, p, rank), A)
-            if tracker is not printed:
-                A = torch.randn(1, rank, p, generator=generator) @ T
-                f = Factors(*gauge_(f.B, A, T))
+            B, A = torch.zeros(1, p, rank), torch.randn(1, rank, q, generator=generator)
+            f = Factors(B, 0.02 * A) if tracker is printed else Factors(*gauge_(B, A, T))
         debiased = beta * (1 - beta ** (t - 1)) / (1 - beta**t)
         f = tracker(f, T, debiased if tracker is follow_ema else beta)
         yield (f.B @ f.A)[0]
@@ -84,8 +65,8 @@ def scales() -> None:
     """Departure a: a damping that is absolute knows the size of the gradients."""
     sizes, signal = [1.0, 1e-5, 1e-6, 1e-8], low_rank(512, 1376, 8)
     rows = {}
-    for name in ("printed", "newton", "subspace"):
-        ends = [last(follow(TRACKERS[name], (s * T for T in noisy(signal, 1.0, 150)), 32)) for s in sizes]
+    for name, tracker in TRACKERS.items():
+        ends = [last(follow(tracker, (s * T for T in noisy(signal, 1.0, 150)), 32)) for s in sizes]
         shares = [
             ((m * signal).sum() / signal.square().sum() / s).item() for m, s in zip(ends, sizes, strict=True)
         ]
@@ -116,7 +97,7 @@ def ramps() -> None:
     signal = low_rank(p, q, 8)
     for beta2 in (0.95, 0.999):
         rows = {}
-        for variant in ("paper", "calibrated", "subspace", "AdamW"):
+        for variant in ("paper", "split", "AdamW"):
             weight = torch.nn.Parameter(torch.zeros(p, q))
             rank = None if variant == "AdamW" else 32
             options = {} if rank is None else {"variant": variant}

@@ -51,12 +51,6 @@ CONTENDERS: dict[str, Row] = {
     "lorapre-adamw": {"method": "lorapre-adamw", "rules": (f"{ENDS}=8",), "lrs": (1e-3, 3e-3, 5e-3, 1e-2)},
     "lora": {"method": "lora", "lrs": (5e-3, 1e-2, 2e-2)},
     "lora, beta2 0.999": {"method": "lora", "betas": (0.9, 0.999), "lrs": (5e-3, 1e-2, 2e-2)},
-    "lorapre-adamw, calibrated": {
-        "method": "lorapre-adamw",
-        "variant": "calibrated",
-        "rules": (f"{ENDS}=8",),
-        "lrs": (1e-3, 3e-3, 5e-3),
-    },
     "lorapre-adamw, ends frozen": {"method": "lorapre-adamw", "freeze": (ENDS,), "lrs": (3e-3, 5e-3, 1e-2)},
     "rslora": {"method": "rslora", "lrs": (1e-3, 3e-3, 1e-2, 2e-2)},
     "dora": {"method": "dora", "lrs": (3e-3, 1e-2, 3e-2)},

@@ -11,7 +11,7 @@ AdamW, which trains the model. They are naive dense mathematics: for their value
 NAME is adamw, or one of these estimates of E g**2 beside a first moment in a subspace:
   dense        the EMA of g**2 in full
   rank-one     Adafactor's, from the means of g**2 over rows and columns
-  subspace     that of variant="subspace": (B A)**2 of factors that follow |g|, rescaled to these means
+  subspace     (B A)**2 of factors that follow |g|, rescaled to these means
   power:a      factors that follow |g|**a, rescaled likewise
   residual     factors that follow |g| over the root of rank-one, rescaled likewise
   idiv         non-negative factors that follow g**2 under the I-divergence
@@ -61,7 +61,7 @@ def rank_one(row: Tensor, column: Tensor) -> Tensor:
 
 
 class Low:
-    """B A (N, p, q) of factors as in variant="subspace", which follow the debiased EMA of its targets."""
+    """B A (N, p, q) of factors that follow the debiased EMA of their targets (`follow_ema`)."""
 
     def __init__(self, shape: torch.Size, rank: int, beta: float) -> None:
         generator, (N, p, q) = torch.Generator().manual_seed(1), shape

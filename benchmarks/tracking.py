@@ -7,10 +7,8 @@ weights of its own that are set back to zero after each step: what it leaves the
 AdamW's from the same gradients. Figures are means over matrices and over the second half of the run.
 """
 
-import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from torch.optim import AdamW
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, set_seed
 
 from lorapre import LoRAPreAdamW, param_groups
-from lorapre.variants import VARIANTS
+from lorapre.variants import ADAM
 from lorapre_recipes.config import Precision
 from lorapre_recipes.console import quieten
 from lorapre_recipes.data.stream import load_data
@@ -31,7 +29,6 @@ from lorapre_recipes.train.pretrain import build_model, collate
 
 COLUMNS = [
     Column("variant", "variant"),
-    Column("compress", "of"),
     Column("cosine", "cos m", ".3f"),
     Column("norm", "|m|", ".2f"),
     Column("best", "best", ".3f"),
@@ -39,13 +36,6 @@ COLUMNS = [
     Column("update_cosine", "cos u", ".3f"),
     Column("largest", "max", ".1f"),
 ]
-
-# Other starts of A, to see what the start is worth: variant and its start.
-STARTS = {
-    "calibrated, random start": ("calibrated", "random"),
-    "calibrated, printed start": ("calibrated", "printed"),
-    "subspace, start from g": ("subspace", "sketch"),
-}
 
 app = App(help=__doc__)
 
@@ -56,8 +46,7 @@ class Shadow:
     def __init__(self, weights: dict[str, nn.Parameter], **options: Any) -> None:
         self.weights = {name: nn.Parameter(torch.zeros_like(p)) for name, p in weights.items()}
         groups = [{"params": list(self.weights.items())}]
-        dense, self.start = options.pop("dense", False), options.pop("start", None)
-        self.optimizer = AdamW(groups, **options) if dense else LoRAPreAdamW(groups, **options)
+        self.optimizer = (LoRAPreAdamW if "variant" in options else AdamW)(groups, **options)
 
     @torch.no_grad()
     def updates(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -65,24 +54,14 @@ class Shadow:
         for name, p in self.weights.items():
             p.zero_()
             p.grad = grads[name].clone()
-        with self.other_start():
-            self.optimizer.step()
+        self.optimizer.step()
         return {name: -p.detach() for name, p in self.weights.items()}
 
-    @contextlib.contextmanager
-    def other_start(self) -> Iterator[None]:
-        """The variant's start replaced, where this one has another; it counts at the first step."""
-        known = dict(VARIANTS)
-        if self.start is not None:
-            variant = self.optimizer.param_groups[0]["variant"]
-            VARIANTS[variant] = known[variant]._replace(start=self.start)
-        yield
-        VARIANTS.update(known)
-
-    def product(self, name: str) -> Tensor | None:
-        """B A of the first moment, where it is low rank."""
+    def product(self, name: str) -> Tensor:
+        """B A of the first moment."""
         state = self.optimizer.state[self.weights[name]]
-        return state["m_B"] @ state["m_A"] if "m_B" in state else None
+        product: Tensor = state["m_B"] @ state["m_A"]
+        return product
 
 
 @app.default
@@ -138,8 +117,8 @@ def main(
         optimizer, round(config.warmup * steps), steps, min_lr_rate=config.final_lr
     )
     same: dict[str, Any] = dict(lr=1.0, betas=betas, weight_decay=0.0)
-    adamw = Shadow(matrices, dense=True, **same)
-    shadows = shadows_of(matrices, rank=rank, seed=seed, **same)
+    adamw = Shadow(matrices, **same)
+    shadows = {variant: Shadow(matrices, variant=variant, rank=rank, seed=seed, **same) for variant in ADAM}
     order = torch.randperm(len(packed.train), generator=torch.Generator().manual_seed(seed)).tolist()
     average = {name: torch.zeros_like(p) for name, p in matrices.items()}
     seen: dict[str, list[tuple[int, str, dict[str, float]]]] = defaultdict(list)
@@ -159,8 +138,8 @@ def main(
             updates = shadow.updates(grads)
             if step % every == 0:
                 for matrix, update in updates.items():
-                    product = shadow.product(matrix)
-                    figures = compare(update, theirs[matrix]) | follow(product, average[matrix], rank)
+                    figures = compare(update, theirs[matrix])
+                    figures |= follow(shadow.product(matrix), average[matrix], rank)
                     seen[name].append((step, matrix, figures))
         if step % every == 0:
             ratios = [float(grads[n].norm() / average[n].norm()) for n in grads]
@@ -178,7 +157,7 @@ def main(
         settings={
             "name": [preset, f"{tokens}", f"beta2-{beta2:g}"],
             "curves": {name: curve(rows, "cosine") for name, rows in seen.items()},
-            "best": curve(seen["calibrated"], "best"),
+            "best": curve(seen["split"], "best"),
             "noise": noise,
             "matrices": {name: by_matrix(rows, steps / 2) for name, rows in seen.items()},
         },
@@ -186,23 +165,11 @@ def main(
         rows=[row(name, rows, steps / 2) for name, rows in seen.items()],
         notes=[
             f"|g| / |EMA| is {sum(late) / len(late):.2f}; the loss ended at {loss.item():.3f}.",
-            "of: the moments that are low rank. cos m and |m|: B A beside the dense EMA; best: the cosine of "
+            "cos m and |m|: B A beside the dense EMA; best: the cosine of "
             "the EMA's own truncation to the rank. RMS, cos u: the update beside AdamW's from the same "
             "gradients; max: its largest entry over the RMS of AdamW's.",
         ],
     ).save(out, draw)
-
-
-def shadows_of(matrices: dict[str, nn.Parameter], **options: Any) -> dict[str, Shadow]:
-    """One for each variant, with both moments compressed and, but for split, one; and with other starts."""
-    shadows = {}
-    for variant in VARIANTS:
-        shadows[variant] = Shadow(matrices, variant=variant, **options)
-        for compress in ("first", "second") if variant != "split" else ():
-            shadows[f"{variant}/{compress}"] = Shadow(matrices, variant=variant, compress=compress, **options)
-    for name, (variant, start) in STARTS.items():
-        shadows[name] = Shadow(matrices, variant=variant, start=start, **options)
-    return shadows
 
 
 def compare(update: Tensor, theirs: Tensor) -> dict[str, float]:
@@ -215,10 +182,8 @@ def compare(update: Tensor, theirs: Tensor) -> dict[str, float]:
     }
 
 
-def follow(product: Tensor | None, average: Tensor, rank: int) -> dict[str, float]:
+def follow(product: Tensor, average: Tensor, rank: int) -> dict[str, float]:
     """B A beside the dense EMA and what rank r can have of it."""
-    if product is None:
-        return {}
     energies = torch.linalg.svdvals(average).square()
     return {
         "cosine": float(torch.cosine_similarity(product.flatten(), average.flatten(), dim=0)),
@@ -233,17 +198,14 @@ Rows = list[tuple[int, str, dict[str, float]]]
 def row(name: str, rows: Rows, after: float) -> Row:
     """Means over the matrices and the steps after one."""
     late = [figures for step, _, figures in rows if step > after]
-    variant, _, compress = name.partition("/")
-    means = {key: sum(f[key] for f in late) / len(late) for key in late[0]}
-    return {"variant": variant, "compress": {"": "both"}.get(compress, compress), **means}
+    return {"variant": name, **{key: sum(f[key] for f in late) / len(late) for key in late[0]}}
 
 
 def curve(rows: Rows, key: str) -> list[tuple[int, float]]:
     """Means over matrices at each step."""
     by_step: dict[int, list[float]] = defaultdict(list)
     for step, _, figures in rows:
-        if key in figures:
-            by_step[step].append(figures[key])
+        by_step[step].append(figures[key])
     return [(step, sum(values) / len(values)) for step, values in by_step.items()]
 
 
@@ -263,8 +225,7 @@ def draw(figure: Any, result: Result) -> None:
     """The cosine of B A to the EMA over steps, and below it the size of a gradient against the EMA."""
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for name, points in result.settings["curves"].items():
-        if points and "/" not in name:
-            above.plot(*zip(*points, strict=True), label=name, linestyle="--" if "start" in name else "-")
+        above.plot(*zip(*points, strict=True), label=name)
     above.plot(
         *zip(*result.settings["best"], strict=True), color="black", linewidth=1, label="best of rank r"
     )

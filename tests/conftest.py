@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -27,6 +28,12 @@ torch.set_num_threads(1)
 def seed() -> None:
     """Every test starts from the same random state, alone or in the suite."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported() -> None:
+    """What a file has imported is never garbage; transformers' Trainer has it searched in every run."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,8 @@ TINY = torch.finfo(torch.float32).tiny
 # How factors follow a target; see `lorapre.variants`.
 FOLLOW = {
     "printed": variants.printed,
-    "newton": variants.newton,
     "subspace": variants.follow_ema,
 }
-START = {"printed": "printed", "newton": "sketch", "subspace": "random"}
 
 
 class Pair(NamedTuple):
@@ -52,5 +50,6 @@ def follow(name: str, B: Tensor, A: Tensor, T: Tensor, beta: Tensor | float) -> 
 
 def begin(name: str, T: Tensor, r: int, seed: int = 0) -> Pair:
     """The factors, in T's dtype, that the variants start from when their first target is T."""
-    A = variants.first_A(START[name], operand(T), r, seed).to(T.dtype)
+    variant = "paper" if name == "printed" else name
+    A = variants.first_A(variant, operand(T), r, seed).to(T.dtype)
     return Pair(T.new_zeros(*T.shape[:-1], r), A if T.ndim == 3 else A[0])

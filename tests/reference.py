@@ -38,15 +38,6 @@ def track_printed(B: Tensor, A: Tensor, T: Tensor, gamma: float) -> tuple[Tensor
     return new_B, new_A
 
 
-def track_calibrated(B: Tensor, A: Tensor, T: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Departures a, d and f: A after B and from the new B, relative damping, gauge."""
-    G = A @ A.T
-    new_B = (1 - gamma) * B + gamma * damped_solve(G, (T @ A.T).T, relative_damping(G)).T
-    G = new_B.T @ new_B
-    new_A = (1 - gamma) * A + gamma * damped_solve(G, new_B.T @ T, relative_damping(G))
-    return gauged(new_B, new_A, A)
-
-
 def track_subspace(B: Tensor, A: Tensor, T: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """The EMA beta B A + (1 - beta) T, projected on the columns that the rows of A see of it."""
     ema = beta * (B @ A) + (1 - beta) * T
@@ -65,31 +56,14 @@ def unit_scale(A: Tensor) -> Tensor:
     return A * (math.sqrt(len(A)) / A.norm().item())
 
 
-def first_A(variant: str, random: Tensor, omega: Tensor, T: Tensor) -> Tensor:
-    """The A (r, q) a momentum starts from (departure b), for the first target T (p, q).
-
-    ``random`` (r, q) and ``omega`` (p, r) are standard normal draws.
-    """
-    if variant == "paper":
-        return 0.02 * random.double()
-    sketch = omega.double().T @ T.double()
-    if variant == "calibrated" and sketch.norm() > 0:
-        return unit_scale(sketch)
-    return unit_scale(random.double())
+def first_A(variant: str, random: Tensor) -> Tensor:
+    """The A (r, q) a momentum starts from, of a standard normal draw."""
+    return 0.02 * random.double() if variant == "paper" else unit_scale(random.double())
 
 
 def debiased(beta: float, t: int) -> float:
     """beta_t, with which an EMA estimates the mean from its first step."""
     return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
-
-
-def scaled_square(S: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """S**2 (p, q) rescaled to row means ``row`` (p,), then to column means ``column`` (q,)."""
-    S = S.square()
-    for wanted, dim in ((row[:, None], 1), (column[None, :], 0)):
-        mean = S.mean(dim, keepdim=True)
-        S = S * torch.where(mean > 0, wanted / torch.where(mean > 0, mean, 1), 0)
-    return S
 
 
 def rank_one(rows: Tensor, columns: Tensor) -> Tensor:
@@ -102,13 +76,13 @@ class AdamReference:
     """LoRA-Pre Adam (Algorithm 1) on one matrix.
 
     After each ``step(g)``: ``weight``; ``m`` and ``v``, the moments of the update; ``m_hat`` and ``v_hat``,
-    the same after bias correction (``m_hat is m`` for the subspace tracker, whose rate is debiased); ``m_B``,
-    ``m_A``, ``v_B``, ``v_A``, ``v_row``, ``v_col``, ``exp_avg``, ``exp_avg_sq``, the state after the step.
+    the same after bias correction (``m_hat is m`` for "split", whose rate is debiased); ``m_B``, ``m_A``,
+    ``v_B``, ``v_A``, ``v_row``, ``v_col``, the state after the step.
 
     Args:
         weight: (p, q).
         A_m: (r, q), where the first moment's A starts.
-        A_v: (r, q), where the second moment's A starts.
+        A_v: (r, q), where the second moment's A starts, of "paper".
     """
 
     def __init__(
@@ -122,8 +96,7 @@ class AdamReference:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         scale: float = 1.0,
-        variant: str = "calibrated",
-        compress: str = "both",
+        variant: str = "split",
         maximize: bool = False,
     ) -> None:
         self.weight = weight.detach().double().clone()
@@ -133,88 +106,43 @@ class AdamReference:
         self.m_B = self.v_B = torch.zeros(p, r, dtype=torch.float64)
         self.v_row = torch.zeros(p, dtype=torch.float64)
         self.v_col = torch.zeros(weight.shape[1], dtype=torch.float64)
-        self.exp_avg = self.exp_avg_sq = torch.zeros_like(self.weight)
         self.lr, self.betas, self.eps = lr, betas, eps
         self.weight_decay, self.scale = weight_decay, scale
-        self.variant, self.compress, self.maximize = variant, compress, maximize
+        self.variant, self.maximize = variant, maximize
 
     def step(self, g: Tensor) -> None:
         g = g.double()
         if self.maximize:
             g = -g
         self.t += 1
-        self.m_old, self.m_A_old = self.m_B @ self.m_A, self.m_A
-        if self.compress == "second":
-            self.dense_first_moment(g)
+        if self.variant == "paper":
+            self.printed(g)
         else:
-            self.factored_first_moment(g)
-        if self.compress == "first":
-            self.dense_second_moment(g)
-        else:
-            self.factored_second_moment(g)
+            self.split(g)
         update = self.m_hat / (self.v_hat.sqrt() + self.eps)
         self.weight = self.weight - self.lr * self.scale * update - self.lr * self.weight_decay * self.weight
 
-    def dense_first_moment(self, g: Tensor) -> None:
-        beta1 = self.betas[0]
-        self.m = self.exp_avg = beta1 * self.exp_avg + (1 - beta1) * g
-        self.m_hat = self.m / (1 - beta1**self.t)
+    def printed(self, g: Tensor) -> None:
+        (beta1, beta2), t = self.betas, self.t
+        self.m = beta1 * (self.m_B @ self.m_A) + (1 - beta1) * g
+        self.v = beta2 * (self.v_B @ self.v_A).square() + (1 - beta2) * g.square()
+        self.m_hat, self.v_hat = self.m / (1 - beta1**t), self.v / (1 - beta2**t)
+        self.m_B, self.m_A = track_printed(self.m_B, self.m_A, g, 1 - beta1**0.5)
+        self.v_B, self.v_A = track_printed(self.v_B, self.v_A, g.abs(), 1 - beta2**0.25)
 
-    def dense_second_moment(self, g: Tensor) -> None:
-        beta2 = self.betas[1]
-        self.v = self.exp_avg_sq = beta2 * self.exp_avg_sq + (1 - beta2) * g.square()
-        self.v_hat = self.v / (1 - beta2**self.t)
-
-    def factored_first_moment(self, g: Tensor) -> None:
-        beta1, t = self.betas[0], self.t
-        old = self.m_B @ self.m_A
-        if self.variant in ("subspace", "split"):
-            beta = debiased(beta1, t)
-            self.m = self.m_hat = beta * old + (1 - beta) * g
-            if self.variant == "split":
-                self.m = self.m_hat = g + beta * (old - in_row_space(g, self.m_A))
-            self.m_B, self.m_A = track_subspace(self.m_B, self.m_A, g, beta)
-            return
-        self.m = beta1 * old + (1 - beta1) * g
-        gamma1 = 1 - beta1**0.5
-        if self.variant == "paper":
-            self.m_hat = self.m / (1 - beta1**t)
-            self.m_B, self.m_A = track_printed(self.m_B, self.m_A, g, gamma1)
-        else:
-            ramp = 1 - (1 - gamma1) ** (2 * (t - 1))  # departure c
-            self.m_hat = self.m / (beta1 * ramp + (1 - beta1))
-            self.m_B, self.m_A = track_calibrated(self.m_B, self.m_A, g, gamma1)
-
-    def factored_second_moment(self, g: Tensor) -> None:
-        beta2, t = self.betas[1], self.t
-        old = self.v_B @ self.v_A
-        if self.variant == "split":
-            keep = 1 - beta2 ** (t - 1)
-            square = keep * self.m_old.square()
-            rest = rank_one(self.v_row - square.mean(1), self.v_col - square.mean(0))
-            held = keep * in_row_space(g, self.m_A_old).square()
-            self.v = beta2 * (beta2 * square + (1 - beta2) * held + rest) + (1 - beta2) * g.square()
-            self.v_hat = self.v / (1 - beta2**t)
-            self.v_row = beta2 * self.v_row + (1 - beta2) * g.square().mean(1)
-            self.v_col = beta2 * self.v_col + (1 - beta2) * g.square().mean(0)
-            return
-        if self.variant == "subspace":
-            S = scaled_square(old, self.v_row, self.v_col)
-            self.v = beta2 * S + (1 - beta2) * g.square()
-            self.v_hat = self.v / (1 - beta2**t)
-            self.v_B, self.v_A = track_subspace(self.v_B, self.v_A, g.abs(), debiased(beta2**0.5, t))
-            self.v_row = beta2 * self.v_row + (1 - beta2) * g.square().mean(1)
-            self.v_col = beta2 * self.v_col + (1 - beta2) * g.square().mean(0)
-            return
-        self.v = beta2 * old.square() + (1 - beta2) * g.square()
-        gamma2 = 1 - beta2**0.25
-        if self.variant == "paper":
-            self.v_hat = self.v / (1 - beta2**t)
-            self.v_B, self.v_A = track_printed(self.v_B, self.v_A, g.abs(), gamma2)
-        else:
-            ramp = 1 - (1 - gamma2) ** (2 * (t - 1))  # departure c
-            self.v_hat = self.v / (beta2 * ramp**2 + (1 - beta2))
-            self.v_B, self.v_A = track_calibrated(self.v_B, self.v_A, g.abs(), gamma2)
+    def split(self, g: Tensor) -> None:
+        (beta1, beta2), t = self.betas, self.t
+        beta, old, held = debiased(beta1, t), self.m_B @ self.m_A, in_row_space(g, self.m_A)
+        self.m = self.m_hat = g + beta * (old - held)
+        keep = 1 - beta2 ** (t - 1)
+        square = keep * old.square()
+        rest = rank_one(self.v_row - square.mean(1), self.v_col - square.mean(0))
+        known = beta2 * square + (1 - beta2) * keep * held.square() + rest
+        self.v = beta2 * known + (1 - beta2) * g.square()
+        self.v_hat = self.v / (1 - beta2**t)
+        self.v_row = beta2 * self.v_row + (1 - beta2) * g.square().mean(1)
+        self.v_col = beta2 * self.v_col + (1 - beta2) * g.square().mean(0)
+        self.m_B, self.m_A = track_subspace(self.m_B, self.m_A, g, beta)
 
 
 def newton_schulz(M: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -251,7 +179,7 @@ class MuonReference:
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
-        variant: str = "calibrated",
+        variant: str = "subspace",
         maximize: bool = False,
     ) -> None:
         self.weight = weight.detach().double().clone()
@@ -276,8 +204,7 @@ class MuonReference:
         if self.variant == "subspace":
             self.m_B, self.m_A = track_subspace(self.m_B, self.m_A, target, mu)
         else:
-            track = track_printed if self.variant == "paper" else track_calibrated
-            self.m_B, self.m_A = track(self.m_B, self.m_A, target, 1 - mu**0.5)
+            self.m_B, self.m_A = track_printed(self.m_B, self.m_A, target, 1 - mu**0.5)
         self.matrix = g + mu * m if self.nesterov else m
         self.update = newton_schulz(self.matrix, *self.ns)
         self.weight = (

@@ -277,8 +277,8 @@ def of_a_newer_version(_: Runs, checkpoint: Path) -> None:
 
 # What is put in place of the last checkpoint, and what the line says of it.
 OTHERS: dict[str, tuple[Callable[[Runs, Path], None], str]] = {
-    "rank": (of_another_run("--rank", "2"), "saved was Adam (rank=2, variant='split', compress='both')"),
-    "variant": (of_another_run("--variant", "subspace"), "saved was Adam (rank=4, variant='subspace'"),
+    "rank": (of_another_run("--rank", "2"), "saved was Adam (rank=2, variant='split')"),
+    "variant": (of_another_run("--variant", "paper"), "saved was Adam (rank=4, variant='paper'"),
     "optimizer": (of_another_run("--optimizer", "lorapre-muon"), "saved was Muon ("),
     "version": (of_a_newer_version, f"state format {STATE_FORMAT + 1}, of a newer lorapre"),
 }
@@ -314,7 +314,7 @@ NUMBERS = ("-1", "0", "nan", "inf", "-inf", "1e400", "1e-400", "", "x", "1,5")
 WORDS = ("", "x", "-", "--", "../..", "a\nb", "\u00e9")
 OPTIONS = {
     **dict.fromkeys(("--steps", "--batch-size", "--accumulation", "--lr", "--scale", "--rank"), NUMBERS),
-    **dict.fromkeys(("--optimizer", "--variant", "--compress", "--precision", "--dtype", "--preset"), WORDS),
+    **dict.fromkeys(("--optimizer", "--variant", "--precision", "--dtype", "--preset"), WORDS),
     **dict.fromkeys(("--report-to", "--tokenizer", "--resume"), WORDS),
     "--seed": ("-1", "nan", "1e400", "", "x"),
     "--data": ("none.txt", "", "-", ".", "empty.txt", "bytes.txt", "cut.jsonl", "list.jsonl", "folder"),

@@ -104,7 +104,7 @@ def test_memory(bench: Bench, tmp_path: Path) -> None:
     figures = ("weights", "gradients", "state", "activations", "transient", "peak")
     check(result, printed, *figures)
     adamw, ours, released = (
-        rows_of(result, name)[0] for name in ("AdamW (foreach)", "LoRA-Pre, calibrated", "LoRA-Pre, release")
+        rows_of(result, name)[0] for name in ("AdamW (foreach)", "LoRA-Pre, split", "LoRA-Pre, release")
     )
     weights = 4 * sum(p.numel() for p in transformers_model(config).parameters())
     assert adamw["gradients"] == weights <= adamw["weights"]  # and buffers
@@ -122,7 +122,7 @@ def transformers_model(config: Any) -> torch.nn.Module:
     return LlamaForCausalLM(config)
 
 
-@pytest.mark.parametrize("options", [("--variant", "subspace"), ("--optimizer", "muon")])
+@pytest.mark.parametrize("options", [("--variant", "paper"), ("--optimizer", "muon")])
 def test_scaling(bench: Bench, options: tuple[str, ...]) -> None:
     sizes = ("--sizes", "32", "48", "64", "--ranks", "2", "4", "8", "200", "--size", "48", "--rank", "4")
     result, printed = bench("scaling", *sizes, "--fit-from", "32", "2", "--rounds", "2", *options)
@@ -166,7 +166,7 @@ def test_the_report_has_every_command_and_row(bench: Bench, tmp_path: Path) -> N
         assert result["command"] in page
         assert result["title"] in page
     assert "](step_time-32x48-fp32-cpu.png)" in page
-    assert "| LoRA-Pre, calibrated | 2 |" in page
+    assert "| LoRA-Pre, split | 2 |" in page
 
 
 def test_bf16(bench: Bench, tmp_path: Path) -> None:

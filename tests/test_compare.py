@@ -65,7 +65,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def test_a_comparison_and_its_tables(tiny: Any, here: list[Any], lorapre: Any, tmp_path: Path) -> None:
     out, kept = tmp_path / "out", tmp_path / "kept.json"
-    ours = "lorapre-adamw:variant=subspace,rank=4/8"
+    ours = "lorapre-adamw:variant=paper,rank=4/8"
     options = ["--preset", "tiny", "--optimizers", "adamw", "--optimizers", ours, "--jobs", 1, "--out", out]
     sweep = ["--sweep", "scale=0.05,0.5", "--seeds", 2, "--record", kept]
     assert lorapre("compare", *options, *sweep)[0] == 0

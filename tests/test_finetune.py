@@ -120,6 +120,9 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
 # Runs
 
 
+RESUMED = ("lorapre-adamw", "galore", "dora", "lora+")  # the others keep nothing that these do not
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_trains_resumes_and_leaves_a_model(
     method: Method, tiny: Tiny, base: Path, lorapre: Any, tmp_path: Path
@@ -130,17 +133,20 @@ def test_each_method_trains_resumes_and_leaves_a_model(
     assert FinetuneConfig.load(whole / "config.json") == tiny(method)
     assert f"\n{method}" in stdout  # the title of the table
     assert (whole / "curves.png").is_file()
-    with pytest.raises(KeyboardInterrupt):
-        finetune(tiny(method), cut, callbacks=[Interrupt(step=5)])
-    code, _, _ = lorapre("finetune", "--resume", cut)
-    assert code == 0
-    assert losses(cut) == losses(whole)
+    if method in RESUMED:
+        with pytest.raises(KeyboardInterrupt):
+            finetune(tiny(method), cut, callbacks=[Interrupt(step=5)])
+        code, _, _ = lorapre("finetune", "--resume", cut)
+        assert code == 0
+        assert losses(cut) == losses(whole)
     validation = [row["validation_loss"] for row in losses(whole) if "validation_loss" in row]
     assert validation[-1] < 5.9 < torch.tensor(384.0).log()  # where an untrained model is
 
     assert Path(model_folder(str(whole))).parent == whole
-    trained, resumed, before = (weights(x) for x in (model_folder(str(whole)), model_folder(str(cut)), base))
-    assert all(torch.equal(trained[name], resumed[name]) for name in before)
+    trained, before = weights(model_folder(str(whole))), weights(base)
+    if method in RESUMED:
+        resumed = weights(model_folder(str(cut)))
+        assert all(torch.equal(trained[name], resumed[name]) for name in before)
     changed = {name for name in before if not torch.equal(trained[name], before[name])}
     assert any("q_proj" in name for name in changed)
     adapters = method in ("lora", "rslora", "dora", "lora+")
@@ -171,9 +177,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain() -> list[dict[str, Any]]:
+    """The losses without an option, once they are known."""
+    return []
+
+
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options_change_no_loss_and_resume(name: str, tiny: Tiny, tmp_path: Path) -> None:
-    finetune(tiny(), tmp_path / "plain")
+def test_options_change_no_loss_and_resume(
+    name: str, tiny: Tiny, tmp_path: Path, plain: list[dict[str, Any]]
+) -> None:
+    if not plain:
+        finetune(tiny(), tmp_path / "plain")
+        plain += losses(tmp_path / "plain")
     config = tiny(**OPTIONS[name])
     finetune(config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -183,11 +199,11 @@ def test_options_change_no_loss_and_resume(name: str, tiny: Tiny, tmp_path: Path
 
     # Adam makes a step of full size of the rounding errors of gradients that are almost zero.
     tolerance = {"bf16": 2e-2, "packing": 1e-3}.get(name, 1e-5)
-    for row, plain in zip(losses(tmp_path / "whole"), losses(tmp_path / "plain"), strict=True):
-        for key in {"loss", "validation_loss"} & plain.keys():
-            assert row[key] == pytest.approx(plain[key], rel=tolerance)
-        assert row["tokens"] == plain["tokens"]
-        assert ("grad_norm" in row) == ("grad_norm" in plain) * (name != "release")
+    for row, expected in zip(losses(tmp_path / "whole"), plain, strict=True):
+        for key in {"loss", "validation_loss"} & expected.keys():
+            assert row[key] == pytest.approx(expected[key], rel=tolerance)
+        assert row["tokens"] == expected["tokens"]
+        assert ("grad_norm" in row) == ("grad_norm" in expected) * (name != "release")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -44,8 +44,7 @@ def test_peak_is_what_a_training_step_allocates(optimizer: Any, way: str, releas
     settings = Settings(optimizer=optimizer, rank=8, release=release, dtype="bf16", **WAYS[way])
     model = llama(DTYPES["bf16"])
     weights = routed(model, settings)  # freezes as well
-    compress = "both" if optimizer == "lorapre-adamw" else None
-    config: RunConfig = llama_tiny(optimizer).replace(rank=8, compress=compress, dtype="bf16")
+    config: RunConfig = llama_tiny(optimizer).replace(rank=8, dtype="bf16")
     built = build_optimizer(model, config, parse_rules(settings.rules))
     if release:
         handle = gradient_release(model, built)  # type: ignore[arg-type]

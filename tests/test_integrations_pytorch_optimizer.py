@@ -46,14 +46,14 @@ def test_the_names_are_listed() -> None:
 def test_create_optimizer(name: str, weight_decay: float) -> None:
     net = model()
     own, groups = copy.deepcopy(net), param_groups(net, rank=3)
-    made = create_optimizer(net, name, lr=1e-2, weight_decay=weight_decay, groups=groups, variant="subspace")
+    made = create_optimizer(net, name, lr=1e-2, weight_decay=weight_decay, groups=groups, variant="paper")
     assert isinstance(made, NAMES[name])
     check_routes(made, net, groups)
     for group in made.param_groups:
-        assert (group["lr"], group["variant"]) == (1e-2, "subspace")
+        assert (group["lr"], group["variant"]) == (1e-2, "paper")
         matrices = any(p.ndim > 1 for p in group["params"])
         assert group["weight_decay"] == (weight_decay if matrices else 0.0)
-    check_equals_own(made, net, own, loss, lr=1e-2, weight_decay=weight_decay, variant="subspace")
+    check_equals_own(made, net, own, loss, lr=1e-2, weight_decay=weight_decay, variant="paper")
 
 
 def test_its_list_of_what_is_not_decayed_counts() -> None:

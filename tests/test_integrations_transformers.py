@@ -126,7 +126,7 @@ def routes(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, 
 
 
 def test_what_is_given_wins(tmp_path: Path) -> None:
-    given = dict(lr=5e-3, betas=(0.5, 0.6), eps=1e-6, weight_decay=0.3, scale=0.25, variant="subspace")
+    given = dict(lr=5e-3, betas=(0.5, 0.6), eps=1e-6, weight_decay=0.3, scale=0.25, variant="paper")
     low_rank, dense, _ = routes(trainer(tmp_path, options=given, **GIVEN).create_optimizer())
     for group in (low_rank, dense):
         assert {key: group[key] for key in given} == given
@@ -223,7 +223,7 @@ def test_the_trainer_does_what_a_loop_does(tmp_path: Path, factory: str) -> None
     ("factory", "options", "dtype"),
     [
         ("adamw", {}, torch.float32),
-        ("adamw", {"variant": "subspace", "stochastic_rounding": True}, torch.bfloat16),
+        ("adamw", {"variant": "paper", "stochastic_rounding": True}, torch.bfloat16),
         ("muon", {}, torch.float32),
     ],
 )

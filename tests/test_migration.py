@@ -30,14 +30,12 @@ from cases import (
 )
 from lorapre import LoRAPreAdamW, LoRAPreMuon, from_adamw, param_groups, to_adamw
 from lorapre.groups import matrix_shape
-from reference import rank_one, scaled_square
+from reference import rank_one
 
 Optimizer = torch.optim.Optimizer
 AdamW, Muon = torch.optim.AdamW, torch.optim.Muon
-EXACT = [name for name in ADAM if name not in ("adam-split", "adam-dense")]  # of a v of rank one
 
 every_adam = pytest.mark.parametrize("case", [CASES[name] for name in ADAM], ids=ADAM)
-exact = pytest.mark.parametrize("case", [CASES[name] for name in EXACT], ids=EXACT)
 
 
 def line(shape: Sequence[int], index: int) -> Tensor:
@@ -76,18 +74,15 @@ def migrated(case: Case, params: Sequence[nn.Parameter], source: Optimizer, **op
 # --- from AdamW
 
 
-@exact
 @pytest.mark.parametrize("steps", [1, 4, 30])
-def test_the_next_step_is_adamws_where_the_factors_can_hold_the_moments(case: Case, steps: int) -> None:
+def test_the_next_step_is_adamws_where_the_factors_can_hold_the_moments(steps: int) -> None:
     options = {"lr": 0.1, "weight_decay": 0.0, "betas": (0.9, 0.4), "eps": 1e-8}
-    # The calibrated v weighs the past less than AdamW's in the first steps.
-    even = steps < 30 and case.options.get("variant") == "calibrated"
     params = parameters()
     adamw = AdamW(params, **options)
-    before = descend(adamw, params, steps, even=even)
-    optimizer, others = migrated(case, params, adamw, **options)
-    expected = descend(adamw, params, 1, start=steps, even=even)
-    actual = descend(optimizer, others, 1, start=steps, even=even)
+    before = descend(adamw, params, steps)
+    optimizer, others = migrated(CASES["adam-paper"], params, adamw, **options)
+    expected = descend(adamw, params, 1, start=steps)
+    actual = descend(optimizer, others, 1, start=steps)
     moved = [[x - old for x, old in zip(new, before, strict=True)] for new in (actual, expected)]
     assert_near(*moved, tolerance=1e-5)
 
@@ -181,7 +176,7 @@ def test_moments_of_zero_leave_factors_that_can_grow() -> None:
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("variant", ["calibrated", "paper", "subspace"])
+@pytest.mark.parametrize("variant", ["subspace", "paper"])
 def test_the_next_step_is_muons_where_the_factors_can_hold_the_momentum(variant: str, nesterov: bool) -> None:
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "nesterov": nesterov}
     params = parameters([(12, 20), (20, 12)])
@@ -197,14 +192,14 @@ def test_muon_goes_on_from_adamw_and_adamw_beside_muon_from_its_own() -> None:
     params = parameters([(12, 20), (7,)])
     adamw, muon = AdamW(params, betas=(0.9, 0.99)), Muon(params[:1])
     descend(adamw, params, 5)
-    optimizer, others = migrated(CASES["muon-calibrated"], params, adamw, momentum=0.8)
+    optimizer, others = migrated(CASES["muon-subspace"], params, adamw, momentum=0.8)
     s = optimizer.state[others[0]]
     mean = adamw.state[params[0]]["exp_avg"] / (1 - 0.9**5)
     torch.testing.assert_close(s["m_B"] @ s["m_A"], mean / (1 - 0.8))
     descend(muon, params[:1], 2)
     beside = AdamW(params[1:], betas=(0.9, 0.95))
     descend(beside, params[1:], 2)
-    optimizer = CASES["muon-calibrated"].make(params)
+    optimizer = CASES["muon-subspace"].make(params)
     assert from_adamw(optimizer, muon.state_dict(), like=muon) == ["parameter 1 of its group"]
     assert from_adamw(optimizer, beside.state_dict(), like=beside) == ["parameter 0 of its group"]
     s = optimizer.state[params[0]]
@@ -241,7 +236,7 @@ def mean_loss(switch: str, variant: str = "split") -> float:
     return sum(found[20:]) / 20
 
 
-@pytest.mark.parametrize("variant", ["split", "subspace", "calibrated", "paper"])
+@pytest.mark.parametrize("variant", ["split", "paper"])
 def test_a_switch_in_the_middle_of_a_run_costs_half_of_a_start_anew_at_most(variant: str) -> None:
     kept = mean_loss("none")
     assert mean_loss("migrated", variant) - kept < 0.5 * (mean_loss("anew", variant) - kept)
@@ -267,7 +262,7 @@ def test_adamw_goes_on_with_the_right_bias_correction(name: str, steps: int) -> 
     assert_near(moved, [-0.1 * line(p.shape, index).sign() for index, p in enumerate(params)], 0.005)
 
 
-@pytest.mark.parametrize("variant", ["paper", "subspace", "split"])
+@pytest.mark.parametrize("variant", ["split", "paper"])
 def test_the_second_moment_in_full_is_that_of_the_variant(variant: str) -> None:
     params = parameters([(12, 20)])
     optimizer = CASES[f"adam-{variant}"].make(params)
@@ -276,7 +271,6 @@ def test_the_second_moment_in_full_is_that_of_the_variant(variant: str) -> None:
     M, k = s["m_B"] @ s["m_A"], 1 - 0.95**3
     expected = {
         "paper": lambda: (s["v_B"] @ s["v_A"]).square(),
-        "subspace": lambda: scaled_square(s["v_B"] @ s["v_A"], s["v_row"], s["v_col"]),
         "split": lambda: (
             k * M**2 + rank_one(s["v_row"] - k * (M**2).mean(1), s["v_col"] - k * (M**2).mean(0))
         ),
@@ -304,23 +298,23 @@ def test_a_checkpoint_of_another_rank_or_variant_is_carried_over() -> None:
     train(optimizer, params, 4)
     wider, others = migrated(CASES["adam-split"], params, optimizer, rank=4)
     narrower, _ = migrated(CASES["adam-split"], params, optimizer, rank=2)
-    calibrated, last = migrated(CASES["adam-calibrated"], params, optimizer)
+    paper, last = migrated(CASES["adam-paper"], params, optimizer)
     for p, other, x in list(zip(params, others, last, strict=True))[:LOW_RANK]:
         old, new = optimizer.state[p], wider.state[other]
         M = old["m_B"] @ old["m_A"]
         torch.testing.assert_close(new["m_B"] @ new["m_A"], M, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(new["v_row"], old["v_row"], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(new["v_col"], old["v_col"], rtol=1e-4, atol=1e-6)
-        s = calibrated.state[x]
+        s = paper.state[x]
         torch.testing.assert_close(s["m_B"] @ s["m_A"], M * (1 - 0.9**4), rtol=1e-4, atol=1e-5)
     for other, own in ((wider, 4), (narrower, 2)):
         assert {s["m_A"].shape[-2] for s in state(other) if "m_A" in s} == {own}
-    assert all(w.isfinite().all() for w in train(calibrated, last, 3))
+    assert all(w.isfinite().all() for w in train(paper, last, 3))
 
 
 def test_muon_takes_the_momentum_back_and_another_rank() -> None:
     params = parameters([(12, 20)])
-    optimizer = CASES["muon-calibrated"].make(params, momentum=0.9)
+    optimizer = CASES["muon-subspace"].make(params, momentum=0.9)
     train(optimizer, params, 5)
     s = optimizer.state[params[0]]
     muon = Muon(params, momentum=0.9)
@@ -396,10 +390,10 @@ def test_an_optimizer_goes_on_with_options_and_extra_state_of_its_own() -> None:
     before = optimizer.state_dict()["param_groups"]
     from_adamw(optimizer, adamw.state_dict())
     after = optimizer.state_dict()["param_groups"]
-    assert {**before[0], "made_for": None}.items() <= {**after[0], "made_for": None}.items()
+    assert before[0].items() <= after[0].items()
     assert_same(optimizer.state[params[0]]["slow"], torch.ones(2))
     optimizer.param_groups[0]["rank"] = 2
-    with pytest.raises(RuntimeError, match="was made for Adam"):
+    with pytest.raises(RuntimeError, match="its options now ask for Adam"):
         train(optimizer, params, 1)
 
 
@@ -480,10 +474,8 @@ def test_muons_have_no_second_moment() -> None:
     muon = Muon(params)
     train(muon, matrices, 2)
     refused(CASES["adam-split"].make(params), muon.state_dict(), "parameter 'a' needs a second moment, of")
-    refused(
-        CASES["muon-calibrated"].make(params), muon.state_dict(), "parameter 'b' needs a second moment, of"
-    )
-    optimizer = CASES["muon-calibrated"].make(params)
+    refused(CASES["muon-subspace"].make(params), muon.state_dict(), "parameter 'b' needs a second moment, of")
+    optimizer = CASES["muon-subspace"].make(params)
     train(optimizer, matrices, 2)
     with pytest.raises(ValueError, match="parameter 'a' needs a second moment, of"):
         to_adamw(optimizer, AdamW(params))

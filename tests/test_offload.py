@@ -18,7 +18,7 @@ def offload(model: Net) -> Net:
 
 
 def check_offload() -> None:
-    check_model(offload, True, ["adam-split", "muon-calibrated"])
+    check_model(offload, True, ["adam-split", "muon-subspace"])
     model = offload(net())
     optimizer = make(model, "adam-split")
     model(tokens(0)).backward()

@@ -54,7 +54,6 @@ BAD: dict[Class, dict[str, list[Any]]] = {
             "ab",
         ],
         "scale": [-0.25, math.nan, None],
-        "compress": ["none", "m", None, True],
     },
     LoRAPreMuon: BOTH
     | {
@@ -205,11 +204,26 @@ def test_a_group_given_by_the_user_is_not_modified(cls: Class) -> None:
     assert group == {"params": params, "lr": 0.5}
 
 
+class Pair(Sequence[float]):
+    """As OmegaConf's ListConfig: a sequence, neither list nor tuple."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: Any) -> Any:
+        return (0.8, 0.9)[index]
+
+
+def test_a_group_takes_a_pair_of_any_type_and_the_largest_seed() -> None:
+    optimizer = LoRAPreAdamW([{"params": parameters(), "betas": Pair(), "seed": 2**62 - 1}])
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert optimizer.param_groups[0]["seed"] == 2**62 - 1
+
+
 def test_the_defaults_are_those_of_the_paper_and_of_torch() -> None:
     adam, muon = LoRAPreAdamW(parameters()).defaults, LoRAPreMuon(parameters()).defaults
     assert adam["betas"] == (0.9, 0.95)
-    assert (adam["variant"], muon["variant"]) == ("split", "calibrated")
-    assert adam["compress"] == "both"
+    assert (adam["variant"], muon["variant"]) == ("split", "subspace")
     assert adam["rank"] == muon["rank"] == 128
     theirs = inspect.signature(torch.optim.Muon).parameters
     for name in ("lr", "weight_decay", "momentum", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"):
@@ -422,13 +436,11 @@ def test_the_first_step_of_muon_is_that_of_torch(
     ("options", "names"),
     [
         ({}, {"m_B", "m_A", "v_row", "v_col"}),
-        ({"variant": "calibrated"}, {"m_B", "m_A", "v_B", "v_A"}),
-        ({"variant": "calibrated", "compress": "first"}, {"m_B", "m_A", "exp_avg_sq"}),
-        ({"variant": "calibrated", "compress": "second"}, {"exp_avg", "v_B", "v_A"}),
+        ({"variant": "paper"}, {"m_B", "m_A", "v_B", "v_A"}),
         ({"rank": None}, {"exp_avg", "exp_avg_sq"}),
     ],
 )
-def test_compress_says_which_moments_become_factors(options: dict[str, Any], names: set[str]) -> None:
+def test_variant_and_rank_say_how_the_moments_are_kept(options: dict[str, Any], names: set[str]) -> None:
     params = parameters([(12, 20)])
     optimizer = LoRAPreAdamW(params, **{"rank": 3, **options})
     train(optimizer, params, 1)
@@ -460,7 +472,7 @@ def test_the_ranks_of_groups_are_their_own() -> None:
     assert [optimizer.state[p]["m_B"].shape for p in params[:2]] == [(12, 2), (12, 5)]
 
 
-@pytest.mark.parametrize("case", [CASES["adam-split"], CASES["muon-calibrated"]], ids=["adam", "muon"])
+@pytest.mark.parametrize("case", [CASES["adam-split"], CASES["muon-subspace"]], ids=["adam", "muon"])
 def test_the_start_does_not_depend_on_the_order_of_the_parameters(case: Case) -> None:
     forward, backward = parameters()[:LOW_RANK], parameters()[:LOW_RANK]
     set_gradients(forward, 0)

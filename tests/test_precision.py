@@ -19,7 +19,7 @@ from lorapre import LoRAPreAdamW, linalg
 from lorapre.gradient import Gradient
 
 P, Q, RANK, BETA = 256, 384, 32, 0.9
-VARIANTS = ["paper", "calibrated", "subspace"]
+VARIANTS = ["split", "paper"]
 
 
 def gradients(noise: float, steps: int) -> list[Tensor]:
@@ -40,7 +40,7 @@ class Rounding(Gradient):
 
 
 def products(grads: list[Tensor], variant: str, kind: type[Gradient]) -> Iterator[dict[str, Tensor]]:
-    """B A of both moments after each step, with this kind of gradient."""
+    """B A of each moment that has factors after each step, with this kind of gradient."""
     weight = nn.Parameter(torch.zeros(P, Q, dtype=grads[0].dtype))
     optimizer = LoRAPreAdamW([weight], lr=0.0, betas=(BETA, 0.95), rank=RANK, variant=variant)
     for g in grads:
@@ -50,7 +50,11 @@ def products(grads: list[Tensor], variant: str, kind: type[Gradient]) -> Iterato
             patch.setattr(lorapre.batch, "backend", lambda *_, **__: (kind, None))
             optimizer.step()
         state = optimizer.state[weight]
-        yield {name: state[f"{name}_B"].double() @ state[f"{name}_A"].double() for name in "mv"}
+        yield {
+            name: state[f"{name}_B"].double() @ state[f"{name}_A"].double()
+            for name in "mv"
+            if f"{name}_B" in state
+        }
 
 
 def relative(x: Tensor, y: Tensor) -> float:
@@ -60,21 +64,22 @@ def relative(x: Tensor, y: Tensor) -> float:
 def compare(variant: str, noise: float, steps: int = 100) -> dict[str, list[float]]:
     """What rounding changes, by step.
 
-    Of "m" and "v" the change of B A, relative to B A; as a yardstick "gradient", what gradients'
-    own rounding has changed in that of m; and the distance of that of m from the EMA, relative to
-    the EMA, with rounded factors ("rounded") and without ("exact").
+    Of "m" and, where it has factors, "v" the change of B A, relative to B A; as a yardstick "gradient",
+    what gradients' own rounding has changed in that of m; and the distance of that of m from the EMA,
+    relative to the EMA, with rounded factors ("rounded") and without ("exact").
     """
     full = gradients(noise, steps)
     grads = [g.bfloat16() for g in full]
-    found: dict[str, list[float]] = {name: [] for name in ("m", "v", "gradient", "rounded", "exact")}
+    names = ("m", "v") if variant == "paper" else ("m",)
+    found: dict[str, list[float]] = {name: [] for name in (*names, "gradient", "rounded", "exact")}
     ema = torch.zeros(P, Q, dtype=torch.float64)
     runs = [
         products(run, variant, kind) for run, kind in ((grads, Rounding), (grads, Gradient), (full, Gradient))
     ]
     for t, (g, rounded, exact, better) in enumerate(zip(grads, *runs, strict=True), start=1):
         ema.lerp_(g.double(), 1 - BETA)
-        target = ema / (1 - BETA**t) if variant == "subspace" else ema
-        for name in "mv":
+        target = ema / (1 - BETA**t) if variant == "split" else ema
+        for name in names:
             found[name].append(relative(rounded[name], exact[name]))
         found["gradient"].append(relative(exact["m"], better["m"]))
         found["rounded"].append(relative(rounded["m"], target))
@@ -82,7 +87,7 @@ def compare(variant: str, noise: float, steps: int = 100) -> dict[str, list[floa
     return found
 
 
-@pytest.mark.parametrize(("variant", "largest"), [("paper", 1e-2), ("calibrated", 1e-3), ("subspace", 2e-3)])
+@pytest.mark.parametrize(("variant", "largest"), [("split", 2e-3), ("paper", 1e-2)])
 def test_rounding_the_factors_changes_the_products_little_where_gradients_lack_rank(
     variant: str, largest: float
 ) -> None:
@@ -90,7 +95,7 @@ def test_rounding_the_factors_changes_the_products_little_where_gradients_lack_r
     found = compare(variant, 0.0)
     assert 0 < max(found["m"]) < largest
     assert max(found["m"][50:]) < 1e-3
-    assert 0 < max(found["v"]) < 2e-3
+    assert variant != "paper" or 0 < max(found["v"]) < 2e-3
 
 
 @pytest.mark.parametrize("noise", [1.0, 10.0])
@@ -99,11 +104,11 @@ def test_with_rounded_factors_the_distance_to_the_ema_of_noisy_gradients_is_the_
     variant: str, noise: float
 ) -> None:
     """Nothing accumulates. What differs is no more than the gradients' own rounding has changed."""
-    found = compare(variant, noise, 300)
+    found = compare(variant, noise, 100)
     for rounded, exact in zip(found["rounded"], found["exact"], strict=True):
         assert rounded == pytest.approx(exact, rel=5e-3)
     assert max(found["m"]) < 1.5 * max(found["gradient"])
-    assert max(found["v"]) < 2e-3
+    assert variant != "paper" or max(found["v"]) < 2e-3
 
 
 @pytest.mark.parametrize(("r", "k"), [(32, 8), (256, 16), (256, 64)])

@@ -303,9 +303,10 @@ def test_muon_with_adamw_is_both(tiny: Tiny) -> None:
             "--rank 16: factors would not be smaller than this model's smallest matrix; give at most 15",
         ),
         (["--optimizer", "adamw", "--rank", "4"], "--rank: adamw has no such option"),
+        (["--optimizer", "adamw", "--variant", "paper"], "--variant: adamw has no such option"),
         (
-            ["--optimizer", "lorapre-muon", "--compress", "first"],
-            "--compress: lorapre-muon has no such option",
+            ["--optimizer", "lorapre-muon", "--variant", "split"],
+            "--variant: lorapre-muon has subspace and paper, not split",
         ),
         (["--variant", "better"], "--variant"),
         (["--lr", "0"], "--lr: must be a positive number"),

@@ -154,14 +154,13 @@ def test_two_processes_then_three_then_one(alone: Path, folder: Path) -> None:
     assert_same_up_to_rounding(run, alone)
 
 
-def test_a_signal_to_one_process_ends_all_with_a_checkpoint(alone: Path, folder: Path) -> None:
+def test_a_signal_to_one_process_ends_all_with_a_checkpoint(folder: Path) -> None:
     run = folder / "stopped"
     done = begin(torchrun(2), "stopped", "--fsdp", folder=folder, kill="1 interrupt 6")
     assert done.returncode == 1
     assert done.stderr.count("interrupted; go on with: torchrun --nproc-per-node N") == 1
     assert checkpoints(run) == [4, 6]
-    assert_quiet_and_done(launch(torchrun(2), "--resume", "stopped", folder=folder), "stopped")
-    assert_same_up_to_rounding(run, alone)
+    assert losses(run)[-1]["step"] == 6
 
 
 @pytest.mark.skipif(

@@ -66,7 +66,7 @@ def build(model: nn.Module, settings: Settings) -> Optimizer:
     variant = settings.variant
     if settings.optimizer == "lorapre-muon":
         return LoRAPreMuon(groups, variant=variant)
-    return LoRAPreAdamW(groups, variant=variant, compress=settings.compress or "both")
+    return LoRAPreAdamW(groups, variant=variant)
 
 
 def fill_gradients(model: nn.Module) -> None:
@@ -89,10 +89,8 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 LOW_RANK = [
-    *({"variant": variant} for variant in ("paper", "calibrated", "subspace", "split")),
-    *({"variant": variant, "compress": "first"} for variant in ("calibrated", "subspace")),
-    *({"variant": variant, "compress": "second"} for variant in ("calibrated", "subspace")),
-    *({"optimizer": "lorapre-muon", "variant": variant} for variant in ("paper", "calibrated", "subspace")),
+    *({"variant": variant} for variant in ("split", "paper")),
+    {"optimizer": "lorapre-muon", "variant": "subspace"},
 ]
 ENDS = {"rank": RANK, "ends": "low-rank"}
 ALL = [
@@ -252,7 +250,7 @@ def test_state_on_any_mesh(options: dict[str, Any], text: str) -> None:
         assert state_bytes(optimizer) == memory(weights, settings, mesh).state
 
 
-GLOO = [{"variant": "subspace"}, {"variant": "calibrated"}, {"optimizer": "lorapre-muon"}]
+GLOO = [{"variant": "split"}, {"optimizer": "lorapre-muon", "variant": "subspace"}]
 
 
 def check_on_two_processes(rank: int, store: str) -> None:
@@ -282,7 +280,7 @@ def test_state_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_uneven_shards_are_counted_where_they_are_largest() -> None:
-    settings = Settings(rank=RANK, variant="subspace")
+    settings = Settings(rank=RANK, variant="paper")
     mesh = Mesh.parse("fsdp=7")
     model = llama()
     weights = routed(model, settings)
@@ -348,18 +346,18 @@ def test_a_run_folder_has_its_model_and_options(lorapre: Run, tmp_path: Path) ->
     run = tmp_path / "run"
     data = write_corpus(tmp_path)
     sizes = ["--data", data, "--steps", 2, "--batch-size", 2, "--vocab-size", 300, "--layers", 1]
-    own = ["--rank", 7, "--variant", "subspace", "--dtype", "bf16", "--rules", "lm_head=5"]
+    own = ["--rank", 7, "--variant", "paper", "--dtype", "bf16", "--rules", "lm_head=5"]
     assert lorapre("pretrain", *sizes, *own, "--freeze", "embed_tokens", "--out", run)[0] == 0
     code, out, err = lorapre("plan", run)
     assert (code, err) == (0, "")
-    head = ["lorapre-adamw, rank 7, subspace, bf16 weights", "rules: lm_head=5", "frozen: embed_tokens"]
+    head = ["lorapre-adamw, rank 7, paper, bf16 weights", "rules: lm_head=5", "frozen: embed_tokens"]
     assert out.splitlines()[1:4] == head
     numel = build_model(PretrainConfig.load(run / "config.json"), 0).num_parameters()
     assert f"{short(numel)} parameters in bf16" in out
     planned = json.loads((run / "summary.json").read_text())["state_bytes"]
     assert re.search(rf"optimizer state +{re.escape(binary(planned))}", out)
     # What is given goes over the run's; another optimizer takes none of its options.
-    assert "rank 3, subspace" in lorapre("plan", run, "--rank", 3)[1]
+    assert "rank 3, paper" in lorapre("plan", run, "--rank", 3)[1]
     assert lorapre("plan", run, "--optimizer", "adamw")[1].splitlines()[1] == "adamw"
     assert "--rank: lorapre-muon needs a value" in lorapre("plan", run, "--optimizer", "lorapre-muon")[2]
 

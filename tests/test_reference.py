@@ -14,11 +14,8 @@ from reference import AdamReference, MuonReference, first_A
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 
-VARIANTS = ["paper", "calibrated", "subspace", "split"]
-MUON = ["paper", "calibrated", "subspace"]
-COMPRESS = ["both", "first", "second"]
-MOMENTS = [(v, c) for v in VARIANTS for c in COMPRESS if v != "split" or c == "both"]
-OURS = ["calibrated", "subspace", "split"]
+VARIANTS = ["split", "paper"]
+MUON = ["subspace", "paper"]
 RANK = 8
 STEPS = 25
 
@@ -44,20 +41,9 @@ def noisy(shape: tuple[int, ...], steps: int, *, signal: float = 1.0) -> list[Te
     return [(mean + torch.randn(E, p, q)).view(shape) for _ in range(steps)]
 
 
-def starts(
-    variant: str, first: Tensor, matrix: tuple[int, int, int], rank: int = RANK, seed: int = 0
-) -> list[tuple[Tensor, Tensor]]:
-    """(A_m, A_v) of each matrix, for the first gradient: from the draws of an optimizer of this seed.
-
-    It draws four matrices, the same for all weights of a shape: A_m, A_v and the Omegas of their sketches.
-    """
-    E, p, q = matrix
-    random_m, random_v = (gaussian(rank, q, seed=4 * seed + i) for i in (0, 1))
-    omega_m, omega_v = (gaussian(p, rank, seed=4 * seed + i) for i in (2, 3))
-    return [
-        (first_A(variant, random_m, omega_m, g), first_A(variant, random_v, omega_v, g.abs()))
-        for g in first.view(E, p, q)
-    ]
+def starts(variant: str, q: int) -> tuple[Tensor, Tensor]:
+    """(A_m, A_v) of every matrix with q columns, from the draws of an optimizer of seed 0."""
+    return first_A(variant, gaussian(RANK, q, seed=0)), first_A(variant, gaussian(RANK, q, seed=1))
 
 
 def descend(
@@ -75,14 +61,12 @@ def descend(
 
 
 def reference_adam(
-    weight: Tensor, gradients: list[Tensor], matrix: tuple[int, int, int], rank: int = RANK, **options: Any
+    weight: Tensor, gradients: list[Tensor], matrix: tuple[int, int, int], *, variant: str, **options: Any
 ) -> list[Tensor]:
     """As `descend`, by the reference."""
     E, p, q = matrix
-    sign = -1 if options.get("maximize") else 1
-    variant = options.get("variant", "calibrated")
-    A = starts(variant, sign * gradients[0], matrix, rank)
-    references = [AdamReference(w, *A[i], **options) for i, w in enumerate(weight.view(E, p, q))]
+    A = starts(variant, q)
+    references = [AdamReference(w, *A, variant=variant, **options) for w in weight.view(E, p, q)]
     steps = [weight.double()]
     for g in gradients:
         for each, slice_ in zip(references, g.view(E, p, q), strict=True):
@@ -104,20 +88,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "large eps": {"eps": 0.1},
 }
 
-# What float32 leaves after 25 steps, of the accumulated update theta_25 - theta_0.
-UPDATE = {"paper": 1e-3, "calibrated": 1e-3, "subspace": 1e-3, "split": 1e-3}
-
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("variant", "compress"), MOMENTS)
-def test_adam_follows_the_reference_for_every_shape(variant: str, compress: str, shape: str) -> None:
-    check_adam(shape, variant=variant, compress=compress)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adam_follows_the_reference_for_every_shape(variant: str, shape: str) -> None:
+    check_adam(shape, variant=variant)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize(("variant", "compress"), MOMENTS)
-def test_adam_follows_the_reference_under_every_option(variant: str, compress: str, name: str) -> None:
-    check_adam("wide", variant=variant, compress=compress, **OPTIONS[name])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adam_follows_the_reference_under_every_option(variant: str, name: str) -> None:
+    check_adam("wide", variant=variant, **OPTIONS[name])
 
 
 def check_adam(name: str, **options: Any) -> None:
@@ -127,8 +108,7 @@ def check_adam(name: str, **options: Any) -> None:
     expected = reference_adam(weight, gradients, matrix, lr=1e-2, **options)
     assert relative(got[-1], expected[-1]) <= 1e-4
     for t in (1, 2, STEPS):
-        accumulated = relative(got[t] - got[0], expected[t] - expected[0])
-        assert accumulated <= UPDATE[options["variant"]], f"step {t}"
+        assert relative(got[t] - got[0], expected[t] - expected[0]) <= 1e-3, f"step {t}"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -143,20 +123,20 @@ def test_adam_follows_the_reference_on_a_weight_of_several_tiles(variant: str) -
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_adam_state_is_the_reference_state(variant: str) -> None:
     """The products, not the factors: a basis may rotate."""
-    shape, (_, p, q) = SHAPES["square"]
+    shape, _ = SHAPES["square"]
     gradients = noisy(shape, 10)
     weight = nn.Parameter(torch.zeros(shape))
     optimizer = LoRAPreAdamW([weight], rank=RANK, variant=variant)
-    reference = AdamReference(weight, *starts(variant, gradients[0], (1, p, q))[0], variant=variant)
+    reference = AdamReference(weight, *starts(variant, shape[1]), variant=variant)
     for g in gradients:
         weight.grad = g
         optimizer.step()
         reference.step(g)
     state = optimizer.state[weight]
     assert relative(state["m_B"] @ state["m_A"], reference.m_B @ reference.m_A) < 1e-3
-    if variant != "split":
+    if variant == "paper":
         assert relative(state["v_B"] @ state["v_A"], reference.v_B @ reference.v_A) < 1e-3
-    if variant in ("subspace", "split"):
+    else:
         torch.testing.assert_close(state["v_row"].double(), reference.v_row, rtol=1e-5, atol=0)
         torch.testing.assert_close(state["v_col"].double(), reference.v_col, rtol=1e-5, atol=0)
 
@@ -205,10 +185,9 @@ def check_muon(name: str, *, variant: str, **options: Any) -> None:
     weight, gradients = nn.Parameter(0.1 * torch.randn(shape)), noisy(shape, STEPS)
     sign = -1 if options.get("maximize") else 1
     mu, decay = options.get("momentum", 0.95), options.get("weight_decay", 0.1)
-    A = starts(variant, sign * gradients[0], (E, p, q))
+    A, _ = starts(variant, q)
     references = [
-        MuonReference(w, A[i][0], variant=variant, lr=1e-2, **options)
-        for i, w in enumerate(weight.detach().view(E, p, q))
+        MuonReference(w, A, variant=variant, lr=1e-2, **options) for w in weight.detach().view(E, p, q)
     ]
     optimizer = LoRAPreMuon([weight], rank=RANK, variant=variant, lr=1e-2, **options)
     cosines = []
@@ -236,29 +215,27 @@ def check_muon(name: str, *, variant: str, **options: Any) -> None:
     assert relative(weight.detach(), expected) < 1e-2
 
 
-# ------------------------------------------------------------------------------------ what calibration is for
+# ------------------------------------------------------------------------------------ what departures are for
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-8, 1e-4, 1e4])
-@pytest.mark.parametrize(("variant", "compress"), [pair for pair in MOMENTS if pair[0] != "paper"])
-def test_updates_do_not_depend_on_the_size_of_the_gradients(variant: str, compress: str, size: float) -> None:
+def test_updates_do_not_depend_on_the_size_of_the_gradients(size: float) -> None:
     shape, _ = SHAPES["wide"]
     gradients = noisy(shape, STEPS)
-    options = {"rank": RANK, "variant": variant, "compress": compress, "eps": 0.0, "lr": 1.0}
+    options = {"rank": RANK, "eps": 0.0, "lr": 1.0}
     one = descend(LoRAPreAdamW, torch.zeros(shape), gradients, **options)
     other = descend(LoRAPreAdamW, torch.zeros(shape), [size * g for g in gradients], **options)
     for t in range(STEPS):
         assert relative(other[t + 1] - other[t], one[t + 1] - one[t]) < 1e-2
 
 
-@pytest.mark.parametrize("variant", ["calibrated", "subspace"])
-def test_muon_factors_scale_with_the_gradients(variant: str) -> None:
+def test_muon_factors_scale_with_the_gradients() -> None:
     shape, _ = SHAPES["wide"]
     gradients = noisy(shape, STEPS)
     products = []
     for size in (1.0, 1e-12, 1e4):
         weight = nn.Parameter(torch.zeros(shape))
-        optimizer = LoRAPreMuon([weight], rank=RANK, variant=variant)
+        optimizer = LoRAPreMuon([weight], rank=RANK)
         for g in gradients:
             weight.grad = size * g
             optimizer.step()
@@ -279,9 +256,8 @@ def update_rms(variant: str, steps: int) -> list[float]:
     return [(weights[t + 1] - weights[t]).square().mean().sqrt().item() for t in range(steps)]
 
 
-@pytest.mark.parametrize("variant", OURS)
-def test_updates_at_beta2_0_999_settle_within_20_steps(variant: str) -> None:
-    assert max(update_rms(variant, 60)[20:]) <= 1.3
+def test_updates_at_beta2_0_999_settle_within_20_steps() -> None:
+    assert max(update_rms("split", 60)[20:]) <= 1.3
 
 
 def test_updates_at_beta2_0_999_overshoot_as_printed() -> None:
@@ -289,18 +265,11 @@ def test_updates_at_beta2_0_999_overshoot_as_printed() -> None:
     assert max(update_rms("paper", 40)[20:]) > 3
 
 
-@pytest.mark.parametrize(
-    ("variant", "compress"), [*(("calibrated", compress) for compress in COMPRESS), ("split", "both")]
-)
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
-def test_the_update_of_a_constant_rank_one_gradient_is_lr_at_every_step(
-    beta2: float, variant: str, compress: str
-) -> None:
+def test_the_update_of_a_constant_rank_one_gradient_is_lr_at_every_step(beta2: float) -> None:
     g = torch.outer(torch.randn(40), torch.randn(60))
-    weights = descend(
-        LoRAPreAdamW, torch.zeros(40, 60), 50 * [g], lr=1.0, betas=(0.9, beta2), eps=0.0, rank=RANK,
-        variant=variant, compress=compress,
-    )  # fmt: skip
+    options: dict[str, Any] = {"lr": 1.0, "betas": (0.9, beta2), "eps": 0.0, "rank": RANK}
+    weights = descend(LoRAPreAdamW, torch.zeros(40, 60), 50 * [g], **options)
     for t in range(50):
         torch.testing.assert_close(weights[t + 1] - weights[t], -g.sign(), rtol=0, atol=1e-3)
 
@@ -323,24 +292,6 @@ def test_no_entry_of_a_split_update_exceeds_its_bound(betas: tuple[float, float]
 
 
 # ----------------------------------------------------------------------------------------------------- limits
-
-
-@pytest.mark.parametrize("variant", ["calibrated", "subspace"])
-def test_adam_with_the_first_moment_in_full_sight_is_torch_adamw(variant: str) -> None:
-    """Gradients C X_t with C of r columns hold no more than r directions; the second moment is dense.
-
-    The subspace tracker is the dense EMA then; the calibrated one is where the gradients share their one row.
-    """
-    C, row = torch.randn(40, RANK), torch.randn(1, 60)
-    if variant == "subspace":
-        gradients = [C @ torch.randn(RANK, 60) for _ in range(STEPS)]
-    else:
-        gradients = 60 * [torch.randn(40, 1) @ row]
-    options: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    weight = torch.randn(40, 60)
-    got = descend(LoRAPreAdamW, weight, gradients, rank=RANK, variant=variant, compress="first", **options)
-    expected = descend(torch.optim.AdamW, weight, gradients, **options)
-    assert relative(got[-1] - weight, expected[-1] - weight) < 1e-3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -24,7 +24,7 @@ from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage, gradient_release, param
 from lorapre.release import Released
 from test_contract import Forbid
 
-two_cases = pytest.mark.parametrize("name", ["adam-split", "muon-calibrated"])
+two_cases = pytest.mark.parametrize("name", ["adam-split", "muon-subspace"])
 
 
 class Model(nn.Module):

@@ -12,6 +12,7 @@ from torch.distributed.tensor import Placement, Shard, distribute_tensor
 import distributed
 from cases import (
     CASES,
+    SHAPES,
     Case,
     assert_same,
     every_case,
@@ -185,8 +186,8 @@ def test_neither_keys_nor_rounding_wait_for_the_device() -> None:
 # --- training
 
 
-def bf16(case: Case, **options: Any) -> tuple[list[nn.Parameter], Any]:
-    params = parameters(dtype=torch.bfloat16)
+def bf16(case: Case, shapes: Any = SHAPES, **options: Any) -> tuple[list[nn.Parameter], Any]:
+    params = parameters(shapes, torch.bfloat16)
     return params, case.make(params, stochastic_rounding=True, **options)
 
 
@@ -296,8 +297,9 @@ def test_the_option_is_one_of_the_group_and_checked(cls: Any) -> None:
 @pytest.mark.parametrize("name", ["adam-split", "muon-dense"])
 def test_a_compiled_step_rounds_with_new_noise_at_every_step(name: str) -> None:
     torch._dynamo.reset()
-    params, optimizer = bf16(CASES[name])
-    expected, eager = bf16(CASES[name])
+    shapes = [(12, 20), (12, 20), (3, 10, 14), (7,)]
+    params, optimizer = bf16(CASES[name], shapes)
+    expected, eager = bf16(CASES[name], shapes)
     step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)
     for number in range(4):
         set_gradients(params, number)

@@ -32,8 +32,7 @@ from lorapre.checkpoints import STATE_FORMAT
 
 DATA = Path(__file__).parent / "data"
 SHAPES = [(6, 10), (5,)]
-KINDS = ("adam-paper", "adam-calibrated", "adam-subspace", "adam-calibrated-first", "adam-calibrated-second")
-KINDS += ("adam-split", "adam-dense", "muon-calibrated", "muon-subspace")
+KINDS = ("adam-split", "adam-paper", "adam-dense", "muon-subspace", "muon-paper")
 OPTIONS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "nonfinite": "skip"}
 
 

@@ -71,38 +71,16 @@ def test_printed_step_is_a_newton_step_in_each_factor_with_the_other_at_its_old_
     assert close(new_A, newton_step(A, lambda A: regression(B, A, T), GAMMA), 1e-9)
 
 
-@pytest.mark.usefixtures("undamped")
-def test_newton_step_is_a_newton_step_in_each_factor_with_the_other_at_its_newest_value() -> None:
-    B, A, T = (torch.randn(shape, dtype=torch.float64) for shape in ((6, 3), (3, 8), (6, 8)))
-    want_B = newton_step(B, lambda B: regression(B, A, T), GAMMA)
-    want_A = newton_step(A, lambda A: regression(want_B, A, T), GAMMA)
-    new_B, new_A = follow("newton", B, A, T, DECAY)
-    size = want_A.norm() / math.sqrt(3)  # what the gauge moves from A to B
-    assert close(new_B, want_B * size, 1e-9)
-    assert close(new_A, want_A / size, 1e-9)
-
-
-@pytest.mark.parametrize("name", ["printed", "newton"])
-def test_damping_changes_a_step_from_well_conditioned_factors_by_less_than_1e_5(
-    name: str, monkeypatch: pytest.MonkeyPatch
+def test_damping_changes_a_printed_step_from_well_conditioned_factors_by_less_than_1e_5(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     B, A, T = (torch.randn(shape, dtype=torch.float64) for shape in ((30, 4), (4, 40), (30, 40)))
-    damped = follow(name, B, A, T, DECAY).product
+    damped = follow("printed", B, A, T, DECAY).product
     for module in (linalg, variants):
         monkeypatch.setattr(module, "DAMPING", 0.0)
-    exact = follow(name, B, A, T, DECAY).product
+    exact = follow("printed", B, A, T, DECAY).product
     assert close(damped, exact, 1e-5)
     assert not close(damped, exact, 1e-12)
-
-
-@pytest.mark.usefixtures("undamped")
-def test_newton_product_is_affine_in_the_part_of_the_target_inside_the_new_left_factor() -> None:
-    """B' A' = (1 - gamma) B' A + gamma P T with P the projection on the columns of B'."""
-    B, A, T = (torch.randn(shape, dtype=torch.float64) for shape in ((6, 3), (3, 8), (6, 8)))
-    left = newton_step(B, lambda B: regression(B, A, T), GAMMA)
-    P = left @ torch.linalg.pinv(left)
-    got = follow("newton", B, A, T, DECAY).product
-    assert close(got, (1 - GAMMA) * left @ A + GAMMA * P @ T, 1e-9)
 
 
 @pytest.mark.usefixtures("undamped")
@@ -143,23 +121,21 @@ def test_printed_tracker_commutes_with_transposition() -> None:
     assert close(across, straight, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["newton", "subspace"])
-def test_one_sided_trackers_do_not_commute_with_transposition(name: str) -> None:
-    """They project on columns: the left factor moves first and the right one then answers it."""
-    straight, across = transposed(name)
+def test_subspace_iteration_does_not_commute_with_transposition() -> None:
+    """It projects on columns: the left factor moves first and the right one then answers it."""
+    straight, across = transposed("subspace")
     assert not close(across, straight, 1e-2)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-12, 1e-7, 1e-3, 1e4, 1e17, 1e20, 1e25])
-@pytest.mark.parametrize("name", ["newton", "subspace"])
-def test_product_scales_with_the_gradients(name: str, size: float) -> None:
+def test_product_scales_with_the_gradients(size: float) -> None:
     """25 steps in float32. A power of two would be exact; these sizes leave the rounding errors."""
     targets = torch.randn(40, 5) @ torch.randn(5, 60) + torch.randn(25, 40, 60)
-    B, A = begin(name, targets[0], 8)
+    B, A = begin("subspace", targets[0], 8)
     b, a = B, A
     for T in targets:
-        B, A = follow(name, B, A, T, BETA)
-        b, a = follow(name, b, a, size * T, BETA)
+        B, A = follow("subspace", B, A, T, BETA)
+        b, a = follow("subspace", b, a, size * T, BETA)
     assert close(b / size @ a, B @ A, 1e-4)
 
 
@@ -190,16 +166,6 @@ def test_ramp_is_the_scalar_recursion(beta: float) -> None:
         a = (1 - gamma) * a + gamma / b
         assert variants.debias(beta, torch.tensor(float(t))).item() == pytest.approx(a * b, rel=2e-6)
         assert variants.debias(beta, torch.tensor(float(t))).item() == pytest.approx(1 - beta**t, rel=2e-6)
-
-
-@pytest.mark.parametrize("r", [1, 8])
-@pytest.mark.parametrize("beta", [0.9, 0.95**0.5, 0.999])
-def test_newton_tracks_a_constant_rank_one_target_along_the_ramp(beta: float, r: int) -> None:
-    T = torch.outer(torch.randn(40), torch.randn(60))
-    B, A = begin("newton", T, r)
-    for t in range(1, 60):
-        B, A = follow("newton", B, A, T, beta)
-        assert close(B @ A, variants.debias(beta, torch.tensor(float(t))) * T, 3e-5)
 
 
 # --- tracking
@@ -255,9 +221,8 @@ def test_subspace_is_within_twice_the_best_rank_r_approximation_of_a_turning_sig
 
 @pytest.mark.parametrize(("k", "r"), [(4, 8), (8, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["newton", "subspace"])
 def test_a_switch_to_gradients_orthogonal_to_all_before_is_followed(
-    name: str, dtype: torch.dtype, k: int, r: int
+    dtype: torch.dtype, k: int, r: int
 ) -> None:
     """Orthogonal in rows and columns, rank k: followed to 2 % in 100 steps, without overshoot.
 
@@ -267,52 +232,48 @@ def test_a_switch_to_gradients_orthogonal_to_all_before_is_followed(
     strength = torch.diag(torch.linspace(1, 2, k, dtype=torch.float64))
     before = (U[:, :k] @ strength @ V[:, :k].T).to(dtype)
     after = (U[:, k:] @ strength @ V[:, k:].T).to(dtype)
-    B, A = begin(name, before, r)
+    B, A = begin("subspace", before, r)
     for _ in range(200):
-        B, A = follow(name, B, A, before, BETA)
+        B, A = follow("subspace", B, A, before, BETA)
     assert error(B, A, before) < 1e-3
     for _ in range(100):
-        B, A = follow(name, B, A, after, BETA)
+        B, A = follow("subspace", B, A, after, BETA)
         assert error(B, A, after) < 1.5
     assert error(B, A, after) < 0.02
 
 
-@pytest.mark.parametrize("name", ["newton", "subspace"])
-def test_a_switch_to_gradients_in_rows_and_columns_that_were_exactly_zero_is_followed(
-    name: str,
-) -> None:
+def test_a_switch_to_gradients_in_rows_and_columns_that_were_exactly_zero_is_followed() -> None:
     """No rounding error leads there: T A^T is zero to the last bit for an A of the past."""
     before, after = torch.zeros(2, 48, 64)
     before[:24, :32] = torch.randn(24, 4) @ torch.randn(4, 32)
     after[24:, 32:] = torch.randn(24, 4) @ torch.randn(4, 32)
-    B, A = begin(name, before, 8)
+    B, A = begin("subspace", before, 8)
     for _ in range(200):
-        B, A = follow(name, B, A, before, BETA)
+        B, A = follow("subspace", B, A, before, BETA)
     for _ in range(100):
-        B, A = follow(name, B, A, after, BETA)
+        B, A = follow("subspace", B, A, after, BETA)
     assert error(B, A, after) < 0.01
 
 
-@pytest.mark.parametrize("zeros", [50, 300, 3000])
-@pytest.mark.parametrize("name", ["newton", "subspace"])
-def test_zero_gradients_are_recovered_from_without_overshoot(name: str, zeros: int) -> None:
+@pytest.mark.parametrize("zeros", [50, 2000])
+def test_zero_gradients_are_recovered_from_without_overshoot(zeros: int) -> None:
     """A layer is frozen, or an expert not routed to, for thousands of steps: directions survive."""
     signal = torch.randn(40, 4) @ torch.randn(4, 60)
-    B, A = begin(name, signal, 8)
+    B, A = begin("subspace", signal, 8)
     for _ in range(30):
-        B, A = follow(name, B, A, signal + torch.randn(40, 60), BETA)
+        B, A = follow("subspace", B, A, signal + torch.randn(40, 60), BETA)
     rows = torch.linalg.qr(A.T).Q.T
     for _ in range(zeros):
-        B, A = follow(name, B, A, torch.zeros(40, 60), BETA)
+        B, A = follow("subspace", B, A, torch.zeros(40, 60), BETA)
     assert (B @ A).norm() <= 2 * BETA**zeros * signal.norm()
     singular_values = torch.linalg.svdvals(rows @ torch.linalg.qr(A.T).Q)
     assert singular_values.min() > 0.99  # the same r directions as before the zeros
     for _ in range(100):
         T = signal + torch.randn(40, 60)
-        B, A = follow(name, B, A, T, BETA)
+        B, A = follow("subspace", B, A, T, BETA)
         assert (B @ A).norm() <= 2 * T.norm()
     for _ in range(100):
-        B, A = follow(name, B, A, signal, BETA)
+        B, A = follow("subspace", B, A, signal, BETA)
     assert error(B, A, signal) < 0.01
 
 

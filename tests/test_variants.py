@@ -15,10 +15,6 @@ from reference import debiased, in_row_space, rank_one
 followers = pytest.mark.parametrize("name", FOLLOW)
 
 
-def mean_of_squares(B: Tensor, A: Tensor, dim: int) -> Tensor:
-    return (B @ A).square().mean(dim, keepdim=True)
-
-
 # --- rates and corrections
 
 
@@ -74,74 +70,16 @@ def test_gaussian_is_a_function_of_its_arguments_alone() -> None:
 
 
 def test_printed_factors_start_small() -> None:
-    A = variants.first_A("printed", sizes(20, 30, 3), 4, seed=5)
+    A = variants.first_A("paper", sizes(20, 30, 3), 4, seed=5)
     assert torch.equal(A, (0.02 * variants.gaussian(4, 30, seed=5)).expand(3, 4, 30))
 
 
-@pytest.mark.parametrize("start", ["random", "sketch"])
-@pytest.mark.parametrize("size", [1e-20, 1.0, 1e15])
-def test_others_start_at_the_scale_of_the_gauge(start: str, size: float) -> None:
-    T = size * torch.randn(3, 20, 30)
-    A = variants.first_A(start, operand(T), 4, seed=5)
+@pytest.mark.parametrize("variant", ["split", "subspace"])
+def test_others_start_at_the_scale_of_the_gauge(variant: str) -> None:
+    A = variants.first_A(variant, sizes(20, 30, 3), 4, seed=5)
     wanted = variants.gaussian(4, 30, seed=5).expand(3, 4, 30)
-    if start == "sketch":
-        wanted = variants.gaussian(20, 4, seed=7).mT @ (T / size)
     torch.testing.assert_close(A.norm(dim=(-2, -1)), torch.full((3,), 2.0))
     torch.testing.assert_close(A, 2 * wanted / wanted.norm(dim=(-2, -1), keepdim=True))
-
-
-@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
-def test_a_sketch_falls_back_to_the_random_A_matrix_by_matrix(bad: float) -> None:
-    T = torch.randn(3, 20, 30)
-    T[1] *= bad
-    A = variants.first_A("sketch", operand(T), 4, seed=5)
-    random = variants.gaussian(4, 30, seed=5)
-    sketch = variants.gaussian(20, 4, seed=7).mT @ T[2]
-    torch.testing.assert_close(A[1] / A[1].norm(), random / random.norm())
-    torch.testing.assert_close(A[2] / A[2].norm(), sketch / sketch.norm())
-    torch.testing.assert_close(A.norm(dim=(-2, -1)), torch.full((3,), 2.0))
-
-
-# --- match_means
-
-
-@pytest.mark.parametrize("size", [1e-12, 1.0, 1e4])
-def test_match_means_gives_a_separable_square_both_its_means(size: float) -> None:
-    """Where (B A)**2 is the wanted one but for a factor for each row, both means hold exactly."""
-    B, A = torch.randn(2, 20, 4), torch.randn(2, 4, 30)
-    row, column = size**2 * mean_of_squares(B, A, -1), size**2 * mean_of_squares(B, A, -2)
-    f = Factors(B * torch.rand(2, 20, 1), A)
-    new = variants.match_means(f, row, column, sizes(20, 30, 2))
-    torch.testing.assert_close(mean_of_squares(*new, -1), row, rtol=1e-4, atol=0)
-    torch.testing.assert_close(mean_of_squares(*new, -2), column, rtol=1e-4, atol=0)
-
-
-def test_match_means_rows_first_then_columns() -> None:
-    f = Factors(torch.randn(1, 20, 4), torch.randn(1, 4, 30))
-    before = f.B.clone(), f.A.clone()
-    row, column = torch.rand(1, 20, 1), torch.rand(1, 1, 30)
-    S = (f.B @ f.A).square()
-    S = S * (row / S.mean(2, keepdim=True))
-    S = S * (column / S.mean(1, keepdim=True))
-    new = variants.match_means(f, row, column, sizes(20, 30))
-    torch.testing.assert_close((new.B @ new.A).square(), S, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(mean_of_squares(*new, 1), column)
-    assert torch.equal(f.B, before[0])
-    assert torch.equal(f.A, before[1])
-
-
-def test_match_means_is_zero_where_a_row_or_column_of_either_side_is_zero() -> None:
-    B, A = torch.randn(1, 20, 4), torch.randn(1, 4, 30)
-    row, column = torch.rand(1, 20, 1), torch.rand(1, 1, 30)
-    B[0, 1], A[0, :, 2], row[0, 3], column[0, 0, 4] = 0, 0, 0, 0
-    B, A = variants.match_means(Factors(B, A), row, column, sizes(20, 30))
-    S = (B @ A)[0]
-    assert S.isfinite().all()
-    assert not S[1].any()
-    assert not S[:, 2].any()
-    assert not S[3].any()
-    assert not S[:, 4].any()
-    assert S[0, 0] != 0
 
 
 # --- what a variant tells `apply`
@@ -174,23 +112,20 @@ def random_state(variant: str, N: int, p: int, q: int, r: int) -> variants.State
     g = torch.randn(N, p, 3) @ torch.randn(N, 3, q)
     m = begin("subspace", g, r)
     s = s._replace(m=Factors(*follow("subspace", *m, g + torch.randn(N, p, q), 0.5)))
-    if variant != "split":
-        s = s._replace(v=Factors(*follow("subspace", *begin("subspace", g, r, 1), g.abs(), 0.5)))
-    if variant in ("split", "subspace"):
-        square = g.square() + 1
-        row, col = square.mean(-1, keepdim=True), square.mean(-2, keepdim=True)
-        s = s._replace(v_row=row, v_col=col)
-    return s
+    if variant == "paper":
+        return s._replace(v=Factors(*follow("subspace", *begin("subspace", g, r, 1), g.abs(), 0.5)))
+    square = g.square() + 1
+    return s._replace(v_row=square.mean(-1, keepdim=True), v_col=square.mean(-2, keepdim=True))
 
 
-@pytest.mark.parametrize("variant", variants.VARIANTS)
+@pytest.mark.parametrize("variant", variants.ADAM)
 def test_a_variant_applies_once_and_leaves_the_state_before_the_step_alone(variant: str) -> None:
     s = random_state(variant, 2, 12, 20, 3)
     tensors = [x for y in s if y is not None for x in (y if isinstance(y, Factors) else [y])]
     before = [x.clone() for x in tensors]
     g = torch.randn(2, 12, 20)
     told, t = Told(g), torch.tensor([3.0, 7.0]).view(2, 1, 1)
-    new = variants.VARIANTS[variant].adam(s, operand(g), t, 0.9, 0.95, told)
+    new = variants.ADAM[variant](s, operand(g), t, 0.9, 0.95, told)
     assert told.calls == 1
     assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
     later = [x for y in new if y is not None for x in (y if isinstance(y, Factors) else [y])]
@@ -238,7 +173,7 @@ def test_the_rest_of_split_is_nothing_where_squares_are_infinite_or_all_taken() 
 
 
 @pytest.mark.usefixtures("arithmetic")
-@pytest.mark.parametrize("r", [1, 2, 4, 8, 12, 16, 32, 128, 256])
+@pytest.mark.parametrize("r", [1, 2, 8, 32, 256])
 @followers
 def test_rank_one_targets_are_followed_at_any_rank(name: str, r: int) -> None:
     """The Gram of a rank-one matrix has negative eigenvalues after rounding; Cholesky fails on it.
@@ -282,7 +217,7 @@ def test_factors_stay_finite_for_targets_of_any_size_and_rank(name: str, size: f
         assert (B @ A).isfinite().all()
 
 
-@pytest.mark.parametrize("zeros", [1500, 2000, 3000])
+@pytest.mark.parametrize("zeros", [1500, 2000])
 @followers
 def test_factors_stay_finite_through_thousands_of_zero_targets_and_after(name: str, zeros: int) -> None:
     """On their way to zero the factors pass through the numbers whose inverse is infinite."""

@@ -13,7 +13,7 @@ from lorapre import rounding, sharding
 from lorapre.backends import backend
 from lorapre.gradient import TILE, Ema, Factors, Number, state_dtype, wide
 from lorapre.groups import is_low_rank, matrix_shape, state_shapes
-from lorapre.variants import VARIANTS, State, first_A
+from lorapre.variants import State, first_A
 
 # Elements of the factors that a batch stacks; those of one weight may be more. On GPUs, where calls
 # cost more than memory, all weights of a shape share the launches of a step.
@@ -265,7 +265,7 @@ def start_state(
     p: Tensor, group: dict[str, Any], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """The state before the first step: zeros, and in A what the variant starts from."""
-    flatten, start = group["flatten"], VARIANTS[group["variant"]].start
+    flatten = group["flatten"]
     state = {
         name: sharding.zeros(p, flatten, name, shape, state_dtype(p, name))
         for name, shape in shapes.items()
@@ -273,8 +273,7 @@ def start_state(
     for stream, name in enumerate(("m_A", "v_A")):
         if name in shapes and p.numel():
             batch = Batch(group, [Member(p, sharding.gradient(p), {}, 0)])
-            target, r = (abs(batch.T) if name == "v_A" else batch.T), shapes[name][-2]
-            A = batch.as_stored(name, first_A(start, target, r, 4 * group["seed"] + stream))
+            A = first_A(group["variant"], batch.T, shapes[name][-2], 4 * group["seed"] + stream)
             local = sharding.local(state[name])
-            local.copy_(A.view_as(local))
+            local.copy_(batch.as_stored(name, A).view_as(local))
     return state

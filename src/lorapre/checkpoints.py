@@ -29,9 +29,7 @@ def meaning(group: Mapping[str, Any], shape: torch.Size | None = None) -> str:
     rule = {"adam": "Adam", "muon": "Muon"}[group["algorithm"]]
     if shape is not None and not is_low_rank(shape, group.get("rank"), group.get("flatten", False)):
         return f"{rule} (dense)"
-    options = [
-        f"{name}={group[name]!r}" for name in ("rank", "variant", "compress") if name in group
-    ]
+    options = [f"{name}={group[name]!r}" for name in ("rank", "variant") if name in group]
     return f"{rule} ({', '.join(options)})"
 
 
@@ -63,16 +61,7 @@ def check_weight(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name:
 
     Kernels take addresses: memory of another size or type must never get that far. State of another
     dtype or device is cast to its own.
-
-    Variants fill the same names and shapes differently, so the state alone does not tell which one
-    made it: "paper" and "calibrated" could each have written any factors. The group remembers
-    (`made_for`). That is exact while a group keeps its parameters, because an edit is refused as
-    long as any of them has factors, with a gradient or without. A parameter with factors that is
-    moved to another group counts as made for the options of that group.
     """
-    factorised = "m_B" in own or "v_B" in own
-    if factorised and group["made_for"] not in (None, meaning(group)):
-        raise _misfit(f"the state of {name} was made for {group['made_for']}", group)
     if p.grad is not None and p.grad.layout is not torch.strided:
         raise RuntimeError(
             f"LoRA-Pre needs dense gradients, but that of {name} is {p.grad.layout}; nn.Embedding "
@@ -147,8 +136,7 @@ def merged(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
             saved = {f"adamw_{k}" if k in theirs else k: v for k, v in saved.items()}
             saved["dense_ratio"] = 1.0
         saved = {k: v for k, v in saved.items() if k in own or k == "initial_lr"}
-    options = {**own, **saved, "state_format": STATE_FORMAT}
-    return {**options, "made_for": saved.get("made_for") or meaning(options)}
+    return {**own, **saved, "state_format": STATE_FORMAT}
 
 
 def check_fit(

@@ -19,7 +19,7 @@ Rule: TypeAlias = tuple[str, int | Mapping[str, Any] | None]
 """(regular expression, a rank, None for dense, or a dict of group options)."""
 
 OPTIONS = {  # of a group
-    "lr", "betas", "eps", "weight_decay", "rank", "scale", "variant", "compress", "maximize",
+    "lr", "betas", "eps", "weight_decay", "rank", "scale", "variant", "maximize",
     "nonfinite", "stochastic_rounding", "seed", "momentum", "nesterov", "ns_coefficients",
     "ns_steps", "adjust_lr_fn", "adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay",
     "flatten",
@@ -72,13 +72,9 @@ def state_shapes(group: Mapping[str, Any], shape: Sequence[int]) -> dict[str, tu
     m_factors = {"m_B": (*batch, p, rank), "m_A": (*batch, rank, q)}
     if group.get("algorithm") == "muon":  # Muon has no second moment
         return shapes | m_factors
-    v_factors = {"v_B": (*batch, p, rank), "v_A": (*batch, rank, q)}
-    means = {"v_row": (*batch, p), "v_col": (*batch, q)}
-    by_variant = {"subspace": v_factors | means, "split": means}
-    second = by_variant.get(group.get("variant", ""), v_factors)
-    compress = group.get("compress")
-    shapes |= {"exp_avg": moment} if compress == "second" else m_factors
-    return shapes | ({"exp_avg_sq": moment} if compress == "first" else second)
+    if group.get("variant") == "paper":
+        return shapes | m_factors | {"v_B": (*batch, p, rank), "v_A": (*batch, rank, q)}
+    return shapes | m_factors | {"v_row": (*batch, p), "v_col": (*batch, q)}
 
 
 def names_of(group: Mapping[str, Any]) -> list[str]:

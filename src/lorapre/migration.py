@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lorapre import sharding
-from lorapre.checkpoints import meaning
 from lorapre.gradient import Factors, Gradient, wide
 from lorapre.groups import matrix_shape, names_of, state_shapes
 from lorapre.linalg import debias, exact_products
@@ -23,7 +22,7 @@ __all__ = ["from_adamw", "to_adamw"]
 
 SWEEPS = 8  # of subspace iteration
 FIRST = ("exp_avg", "momentum_buffer", "m_B")  # what a first moment is kept under
-SECOND = ("exp_avg_sq", "v_row", "v_col", "v_B")  # v_row before v_B, which "subspace" has beside it
+SECOND = ("exp_avg_sq", "v_row", "v_col", "v_B")
 
 
 @torch.no_grad()
@@ -60,10 +59,9 @@ def from_adamw(
     for p, state, source in _matched(state_dict, like or optimizer):
         if p not in own:
             raise ValueError(f"like has a parameter of {tuple(p.shape)} that optimizer lacks")
-        group, name, key, packed = own.pop(p)
+        group, name, key = own.pop(p)
         new = _converted(p, state, source, group, name)
         result["state"][key] = {**result["state"].get(key, {}), **new}
-        packed["made_for"] = meaning(group)
     optimizer.load_state_dict(result)
     return [name for _, name, *_ in own.values()]
 
@@ -107,11 +105,11 @@ def _check_ours(optimizer: object) -> None:
 
 
 def _layout(optimizer: Optimizer) -> tuple[dict[str, Any], dict[Tensor, tuple[Any, ...]]]:
-    """Its state_dict, and of every parameter (group, name, key and group in the state_dict)."""
+    """Its state_dict, and of every parameter (group, name, key in the state_dict)."""
     state_dict, places = optimizer.state_dict(), {}
     for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for p, name, key in zip(group["params"], names_of(group), packed["params"], strict=True):
-            places[p] = group, name, key, packed
+            places[p] = group, name, key
     return state_dict, places
 
 
@@ -199,10 +197,6 @@ def _second(s: Mapping[str, Tensor], k: float) -> Tensor:
     if "v_row" not in s:
         return (s["v_B"] @ s["v_A"]).square() if "v_B" in s else s["exp_avg_sq"]
     row, col = s["v_row"][..., None], s["v_col"][..., None, :]
-    if "v_B" in s:  # `variants.match_means`
-        S = (s["v_B"] @ s["v_A"]).square()
-        S = S * finite_or_zero(row / S.mean(-1, keepdim=True))
-        return S * finite_or_zero(col / S.mean(-2, keepdim=True))
     S = k * (s["m_B"] @ s["m_A"]).square()  # `variants.split`
     row, col = positive(row - S.mean(-1, keepdim=True)), positive(col - S.mean(-2, keepdim=True))
     return S + row * finite_or_zero(col / row.mean(-2, keepdim=True))
@@ -214,21 +208,20 @@ def _share(key: str, group: Mapping[str, Any], t: float) -> float:
         return 1.0
     if key == "m_B" and group["algorithm"] == "muon":
         return 1 / (1 - float(group["momentum"]))
-    if key.endswith("_B") and group["variant"] in ("subspace", "split"):
+    if key == "m_B" and group["variant"] == "split":
         return 1.0
     beta = float((group.get("adamw_betas") or group["betas"])[key in SECOND])
-    root = key == "v_B" and group["variant"] == "calibrated"
     after = torch.tensor(max(t, 1.0), dtype=torch.float64, device="cpu")
-    return float(debias(beta**0.5, after) ** 2 if root else debias(beta, after))
+    return float(debias(beta, after))
 
 
 def _factors(M: Tensor, r: int) -> Factors:
     """B (N, p, r) and A (N, r, q) in the gauge: about the best approximation of M (N, p, q).
 
-    Subspace iteration from a sketch of M. B has orthogonal columns of one length.
+    Subspace iteration from a random A. B has orthogonal columns of one length.
     """
     T = Gradient(M.float().unbind(), (M.shape[-2], M.shape[-1]), M.device)
-    A = first_A("sketch", T, r, seed=0)
+    A = first_A("split", T, r, seed=0)
     factors = Factors(A.new_zeros(len(M), M.shape[-2], r), A)
     for _ in range(SWEEPS):
         factors = follow_ema(factors, T, 0.0)

@@ -13,7 +13,7 @@ from lorapre.batch import Batch, batches, keep_freed_memory, start_state
 from lorapre.gradient import Moments
 from lorapre.groups import state_shapes
 from lorapre.linalg import exact_products, lr_factor, newton_schulz
-from lorapre.variants import VARIANTS, dense, muon
+from lorapre.variants import ADAM, FOLLOW, dense, muon
 
 __all__ = ["LoRAPreAdamW", "LoRAPreMuon"]
 
@@ -26,7 +26,7 @@ class LoRAPreOptimizer(Optimizer):
     algorithm: str
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        own = dict(algorithm=self.algorithm, flatten=False, matrices=False, made_for=None)
+        own = dict(algorithm=self.algorithm, flatten=False, matrices=False)
         own["state_format"] = checkpoints.STATE_FORMAT
         super().__init__(params, {**options.plain(defaults), **own})
         keep_freed_memory()
@@ -92,7 +92,7 @@ class LoRAPreOptimizer(Optimizer):
                 means=means,
             )  # fmt: skip
 
-        variant = VARIANTS[group["variant"]].adam if batch.rank else dense
+        variant = ADAM[group["variant"]] if batch.rank else dense
         batch.store(variant(batch.state, T, batch.t, beta1, beta2, apply))
 
     def _init_group(
@@ -116,7 +116,6 @@ class LoRAPreOptimizer(Optimizer):
             if "step" not in own:
                 with exact_products(p.device):
                     own.update(start_state(p, group, shapes))
-                group["made_for"] = checkpoints.meaning(group)
             weights.append(p)
             grads.append(sharding.gradient(p))
             state.extend(own[name] for name in shapes)
@@ -215,8 +214,8 @@ class LoRAPreOptimizer(Optimizer):
 class LoRAPreAdamW(LoRAPreOptimizer):
     """AdamW whose moments live as low-rank factors, B (p, r) and A (r, q) (paper, Algorithm 1).
 
-    The state of a (p, q) weight takes (p + q) (r + 1) float32 numbers instead of 2 p q; variants
-    that keep factors for both moments take 2 (p + q) r. Weights for which that would not be less,
+    The state of a (p, q) weight takes (p + q) (r + 1) float32 numbers instead of 2 p q; "paper"
+    keeps factors for both moments and takes 2 (p + q) r. Weights for which that would not be less,
     and groups with `rank=None`, take AdamW; `lorapre.coverage` shows which took what.
     `lorapre.param_groups` sends embeddings, output head, norms and biases there, as the paper does.
 
@@ -229,8 +228,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         weight_decay: decoupled, as in AdamW.
         rank: r, or None for dense AdamW.
         scale: factor on the update of the factorised weights alone (the paper trains with 0.25).
-        variant: "split", "subspace", "calibrated" or "paper" (as printed); see docs/maths.md.
-        compress: which moments are factorised: "both" or, but for "split", "first" or "second".
+        variant: "split" or "paper" (as printed); see docs/maths.md.
         maximize: ascend instead.
         nonfinite: what a NaN or infinite gradient does: "propagate" as in torch, or "skip" the step
             of that weight, which is counted in its state as `skipped` without waiting for the
@@ -245,9 +243,9 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         ValueError: an option is out of range; the message names it.
 
     State of a factorised weight, all float32: `step`, `m_B` (p, r), `m_A` (r, q), `v_row` (p) and
-    `v_col` (q); in the other variants `v_B` and `v_A`, in "subspace" beside `v_row` and `v_col`; of
-    an uncompressed moment `exp_avg` or `exp_avg_sq`. Fused experts (E, p, q) are E matrices, and
-    their factors have E in front; a convolution is the matrix (out, in * k * k).
+    `v_col` (q); in "paper" `v_B` and `v_A` instead of the last two; of a dense weight `step`,
+    `exp_avg` and `exp_avg_sq`. Fused experts (E, p, q) are E matrices, and their factors have E in
+    front; a convolution is the matrix (out, in * k * k).
     """
 
     algorithm = "adam"
@@ -263,7 +261,6 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         rank: int | None = 128,
         scale: float = 1.0,
         variant: str = "split",
-        compress: str = "both",
         maximize: bool = False,
         nonfinite: str = "propagate",
         stochastic_rounding: bool = False,
@@ -271,7 +268,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
     ) -> None:
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, scale=scale,
-            variant=variant, compress=compress, maximize=maximize, nonfinite=nonfinite,
+            variant=variant, maximize=maximize, nonfinite=nonfinite,
             stochastic_rounding=stochastic_rounding, seed=seed,
         )  # fmt: skip
         super().__init__(params, defaults)
@@ -298,7 +295,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
             sqrt(max(1, p / q)), "match_rms_adamw" is 0.2 sqrt(max(p, q)), with which AdamW's
             learning rates carry over.
         rank: r, or None for dense AdamW.
-        variant: "calibrated", "paper" (as printed) or "subspace"; see docs/maths.md.
+        variant: "subspace" or "paper" (as printed); see docs/maths.md.
         adamw_lr: learning rate of the dense weights, None for lr. A group with `rank=None` takes it
             as its lr unless it names its own. Dense weights inside a factorised group keep the
             ratio adamw_lr / lr that they start with, under every scheduler (docs/choose.md).
@@ -332,7 +329,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
         adjust_lr_fn: str | None = None,
         *,
         rank: int | None = 128,
-        variant: str = "calibrated",
+        variant: str = "subspace",
         adamw_lr: float | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
@@ -377,7 +374,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
                 batch.weights, M, orthogonalise, lr=rate, decay=decay, keys=batch.keys
             )
 
-        follow = VARIANTS[group["variant"]].follow
+        follow = FOLLOW[group["variant"]]
         batch.store(muon(batch.state, T, group["momentum"], group["nesterov"], follow, apply))
 
 

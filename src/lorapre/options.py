@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorapre import sharding
-from lorapre.variants import VARIANTS
+from lorapre.variants import ADAM, FOLLOW
 
 SEQUENCES = ("betas", "adamw_betas", "ns_coefficients")
 INTEGERS = ("rank", "seed", "ns_steps")
@@ -37,14 +37,10 @@ def check(group: Mapping[str, Any]) -> None:
     _require(group, "seed", _is_integer(group["seed"], 0, 2**62), "an integer >= 0 and < 2**62")
     _require_choice(group, "nonfinite", "propagate", "skip")
     _require_choice(group, "stochastic_rounding", False, True)
-    # "split" makes the second moment of the first one's factors, and Muon has none.
-    _require_choice(group, "variant", *(x for x in VARIANTS if not (muon and x == "split")))
+    _require_choice(group, "variant", *(FOLLOW if muon else ADAM))
     _require_betas(group, "adamw_betas" if muon else "betas")
     if not muon:
         _require_numbers(group, "scale")
-        _require_choice(group, "compress", "both", "first", "second")
-        fits = group["variant"] != "split" or group["compress"] == "both"
-        _require(group, "compress", fits, "'both' with variant='split'")
         return
     momentum, steps = group["momentum"], group["ns_steps"]
     _require(group, "momentum", _is_number(momentum) and 0 <= momentum < 1, "a number in [0, 1)")

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lorapre import sharding
-from lorapre.checkpoints import check_step, meaning
 from lorapre.linalg import exact_products
 from lorapre.optimizers import LoRAPreOptimizer
 
@@ -169,13 +168,10 @@ class _Update:
         if self.max_norm is not None:
             nn.utils.clip_grad_norm_([p], self.max_norm)
         position = sum(len(group["params"]) for group in groups[:number]) + index
-        if groups[number]["made_for"] != meaning(groups[number]):  # edited: have others a state?
-            check_step(groups[number], optimizer.state)
         group = {**groups[number], "params": [p], "param_names": [self.name], "matrices": False}
         with torch.no_grad(), exact_products(p.device):
             for batch in optimizer._batches([(group, [position])]):
                 optimizer._update(batch)
-        groups[number]["made_for"] = group["made_for"]
         p.grad = Released(p, self.name)
 
 

@@ -146,7 +146,7 @@ def _row(name: str, weight: Tensor, group: Mapping[str, Any], state: Mapping[str
     low_rank = is_low_rank(weight.shape, rank, flatten)
     note = _NOT_SMALLER if rank is not None and weight.ndim > 1 and not low_rank else ""
     if "step" in state:  # the state decides, where options have been edited since
-        factor = state.get("m_B", state.get("v_B"))
+        factor = state.get("m_B")
         low_rank = factor is not None
         rank = factor.shape[-1] if factor is not None else rank
     trainable = weight.requires_grad

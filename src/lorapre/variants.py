@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lorapre.gradient import Ema, Factors, Gradient, Moments, Number
+from lorapre.gradient import Ema, Factors, Gradient, Moments
 from lorapre.linalg import (
     DAMPING,
     TINY,
@@ -39,7 +39,7 @@ Follow: TypeAlias = Callable[[Factors, Gradient, float], Factors]  # towards T; 
 
 
 class State(NamedTuple):
-    """Factors of each moment, or the moment kept in full; EMAs of the means of g**2."""
+    """Factors of the moments and EMAs of the means of g**2, or both moments in full."""
 
     m: Factors | None = None
     v: Factors | None = None
@@ -48,42 +48,21 @@ class State(NamedTuple):
     exp_avg: Ema | None = None
     exp_avg_sq: Ema | None = None
 
-    def moments(self, a: Number, b: Number, c: Number, d: Number) -> Moments:
-        """m = a B A + b g and v = c (B A)**2 + d g**2, each of its own factors."""
-        in_full = None, None, self.exp_avg, self.exp_avg_sq
-        return Moments([self.m, self.v], [a, 0.0], b, [0.0, c], d, *in_full)
-
 
 def dense(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:
     """AdamW, both moments kept in full."""
-    apply(s.moments(0.0, 0.0, 0.0, 0.0))
+    apply(Moments(exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq))
     return s
 
 
 def paper(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:
     """Algorithm 1 as printed."""
+    assert s.m is not None and s.v is not None
     c1, c2 = debias(beta1, t), debias(beta2, t)
-    apply(s.moments(beta1 / c1, (1 - beta1) / c1, beta2 / c2, (1 - beta2) / c2))
-    return s._replace(m=s.m and printed(s.m, T, beta1), v=s.v and printed(s.v, abs(T), beta2**0.5))
-
-
-def calibrated(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:
-    """Algorithm 1 with departures a to g; c2 knows that (vB vA)**2 ramps up more slowly than v."""
-    c1 = debias(beta1, t)
-    c2 = beta2 * debias(beta2**0.5, t - 1) ** 2 + 1 - beta2
-    apply(s.moments(beta1 / c1, (1 - beta1) / c1, beta2 / c2, (1 - beta2) / c2))
-    return s._replace(m=s.m and newton(s.m, T, beta1), v=s.v and newton(s.v, abs(T), beta2**0.5))
-
-
-def subspace(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:
-    """Factors follow debiased EMAs; the square of the second has the true means of g**2."""
-    beta, c2 = debiased(beta1, t), debias(beta2, t)
-    rescaled = s._replace(v=s.v and match_means(s.v, s.v_row, s.v_col, T))
-    means = apply(rescaled.moments(beta, 1 - beta, beta2 / c2, (1 - beta2) / c2))
-    del rescaled
-    s = s._replace(m=s.m and follow_ema(s.m, T, beta))
-    s = s._replace(v=s.v and follow_ema(s.v, abs(T), debiased(beta2**0.5, t)))
-    return with_means(s, means, beta2)
+    apply(Moments(
+        [s.m, s.v], a=[beta1 / c1, 0.0], b=(1 - beta1) / c1, c=[0.0, beta2 / c2], d=(1 - beta2) / c2
+    ))  # fmt: skip
+    return s._replace(m=printed(s.m, T, beta1), v=printed(s.v, abs(T), beta2**0.5))
 
 
 def split(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:
@@ -133,17 +112,6 @@ def printed(f: Factors, T: Gradient, beta: float) -> Factors:
     return Factors(new_B, A.lerp(matmul(R.mT, (matmul(R, L.mT) @ T).div_(size)), gamma))
 
 
-def newton(f: Factors, T: Gradient, beta: float) -> Factors:
-    """The steps of `printed` one after the other, in the gauge (departures a, d, f, g)."""
-    (B, A), gamma = f, 1 - beta**0.5
-    R = damped_root(T.sum_q(matmul(A, A.mT)))
-    B = B.lerp(matmul(T @ matmul(R, probe(A, T)).mT, R), gamma)
-    size = norm_p(B, T)
-    L = B / size
-    R = damped_root(T.sum_p(matmul(L.mT, L)))
-    return Factors(*gauge_(B, A.lerp(matmul(R.mT, matmul(R, L.mT) @ T).div_(size), gamma), T))
-
-
 def row_space(A: Tensor, T: Gradient) -> tuple[Tensor, Tensor]:
     """W (N, r, q), an orthonormal basis of A's rows but for the damping, and A W^T (N, r, r)."""
     G = T.sum_q(matmul(A, A.mT))
@@ -164,15 +132,6 @@ def project(f: Factors, T: Gradient, beta: Tensor | float, Y: Tensor) -> Factors
     Q = orth_(Y, T)
     A = matmul(T.sum_p(matmul(Q.mT, f.B)), f.A).lerp_(Q.mT @ T, 1 - beta)
     return Factors(*gauge_(Q, A, T, before=f.A))
-
-
-def match_means(f: Factors, row: Tensor | None, col: Tensor | None, T: Gradient) -> Factors:
-    """B and A rescaled: (B A)**2 gets the means `row`, then `col` ("The second moment")."""
-    assert row is not None and col is not None
-    squares = matmul(f.B, T.sum_q(matmul(f.A, f.A.mT))).mul_(f.B).sum(-1, keepdim=True)
-    B = f.B * finite_or_zero((row / (squares / T.q)).sqrt())
-    squares = matmul(T.sum_p(matmul(B.mT, B)), f.A).mul_(f.A).sum(-2, keepdim=True)
-    return Factors(B, f.A * finite_or_zero((col / (squares / T.p)).sqrt()))
 
 
 def with_means(s: State, means: Means, beta2: float) -> State:
@@ -203,22 +162,15 @@ def finite_or_zero(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0)
 
 
-def first_A(start: str, T: Gradient, r: int, seed: int) -> Tensor:
-    """Where A (N, r, q) starts, for the first target T; B starts at zero.
+def first_A(variant: str, T: Gradient, r: int, seed: int) -> Tensor:
+    """Where A (N, r, q) starts: N(0, 0.02**2) as printed, else a normal matrix in the gauge.
 
-    "printed" is N(0, 0.02**2). "random" is the same in the gauge. "sketch" is Omega^T T in the
-    gauge (departure b), and random where that is zero or not finite.
+    B starts at zero.
     """
     random = local(gaussian(r, T.q, seed=seed), 1, T.columns).to(T.device).expand(len(T), -1, -1)
-    if start == "printed":
+    if variant == "paper":
         return 0.02 * random
-    A = random.clone()
-    if start == "sketch":
-        omega = local(gaussian(T.p, r, seed=seed + 2), 0, T.rows).to(T.device)
-        sketch = omega.mT.expand(len(T), -1, -1) @ T
-        size = T.sum_q(norm(sketch).double())
-        A = torch.where((size > 0) & size.isfinite(), sketch, random)
-    return gauge_(A.new_zeros(len(T), 0, r), A, T)[1]
+    return gauge_(random.new_zeros(len(T), 0, r), random.clone(), T)[1]
 
 
 def gaussian(rows: int, columns: int, *, seed: int) -> Tensor:
@@ -231,17 +183,5 @@ def gaussian(rows: int, columns: int, *, seed: int) -> Tensor:
     return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
 
 
-class Variant(NamedTuple):
-    """A variant of both algorithms."""
-
-    adam: Adam
-    follow: Follow  # how the factors of a momentum follow it
-    start: str  # of A, see `first_A`
-
-
-VARIANTS = {
-    "paper": Variant(paper, printed, "printed"),
-    "calibrated": Variant(calibrated, newton, "sketch"),
-    "subspace": Variant(subspace, follow_ema, "random"),
-    "split": Variant(split, follow_ema, "random"),
-}
+ADAM: dict[str, Adam] = {"split": split, "paper": paper}
+FOLLOW: dict[str, Follow] = {"subspace": follow_ema, "paper": printed}  # how Muon's factors move

@@ -34,8 +34,7 @@ PlannedOptimizer = Literal[LowRank, "adamw", "muon"]
 # How to fine-tune: an optimizer of all weights, or adapters of peft.
 Adapter = Literal["lora", "rslora", "dora", "lora+"]
 Method = Literal[LowRank, "adamw", "galore", Adapter]
-Variant = Literal["paper", "calibrated", "subspace", "split"]
-Compress = Literal["both", "first", "second"]
+Variant = Literal["split", "subspace", "paper"]
 Ends = Literal["dense", "low-rank"]
 Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu"]
@@ -45,15 +44,17 @@ Template = Literal["question", "instruction"]
 
 LOW_RANK, PROJECTED, COMPRESSED = get_args(LowRank), get_args(Projected), get_args(Compressed)
 ADAPTERS = get_args(Adapter)
-# As in the library. Every config names its variant, so that a run says what it was.
-DEFAULT_VARIANT: dict[str, Variant] = {"lorapre-adamw": "split", "lorapre-muon": "calibrated"}
+# The library's, its default first. Every config names its variant, so that a run says what it was.
+VARIANTS: dict[str, tuple[Variant, ...]] = {
+    "lorapre-adamw": ("split", "paper"),
+    "lorapre-muon": ("subspace", "paper"),
+}
 
 # The options that only some methods have. Elsewhere they are None or off: an option without effect
 # is refused.
 ONLY_FOR: dict[str, tuple[str, ...]] = {
     "rank": (*LOW_RANK, *COMPRESSED, "galore", "fira", "apollo", "alice", *ADAPTERS),
     "variant": LOW_RANK,
-    "compress": ("lorapre-adamw",),
     "refresh": PROJECTED,
     "stochastic_rounding": LOW_RANK,
     "release": LOW_RANK,
@@ -150,8 +151,7 @@ class OptimizerConfig(Checked):
 
     optimizer: Annotated[OptimizerName, "what to train with."] = "lorapre-adamw"
     rank: Annotated[int | None, "of the momenta, of a projection or of adapters."] = None
-    variant: Annotated[Variant | None, "by default split, of lorapre-muon calibrated."] = None
-    compress: Annotated[Compress | None, "which moments are low rank; by default both."] = None
+    variant: Annotated[Variant | None, "by default split, of lorapre-muon subspace."] = None
     dtype: Annotated[Precision, "of weights and gradients; factors are float32."] = "fp32"
     release: Annotated[bool, "use and free each gradient in the backward pass."] = False
     ends: Annotated[Ends, "momenta of embeddings and output head; low-rank saves memory."] = "dense"
@@ -174,8 +174,9 @@ class OptimizerConfig(Checked):
                 known = ", ".join(method for method in self.METHODS if method in methods)
                 lacking = f"{self.method} has no such option; leave it out"
                 raise UserError(f"{flag(name)}: {lacking} (those that have it: {known})")
-        if self.variant == "split" and self.compress not in (None, "both"):
-            raise UserError("--compress: variant split has no moment alone; take another --variant")
+        if self.variant is not None and self.variant not in VARIANTS[self.method]:
+            known = " and ".join(VARIANTS[self.method])
+            raise UserError(f"--variant: {self.method} has {known}, not {self.variant}")
         adam = self.method == "lorapre-adamw"
         if adam and self.ends == "low-rank" and self.variant != "split":
             far = "moves rows of an embedding that have no gradient too far"
@@ -193,8 +194,7 @@ class OptimizerConfig(Checked):
     @staticmethod
     def fitting(method: str, rank: int, refresh: int) -> dict[str, Any]:
         """The options that a method has, with their defaults; None for those that it has not."""
-        values = {"rank": rank, "compress": "both", "refresh": refresh}
-        values |= {"variant": DEFAULT_VARIANT.get(method)}
+        values = {"rank": rank, "refresh": refresh, "variant": VARIANTS.get(method, (None,))[0]}
         return {name: value if method in ONLY_FOR[name] else None for name, value in values.items()}
 
 

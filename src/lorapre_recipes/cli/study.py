@@ -62,7 +62,7 @@ def compare(
     Args:
         preset: model, data and schedule.
         optimizers: a contender, with options of its own after a colon: galore, adamw:lr=0.01,
-            lorapre-adamw:variant=subspace,rank=16,scale=0.05/0.1. May be repeated.
+            lorapre-adamw:variant=paper,rank=16,scale=0.05/0.1. May be repeated.
         sweep: values to try, such as lr=0.005,0.01 or scale=0.1,0.2,0.4 or beta2=0.95,0.999. May
             be repeated.
         seeds: how many for the best values of each.

@@ -27,7 +27,7 @@ Grid = dict[str, Sequence[float]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contender:
-    """An optimizer with options of its own: `lorapre-adamw:variant=subspace,rank=16,scale=0.1/0.2`.
+    """An optimizer with options of its own: `lorapre-adamw:variant=paper,rank=16,scale=0.1/0.2`.
 
     Rules take several values too: `lorapre-adamw:rules=embed_tokens=8/lm_head=8`.
     """

@@ -126,9 +126,8 @@ def standing(rows: Sequence[Row], tokens: int) -> Standing:
 
 def contender(row: Row) -> str:
     """An optimizer with the options that make it another one, in words."""
-    compress = (row.get("compress") or "both").replace("both", "")
     rank = "" if row["rank"] is None else f"r{row['rank']}"
-    words = (row["optimizer"], row["variant"], compress, *row.get("rules", ()), rank)
+    words = (row["optimizer"], row["variant"], *row.get("rules", ()), rank)
     return " ".join(word for word in words if word)
 
 

@@ -116,7 +116,7 @@ def groups_of(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     groups = param_groups(model, rank=settings.rank, ends=settings.ends, rules=rules)
     if settings.optimizer == "lorapre-muon":
         return LoRAPreMuon(groups, **options).param_groups
-    return LoRAPreAdamW(groups, compress=settings.compress or "both", **options).param_groups
+    return LoRAPreAdamW(groups, **options).param_groups
 
 
 def tp_dims(model: PreTrainedModel) -> dict[str, int]:

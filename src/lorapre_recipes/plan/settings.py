@@ -49,8 +49,7 @@ class Settings(OptimizerConfig):
 
     def __post_init__(self) -> None:
         defaults = self.fitting(self.optimizer, rank=0, refresh=0)
-        for name in ("variant", "compress"):
-            object.__setattr__(self, name, getattr(self, name) or defaults[name])
+        object.__setattr__(self, "variant", self.variant or defaults["variant"])
         super().__post_init__()
         if self.release and self.accumulation > 1:
             raise UserError("--release: gradients cannot be accumulated; give --accumulation 1")

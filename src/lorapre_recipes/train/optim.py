@@ -117,7 +117,7 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
         raise UserError(f"{option}: embeddings and head are dense for all; give --terms whole")
     names = ["rank", "variant", "weight_decay", "seed", "stochastic_rounding"]
     if adam:
-        names += ["lr", "betas", "eps", "scale", "compress"]
+        names += ["lr", "betas", "eps", "scale"]
         options = {name: getattr(config, name) for name in names}
         rest = [{"betas": betas} | group for group in rest]
         return LoRAPreAdamW([*rest, *ends, *inner], **options)

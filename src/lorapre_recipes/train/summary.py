@@ -45,7 +45,6 @@ def describe_optimizer(config: OptimizerConfig) -> str:
     parts = {
         f"rank {config.rank}": config.rank is not None,
         f"{config.variant}": config.variant is not None,
-        f"{config.compress} moment only": config.compress not in (None, "both"),
         "low-rank ends": config.ends == "low-rank",
         "gradients released": config.release,
         f"{config.dtype} weights": config.dtype != "fp32",
