@@ -62,7 +62,7 @@ def table(title: str, columns: list[str], rows: dict[str, list[str]]) -> None:
 
 
 def scales() -> None:
-    """Departure a: a damping that is absolute knows the size of the gradients."""
+    """Departure b: a damping that is absolute knows the size of the gradients."""
     sizes, signal = [1.0, 1e-5, 1e-6, 1e-8], low_rank(512, 1376, 8)
     rows = {}
     for name, tracker in TRACKERS.items():
@@ -72,14 +72,14 @@ def scales() -> None:
         ]
         rows[name] = [f"{share:.3f}" for share in shares]
     table(
-        "a. Share of a noisy rank-8 signal in B A after 150 steps, 512 x 1376, r = 32,\n"
+        "b. Share of a noisy rank-8 signal in B A after 150 steps, 512 x 1376, r = 32,\n"
         "   by size of the gradients",
         [f"{s:g}" for s in sizes], rows,
     )  # fmt: skip
 
 
 def resolution() -> None:
-    """Departure a: what a relative damping of 1e-6 trace / r meets in float32."""
+    """Departure b: what a relative damping of 1e-6 trace / r meets in float32."""
     rows = {}
     for r in (8, 32, 128, 256):
         A = torch.randn(r, 1, generator=torch.Generator().manual_seed(0)) @ low_rank(1, 1376, 1)
@@ -87,12 +87,12 @@ def resolution() -> None:
         trace, eye = gram.diagonal().sum(), torch.eye(r)
         damped = [gram + DAMPING * trace / r * eye, gram + DAMPING * trace * eye]
         rows[f"r = {r}"] = ["fails" if torch.linalg.cholesky_ex(G).info else "holds" for G in damped]
-    title = "a. Cholesky of the damped Gram of a rank-one factor (r, 1376), float32"
+    title = "b. Cholesky of the damped Gram of a rank-one factor (r, 1376), float32"
     table(title, ["1e-6 tr / r", "1e-6 tr"], rows)
 
 
 def ramps() -> None:
-    """Departure c: the size of the update on stationary noise."""
+    """The debiased rate: the size of the update on stationary noise."""
     steps, p, q = [2, 5, 10, 50, 200, 1000], 256, 384
     signal = low_rank(p, q, 8)
     for beta2 in (0.95, 0.999):
@@ -111,7 +111,7 @@ def ramps() -> None:
                     cells.append(f"{(weight.detach() - before).square().mean().sqrt().item():.2f}")
             rows[variant] = cells
         table(
-            f"c. Root mean square of the update over lr, signal : noise = 1 : 1, {p} x {q},\n"
+            f"a. Root mean square of the update over lr, signal : noise = 1 : 1, {p} x {q},\n"
             f"   r = 32, beta2 = {beta2}, by step",
             [str(s) for s in steps], rows,
         )  # fmt: skip
@@ -124,7 +124,7 @@ def errors(products: Iterator[Tensor], target: Tensor, first: int, at: list[int]
 
 
 def zeros() -> None:
-    """Departures d and f: after a pause."""
+    """Departures a and c: after a pause."""
     signal, at = low_rank(96, 160, 4), [1, 10, 100]
     for pause in (50, 300, 3000):
         rows = {}
@@ -133,13 +133,13 @@ def zeros() -> None:
             found = errors(follow(tracker, iter(targets), 8), signal, 60 + pause, at)
             rows[name] = [f"{error:.2g}" for error in found]
         table(
-            f"d, f. |B A - T| / |T| in the steps after {pause} zero gradients, rank 4, r = 8",
+            f"a, c. |B A - T| / |T| in the steps after {pause} zero gradients, rank 4, r = 8",
             [*[str(i) for i in at], "largest"], rows,
         )  # fmt: skip
 
 
 def switch() -> None:
-    """Departure f: a target orthogonal in rows and columns to all before."""
+    """Departure a: a target orthogonal in rows and columns to all before."""
     at, draws = [1, 10, 50, 100], 8
     for k, rank in ((4, 8), (8, 8)):
         rows = {}
@@ -151,7 +151,7 @@ def switch() -> None:
                 found.append(errors(follow(tracker, targets, rank), after, 60, at))
             rows[name] = [f"{max(column):.2g}" for column in zip(*found, strict=True)]
         table(
-            f"f. |B A - T| / |T| after a switch to orthogonal gradients, rank {k}, r = {rank}, by step;\n"
+            f"a. |B A - T| / |T| after a switch to orthogonal gradients, rank {k}, r = {rank}, by step;\n"
             f"   the worst of {draws} draws",
             [*[str(i) for i in at], "largest"], rows,
         )  # fmt: skip

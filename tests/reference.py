@@ -19,12 +19,12 @@ def damped_solve(G: Tensor, R: Tensor, damping: float) -> Tensor:
 
 
 def relative_damping(G: Tensor) -> float:
-    """Departure a: 1e-6 of the trace, and just enough for the all-zero Gram of the first step."""
+    """Departure b: 1e-6 of the trace, and just enough for the all-zero Gram of the first step."""
     return 1e-6 * G.trace().item() + torch.finfo(torch.float32).tiny
 
 
 def gauged(B: Tensor, A: Tensor, A_before: Tensor) -> tuple[Tensor, Tensor]:
-    """Departure d: the same product with ||A||_F = sqrt(r); where A is zero, product zero and the old A."""
+    """Departure c: the same product with ||A||_F = sqrt(r); where A is zero, product zero and the old A."""
     size = A.norm().item() / math.sqrt(len(A))
     if size == 0:
         return torch.zeros_like(B), A_before
@@ -46,7 +46,7 @@ def track_subspace(B: Tensor, A: Tensor, T: Tensor, beta: float) -> tuple[Tensor
 
 
 def in_row_space(g: Tensor, A: Tensor) -> Tensor:
-    """g A^+ A, the part of g that B A can hold, with the damping of departure a."""
+    """g A^+ A, the part of g that B A can hold, with the damping of departure b."""
     G = A @ A.T
     return damped_solve(G, (g @ A.T).T, relative_damping(G)).T @ A
 

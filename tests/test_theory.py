@@ -140,7 +140,7 @@ def test_product_scales_with_the_gradients(size: float) -> None:
 
 
 def test_printed_tracker_loses_small_gradients() -> None:
-    """Why departure a: absolute damping of 1e-6 is a threshold on the size of the gradient."""
+    """Why departure b: absolute damping of 1e-6 is a threshold on the size of the gradient."""
     signal = torch.randn(40, 5) @ torch.randn(5, 60)
     found = []
     for size in (1.0, 1e-8):
@@ -292,7 +292,7 @@ def printed_after_zeros(dtype: torch.dtype, zeros: int) -> tuple[float, float]:
 
 @pytest.mark.usefixtures("undamped")
 def test_printed_tracker_without_its_damping_overshoots_a_million_fold_after_300_zeros() -> None:
-    """Why departure f: both new factors' product holds gamma^2 T (B A)^+ T, quadratic in T."""
+    """Why departure a: both new factors' product holds gamma^2 T (B A)^+ T, quadratic in T."""
     largest, _ = printed_after_zeros(torch.float64, 300)
     assert largest > 1e6
 

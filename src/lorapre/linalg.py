@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# Of the trace of a Gram matrix (departure a): less would be below the resolution of float32.
+# Of the trace of a Gram matrix (departure b): less would be below the resolution of float32.
 DAMPING = 1e-6
 TINY = torch.finfo(torch.float32).tiny
 EPS = torch.finfo(torch.float32).eps
@@ -116,7 +116,7 @@ def largest(X: Tensor) -> Tensor:
 
 
 def gauge_(B: Tensor, A: Tensor, T: Operand, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rescale B (N, p, r) and A (N, r, q) in place: ||A||_F = sqrt(r), B A as it was (departure d).
+    """Rescale B (N, p, r) and A (N, r, q) in place: ||A||_F = sqrt(r), B A as it was (departure c).
 
     Where A is zero, or has left the range of float32, B becomes zero and A what it was `before`, or
     the first r unit vectors, so that the factors always have directions.
@@ -187,7 +187,7 @@ def _everywhere(condition: Tensor) -> bool:
 
 
 def probe(A: Tensor, T: Operand) -> Tensor:
-    """A + eps W (N, r, q), with the rows of W in general position (departure g).
+    """A + eps W (N, r, q), with the rows of W in general position (departure d).
 
     A target orthogonal to A in its rows and to B in its columns has no projection on either, and
     the factors would never see it. Rounding errors are enough to find it, but where the new rows or
