@@ -88,7 +88,7 @@ def to_adamw(optimizer: LoRAPreOptimizer, adamw: Optimizer) -> dict[str, Any]:
         found = type(adamw).__name__
         raise TypeError(f"adamw must be a torch.optim.AdamW or torch.optim.Muon, got {found}")
     (result, theirs), (_, own) = _layout(adamw), _layout(optimizer)
-    for p, (group, name, key, _) in theirs.items():
+    for p, (group, name, key) in theirs.items():
         if p not in own:
             raise ValueError(f"adamw has {name}, which optimizer lacks")
         if state := optimizer.state.get(p):
