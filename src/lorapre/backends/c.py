@@ -1,7 +1,8 @@
-"""The update of `lorapre.gradient.Gradient` in C, for CPUs: what `kernels.c` is given.
+"""The primitives of `lorapre.gradient.Gradient` in C, for CPUs: what `kernels.c` is given.
 
-Products with the gradient are left to torch, which is as fast. Everything is checked before its
-address is handed over. All buffers are float32 on the CPU, whatever the default of torch.
+Products with float32 gradients as they are are left to torch, which is as fast. Everything is
+checked before its address is handed over. All buffers are float32 on the CPU, whatever the default
+of torch.
 """
 
 import ctypes
@@ -42,6 +43,16 @@ class _Step(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Product(ctypes.Structure):
+    """The struct of the same name."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("count", "rows", "columns", "rank", "threads")),
+        ("grads", _Matrices), ("factor", c_void_p), ("out", c_void_p), ("finite", c_void_p),
+        ("absolute", c_int64),
+    )  # fmt: skip
+
+
 def why_not(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> str | None:
     """Why the kernels cannot take these matrices, for a warning, or None where they can."""
     for name, matrices in (("weight", weights), ("gradient", grads)):
@@ -68,6 +79,34 @@ def why_not(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> str | None:
 
 class CGradient(Gradient):
     """N same-shaped gradients, which `why_not` has nothing against, as one operand."""
+
+    def _right(self, X: Tensor) -> Tensor:
+        if self._as_it_is or X.dtype != torch.float32:
+            return super()._right(X)
+        N, (p, q), r = len(self), self.held, X.shape[-1]
+        return self._product(library.loaded().right, X, (N, q, r), (N, p, r), r)
+
+    def _left(self, L: Tensor) -> Tensor:
+        if self._as_it_is or L.dtype != torch.float32:
+            return super()._left(L)
+        N, (p, q), r = len(self), self.held, L.shape[-2]
+        return self._product(library.loaded().left, L, (N, r, p), (N, r, q), r)
+
+    def _product(
+        self, made_by: Any, factor: Tensor, shape: tuple[int, ...], out: tuple[int, ...], r: int
+    ) -> Tensor:
+        """T times a factor, or a factor times T."""
+        factor = _checked(factor, shape, torch.float32).contiguous()
+        product = torch.zeros(out, dtype=torch.float32, device="cpu")
+        N, finite = len(self), self.finite
+        if finite is not None:
+            finite = _checked(finite, (N,), torch.bool).contiguous()
+        made_by(ctypes.byref(_Product(
+            N, *self.held, r, torch.get_num_threads(), _matrices("gradients", self.grads, N),
+            factor.data_ptr(), product.data_ptr(), None if finite is None else finite.data_ptr(),
+            self.absolute,
+        )))  # fmt: skip
+        return product
 
     def _step_(
         self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float,

@@ -1,12 +1,13 @@
-/* The update of the weights on CPUs, in one pass over gradients and weights.
+/* The update of the weights on CPUs, in one pass over gradients and weights, and products of
+   factors with gradients that are not float32 as they are.
 
    library.py compiles this file, c.py calls it and checks everything that it hands over. All
    arithmetic is float32, whatever the dtype of the operands. In what order a sum is formed depends
    on the shape and on the width of the processor's vectors, never on the number of threads.
 
-   Products of factors are made as in BLIS (Van Zee, van de Geijn 2015): a block of ROWS x VECTORS
-   vectors of the result stays in registers while one factor is read a number at a time and the
-   other, packed into a panel, a row at a time. */
+   Products are made as in BLIS (Van Zee, van de Geijn 2015): a block of ROWS x VECTORS vectors of
+   the result stays in registers while one factor is read a number at a time and the other, packed
+   into a panel, a row at a time. */
 
 #include <math.h>
 #include <stdint.h>
@@ -23,9 +24,12 @@ enum {
     VECTORS = 3,
     PANEL = VECTORS * LANES, /* columns of a block */
     DEPTH = 128,             /* terms of a sum that join the rest together: a panel fits in L1 */
-    HEIGHT = 128,            /* rows of B A that are held */
+    HEIGHT = 128,            /* rows of B A, or of T in T X, that are held */
+    SPAN = 4 * PANEL,        /* columns that a thread takes of L T */
     BAND = 32,               /* rows of a gradient that are held */
 };
+#define BITS 0xFFFFFFFF    /* all of a number */
+#define POSITIVE 0x7FFFFFFF /* all but its sign */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));               /* in a register */
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4))); /* in memory */
@@ -67,6 +71,16 @@ typedef struct {
     float *column_sums;            /* the same of (count, parts of `height` rows, columns) */
     float scale, eps;              /* g is `scale` times the gradient */
 } Step;
+
+/* T X or L T of gradients T. */
+typedef struct {
+    int64_t count, rows, columns, rank, threads;
+    Matrices grads;
+    const float *factor;   /* X (count, columns, rank), or L (count, rank, rows) */
+    float *out;            /* (count, rows, rank), or (count, rank, columns), zero so far */
+    const uint8_t *finite; /* (count,), or NULL: no product is made where it is 0 */
+    int64_t absolute;      /* T is the absolute value of the gradient */
+} Product;
 
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -129,47 +143,70 @@ INLINE float number(const int dtype, const void *data, int64_t index) {
     return half_to_float(((const uint16_t *)data)[index]);
 }
 
-/* (h, w) numbers in rows `row` apart, times `scale`, as rows of PANEL that zeros fill up. */
+/* (h, w) numbers in rows `row` apart, the bits `keep` of each, times `scale`, as rows of PANEL that
+   zeros fill up. */
 INLINE void load_rows(const int dtype, const int64_t w, const void *from, int64_t row, int64_t h,
-                      float scale, float *restrict to) {
+                      float scale, uint32_t keep, float *restrict to) {
     for (int64_t i = 0; i < h; i++, to += PANEL) {
-        for (int64_t j = 0; j < w; j++) to[j] = scale * number(dtype, from, i * row + j);
+        prefetch((const char *)from + (i * row + PANEL) * (dtype == FLOAT32 ? 4 : 2));
+        for (int64_t j = 0; j < w; j++)
+            to[j] = scale * bits_to_float(keep & float_to_bits(number(dtype, from, i * row + j)));
         for (int64_t j = w; j < PANEL; j++) to[j] = 0;
     }
 }
 
 /* The same, much faster for a constant width. */
 INLINE void load_any(const int dtype, int64_t w, const void *from, int64_t row, int64_t h,
-                     float scale, float *to) {
-    if (w == PANEL) load_rows(dtype, PANEL, from, row, h, scale, to);
-    else load_rows(dtype, w, from, row, h, scale, to);
+                     float scale, uint32_t keep, float *to) {
+    if (w == PANEL) load_rows(dtype, PANEL, from, row, h, scale, keep, to);
+    else load_rows(dtype, w, from, row, h, scale, keep, to);
 }
 
 static void load(int64_t dtype, int64_t w, const void *from, int64_t row, int64_t h, float scale,
-                 float *to) {
-    if (dtype == FLOAT32) load_any(FLOAT32, w, from, row, h, scale, to);
-    else if (dtype == BFLOAT16) load_any(BFLOAT16, w, from, row, h, scale, to);
-    else load_any(FLOAT16, w, from, row, h, scale, to);
+                 uint32_t keep, float *to) {
+    if (dtype == FLOAT32) load_any(FLOAT32, w, from, row, h, scale, keep, to);
+    else if (dtype == BFLOAT16) load_any(BFLOAT16, w, from, row, h, scale, keep, to);
+    else load_any(FLOAT16, w, from, row, h, scale, keep, to);
 }
 
-/* P (rows, PANEL) (+)= B (rows, K), in rows `row` apart, times a panel (K, PANEL). Sums join P at
-   the end, so that errors of long ones in parts do not grow with their length. */
-INLINE void block(const int rows, int64_t K, const float *B, int64_t row, const float *panel,
-                  float *P, int add) {
+/* P (rows, w), in rows `line` apart, (+)= B (rows, K), in rows `row` apart, times a panel (K, PANEL)
+   of which `vectors` count. Sums join P at the end, so that errors of long ones in parts do not
+   grow with their length. */
+INLINE void block(const int rows, const int vectors, int64_t K, const float *B, int64_t row,
+                  const float *panel, float *P, int64_t line, int64_t w, int add) {
     vec sum[ROWS][VECTORS];
     UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int j = 0; j < VECTORS; j++) sum[i][j] = (vec){0};
+        UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = (vec){0};
     for (int64_t k = 0; k < K; k++, panel += PANEL) {
         vec y[VECTORS];
-        UNROLL for (int j = 0; j < VECTORS; j++) y[j] = *(const vec *)(panel + j * LANES);
+        UNROLL for (int j = 0; j < vectors; j++) y[j] = *(const vec *)(panel + j * LANES);
         UNROLL for (int i = 0; i < rows; i++)
-            UNROLL for (int j = 0; j < VECTORS; j++) sum[i][j] += B[i * row + k] * y[j];
+            UNROLL for (int j = 0; j < vectors; j++) sum[i][j] += B[i * row + k] * y[j];
     }
-    UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int j = 0; j < VECTORS; j++) {
-            vec *const to = (vec *)(P + i * PANEL + j * LANES);
+    UNROLL for (int i = 0; i < rows; i++, P += line) {
+        float part[PANEL] ALIGNED;
+        for (int64_t l = 0; add && w < vectors * LANES && l < w; l++) part[l] = P[l];
+        UNROLL for (int j = 0; j < vectors; j++) {
+            loose *const to = (loose *)((w < vectors * LANES ? part : P) + j * LANES);
             *to = add ? sum[i][j] + *to : sum[i][j];
         }
+        for (int64_t l = 0; w < vectors * LANES && l < w; l++) P[l] = part[l];
+    }
+}
+
+/* The same of h rows. */
+INLINE void blocks_of(const int vectors, int64_t h, int64_t K, const float *B, int64_t row,
+                      const float *panel, float *P, int64_t line, int64_t w, int add) {
+    for (; h >= ROWS; h -= ROWS, B += ROWS * row, P += ROWS * line)
+        block(ROWS, vectors, K, B, row, panel, P, line, w, add);
+    for (; h > 0; h--, B += row, P += line) block(1, vectors, K, B, row, panel, P, line, w, add);
+}
+
+static void blocks(int64_t h, int64_t K, const float *B, int64_t row, const float *panel, float *P,
+                   int64_t line, int64_t w, int add) {
+    if (w <= LANES) blocks_of(1, h, K, B, row, panel, P, line, w, add);
+    else if (w <= 2 * LANES) blocks_of(2, h, K, B, row, panel, P, line, w, add);
+    else blocks_of(VECTORS, h, K, B, row, panel, P, line, w, add);
 }
 
 /* P (h, PANEL) = B A of matrix n, of rows from i and w columns from j on. */
@@ -180,13 +217,9 @@ static void product(const Step *s, const int which, int64_t n, int64_t i, int64_
     for (int64_t k = 0; k < rank; k += DEPTH) {
         const int64_t K = min(DEPTH, rank - k);
         const float *const A = s->A[which] + (n * rank + k) * s->columns + j;
-        const float *B = s->B[which] + (n * s->rows + i) * rank + k;
-        float *to = P;
-        int64_t rows = h;
-        load(FLOAT32, w, A, s->columns, K, 1, panel);
-        for (; rows >= ROWS; rows -= ROWS, B += ROWS * rank, to += ROWS * PANEL)
-            block(ROWS, K, B, rank, panel, to, k > 0);
-        for (; rows > 0; rows--, B += rank, to += PANEL) block(1, K, B, rank, panel, to, k > 0);
+        const float *const B = s->B[which] + (n * s->rows + i) * rank + k;
+        load(FLOAT32, w, A, s->columns, K, 1, BITS, panel);
+        blocks(h, K, B, rank, panel, P, PANEL, PANEL, k > 0);
     }
 }
 
@@ -256,7 +289,6 @@ INLINE void update_lines(const Step *s, const Part *part, const int dtype, const
         float *const weight = element(&s->weights, n, part->i + k, part->j);
         uint16_t *const half = (uint16_t *)weight;
         prefetch(element(&s->weights, n, part->i + k, part->j + PANEL));
-        prefetch(element(&s->grads, n, part->i + k, part->j + PANEL));
         const uint32_t index = noisy ? s->row_index[part->i + k] : 0;
         const uint32_t *const places = noisy ? s->column_index + part->j : NULL;
         for (int64_t l = 0; l < w; l++) {
@@ -297,7 +329,7 @@ static void step_rows(const Step *s, int64_t n, int64_t i0, int64_t h, float *co
         for (int64_t i = 0; i < h; i += BAND) {
             Part part = {.n = n, .i = i0 + i, .h = min(BAND, h - i), .j = j, .w = w};
             load(s->grads.dtype, w, element(&s->grads, n, part.i, j), s->grads.row, part.h,
-                 s->scale, G);
+                 s->scale, BITS, G);
             if (s->row_sums) add_squares(G, part.h, of_rows + i * LANES, of_columns);
             for (int k = 0; k < 2; k++) {
                 float *const own = P[k] + i * PANEL;
@@ -331,5 +363,46 @@ void step(const Step *s) {
         if (s->finite && !s->finite[n]) continue;
         for (int64_t i = first; i < last; i += HEIGHT)
             step_rows(s, n, i, min(HEIGHT, last - i), s->column_sums + item * s->columns);
+    }
+}
+
+/* T X: sums over PANEL columns at a time join `out`. */
+void right(const Product *s) {
+    const int64_t bands = (s->rows + HEIGHT - 1) / HEIGHT;
+#pragma omp parallel for schedule(static) num_threads((int)s->threads)
+    for (int64_t item = 0; item < s->count * bands; item++) {
+        const int64_t n = item / bands, i = item % bands * HEIGHT, h = min(HEIGHT, s->rows - i);
+        float tile[HEIGHT * PANEL] ALIGNED, panel[PANEL * PANEL] ALIGNED;
+        for (int64_t j = 0; j < s->columns && (!s->finite || s->finite[n]); j += PANEL) {
+            const int64_t K = min(PANEL, s->columns - j);
+            load(s->grads.dtype, K, element(&s->grads, n, i, j), s->grads.row, h, 1,
+                 s->absolute ? POSITIVE : BITS, tile);
+            for (int64_t k = 0; k < s->rank; k += PANEL) {
+                const int64_t w = min(PANEL, s->rank - k);
+                load(FLOAT32, w, s->factor + (n * s->columns + j) * s->rank + k, s->rank, K, 1,
+                     BITS, panel);
+                blocks(h, K, tile, PANEL, panel, s->out + (n * s->rows + i) * s->rank + k, s->rank,
+                       w, 1);
+            }
+        }
+    }
+}
+
+/* L T: sums over DEPTH rows at a time join `out`. */
+void left(const Product *s) {
+    const int64_t spans = (s->columns + SPAN - 1) / SPAN;
+#pragma omp parallel for schedule(static) num_threads((int)s->threads)
+    for (int64_t item = 0; item < s->count * spans; item++) {
+        const int64_t n = item / spans, first = item % spans * SPAN;
+        const int64_t last = min(first + SPAN, s->columns);
+        float panel[DEPTH * PANEL] ALIGNED;
+        for (int64_t i = 0; i < s->rows && (!s->finite || s->finite[n]); i += DEPTH)
+            for (int64_t j = first; j < last; j += PANEL) {
+                const int64_t K = min(DEPTH, s->rows - i), w = min(PANEL, last - j);
+                load(s->grads.dtype, w, element(&s->grads, n, i, j), s->grads.row, K, 1,
+                     s->absolute ? POSITIVE : BITS, panel);
+                blocks(s->rank, K, s->factor + n * s->rank * s->rows + i, s->rows, panel,
+                       s->out + n * s->rank * s->columns + j, s->columns, w, 1);
+            }
     }
 }

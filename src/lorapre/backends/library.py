@@ -84,7 +84,8 @@ def _library() -> tuple[Any, str | None]:
 
 def _load(path: Path) -> Any:
     library = ctypes.CDLL(str(path))
-    library.step.argtypes, library.step.restype = [ctypes.c_void_p], None
+    for function in (library.step, library.left, library.right):
+        function.argtypes, function.restype = [ctypes.c_void_p], None
     return library
 
 
