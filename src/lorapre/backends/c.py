@@ -1,8 +1,7 @@
 """The primitives of `lorapre.gradient.Gradient` in C, for CPUs: what `kernels.c` is given.
 
-Products with float32 gradients as they are are left to torch, which is as fast. Everything is
-checked before its address is handed over. All buffers are float32 on the CPU, whatever the default
-of torch.
+Everything is checked before its address is handed over. All buffers are float32 on the CPU,
+whatever the default of torch.
 """
 
 import ctypes
@@ -35,22 +34,19 @@ class _Step(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("count", "rows", "columns", "height", "threads")),
         ("weights", _Matrices), ("grads", _Matrices),
-        ("B", c_void_p * 2), ("A", c_void_p * 2), ("rank", c_int64 * 2), ("ema", _Addresses * 2),
+        ("B", c_void_p * 2), ("A", c_void_p * 2), ("rank", c_int64 * 2), ("out", c_void_p),
+        ("absolute", c_int64), ("ema", _Addresses * 2),
         ("numbers", POINTER(c_float)),
         *((name, c_void_p) for name in ("row", "column", "finite", "keys")),
         *((name, c_void_p) for name in ("row_index", "column_index", "row_sums", "column_sums")),
         ("scale", c_float), ("eps", c_float),
     )  # fmt: skip
+    alive: tuple[Tensor, ...] = ()  # what addresses point to
 
-
-class _Product(ctypes.Structure):
-    """The struct of the same name."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("count", "rows", "columns", "rank", "threads")),
-        ("grads", _Matrices), ("factor", c_void_p), ("out", c_void_p), ("finite", c_void_p),
-        ("absolute", c_int64),
-    )  # fmt: skip
+    def address(self, x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> int:
+        """Of the numbers of x, which live as long as this."""
+        self.alive += (_checked(x, shape, dtype).contiguous(),)
+        return self.alive[-1].data_ptr()
 
 
 def why_not(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> str | None:
@@ -81,32 +77,30 @@ class CGradient(Gradient):
     """N same-shaped gradients, which `why_not` has nothing against, as one operand."""
 
     def _right(self, X: Tensor) -> Tensor:
-        if self._as_it_is or X.dtype != torch.float32:
-            return super()._right(X)
-        N, (p, q), r = len(self), self.held, X.shape[-1]
-        return self._product(library.loaded().right, X, (N, q, r), (N, p, r), r)
+        s, (p, q), r = self._struct(), self.held, X.shape[-1]
+        s.A[0] = s.address(X, len(self), q, r)
+        return self._product(library.loaded().right, s, p, r, rank=r)
 
     def _left(self, L: Tensor) -> Tensor:
-        if self._as_it_is or L.dtype != torch.float32:
-            return super()._left(L)
-        N, (p, q), r = len(self), self.held, L.shape[-2]
-        return self._product(library.loaded().left, L, (N, r, p), (N, r, q), r)
+        s, (p, q), r = self._struct(), self.held, L.shape[-2]
+        s.B[0] = s.address(L, len(self), r, p)
+        return self._product(library.loaded().left, s, r, q, rank=r)
 
-    def _product(
-        self, made_by: Any, factor: Tensor, shape: tuple[int, ...], out: tuple[int, ...], r: int
-    ) -> Tensor:
-        """T times a factor, or a factor times T."""
-        factor = _checked(factor, shape, torch.float32).contiguous()
-        product = torch.zeros(out, dtype=torch.float32, device="cpu")
-        N, finite = len(self), self.finite
-        if finite is not None:
-            finite = _checked(finite, (N,), torch.bool).contiguous()
-        made_by(ctypes.byref(_Product(
-            N, *self.held, r, torch.get_num_threads(), _matrices("gradients", self.grads, N),
-            factor.data_ptr(), product.data_ptr(), None if finite is None else finite.data_ptr(),
-            self.absolute,
-        )))  # fmt: skip
-        return product
+    def _product(self, function: Any, s: _Step, *shape: int, rank: int) -> Tensor:
+        """What a function makes of the gradients and a factor."""
+        out = torch.zeros(len(self), *shape, dtype=torch.float32, device="cpu")
+        s.rank[0], s.out, s.absolute, s.scale = rank, out.data_ptr(), self.absolute, 1.0
+        function(ctypes.byref(s))
+        return out
+
+    def _struct(self) -> _Step:
+        """What every function needs."""
+        N = len(self)
+        s = _Step(N, *self.held, threads=torch.get_num_threads(), scale=self.scale)
+        s.grads = _matrices("gradients", self.grads, N)
+        if self.finite is not None:
+            s.finite = s.address(self.finite, N, dtype=torch.bool)
+        return s
 
     def _step_(
         self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float,
@@ -123,28 +117,20 @@ class CGradient(Gradient):
             return super()._step_(weights, M, lr, decay, eps, keys, sums)
         assert not self.absolute
         assert len(M.products) <= 2
-        alive: list[Tensor] = []  # what addresses point to has to live until the call
-
-        def address(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> int:
-            alive.append(_checked(x, shape, dtype).contiguous())
-            return alive[-1].data_ptr()
-
-        height = max(HEIGHT, -(-p // (PARTS * HEIGHT)) * HEIGHT)
+        s = self._struct()
+        s.height, s.eps = max(HEIGHT, -(-p // (PARTS * HEIGHT)) * HEIGHT), eps
+        s.weights = _matrices("weights", weights, N)
         rows = torch.zeros(N, p, 1, dtype=torch.float32, device="cpu")
-        columns = torch.zeros(N, -(-p // height), q, dtype=torch.float32, device="cpu")
-        s = _Step(
-            N, p, q, height, torch.get_num_threads(), _matrices("weights", weights, N),
-            _matrices("gradients", self.grads, N), scale=self.scale, eps=eps,
-            row_sums=rows.data_ptr() if sums else None, column_sums=columns.data_ptr(),
-        )  # fmt: skip
+        columns = torch.zeros(N, -(-p // s.height), q, dtype=torch.float32, device="cpu")
+        s.row_sums, s.column_sums = rows.data_ptr() if sums else None, columns.data_ptr()
         in_m, in_v = M.exp_avg is None, M.exp_avg_sq is None  # no other term counts beside a full m
         numbers = [lr, decay, M.b if in_m else 0.0, M.d if in_v else 0.0]
         for k, (factors, ema) in enumerate(zip(products, emas, strict=True)):
             term: list[Number] = [0.0, 0.0, 0.0, 0.0]
             if factors is not None:
                 r = factors.B.shape[-1]
-                s.rank[k], s.B[k] = r, address(factors.B, N, p, r)
-                s.A[k] = address(factors.A, N, r, q)
+                s.rank[k], s.B[k] = r, s.address(factors.B, N, p, r)
+                s.A[k] = s.address(factors.A, N, r, q)
                 term[:2] = M.a[k] if in_m else 0.0, M.c[k] if in_v else 0.0
             if ema is not None:
                 E = [_checked(E, (p, q), torch.float32) for E in ema.E]
@@ -154,13 +140,11 @@ class CGradient(Gradient):
         each = [_for_each(x, N) for x in numbers]
         s.numbers = (c_float * (N * len(each)))(*itertools.chain(*zip(*each, strict=True)))
         if M.row is not None and M.column is not None:
-            s.row, s.column = address(M.row, N, p, 1), address(M.column, N, 1, q)
-        if self.finite is not None:
-            s.finite = address(self.finite, N, dtype=torch.bool)
+            s.row, s.column = s.address(M.row, N, p, 1), s.address(M.column, N, 1, q)
         if keys is not None:
-            s.keys = address(keys, N, dtype=torch.int64)
-            s.row_index = address(_index(self.rows, self.q), p, dtype=torch.int32)
-            s.column_index = address(_index(self.columns, 1), q, dtype=torch.int32)
+            s.keys = s.address(keys, N, dtype=torch.int64)
+            s.row_index = s.address(_index(self.rows, self.q), p, dtype=torch.int32)
+            s.column_index = s.address(_index(self.columns, 1), q, dtype=torch.int32)
         library.loaded().step(ctypes.byref(s))
         return (rows, columns.sum(1, keepdim=True)) if sums else None
 

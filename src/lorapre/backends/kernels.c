@@ -1,5 +1,5 @@
-/* The update of the weights on CPUs, in one pass over gradients and weights, and products of
-   factors with gradients that are not float32 as they are.
+/* The update of the weights on CPUs, in one pass over gradients and weights, and products of factors
+   with gradients.
 
    library.py compiles this file, c.py calls it and checks everything that it hands over. All
    arithmetic is float32, whatever the dtype of the operands. In what order a sum is formed depends
@@ -28,8 +28,6 @@ enum {
     SPAN = 4 * PANEL,        /* columns that a thread takes of L T */
     BAND = 32,               /* rows of a gradient that are held */
 };
-#define BITS 0xFFFFFFFF    /* all of a number */
-#define POSITIVE 0x7FFFFFFF /* all but its sign */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));               /* in a register */
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4))); /* in memory */
@@ -55,12 +53,14 @@ typedef struct {
     } term[2];
 } Numbers;
 
-/* `Moments` of gradient.py, and what else an update is made of. */
+/* `Moments` of gradient.py, and what else an update, or a product with gradients, is made of. */
 typedef struct {
     int64_t count, rows, columns, height, threads; /* a thread takes `height` rows at a time */
     Matrices weights, grads;
     const float *B[2], *A[2];      /* (count, rows, rank) and (count, rank, columns) */
     int64_t rank[2];               /* zero: no such product */
+    float *out;                    /* of a product with gradients, zero so far */
+    int64_t absolute;              /* of that the gradients are absolute values */
     float *const *ema[2];          /* all of m, all of v: `count` of (rows, columns); or NULL */
     const Numbers *numbers;        /* (count,) */
     const float *row, *column;     /* (count, rows) and (count, columns), or NULL */
@@ -72,16 +72,6 @@ typedef struct {
     float scale, eps;              /* g is `scale` times the gradient */
 } Step;
 
-/* T X or L T of gradients T. */
-typedef struct {
-    int64_t count, rows, columns, rank, threads;
-    Matrices grads;
-    const float *factor;   /* X (count, columns, rank), or L (count, rank, rows) */
-    float *out;            /* (count, rows, rank), or (count, rank, columns), zero so far */
-    const uint8_t *finite; /* (count,), or NULL: no product is made where it is 0 */
-    int64_t absolute;      /* T is the absolute value of the gradient */
-} Product;
-
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* PANEL numbers that are read soon: the hardware does not foresee the step to another panel. */
@@ -92,6 +82,8 @@ INLINE void prefetch(const void *data) {
 INLINE void *element(const Matrices *x, int64_t n, int64_t i, int64_t j) {
     return (char *)x->data[n] + (i * x->row + j) * (x->dtype == FLOAT32 ? 4 : 2);
 }
+
+INLINE int is_finite(const Step *s, int64_t n) { return !s->finite || s->finite[n]; }
 
 INLINE float bits_to_float(uint32_t bits) {
     float x;
@@ -143,35 +135,43 @@ INLINE float number(const int dtype, const void *data, int64_t index) {
     return half_to_float(((const uint16_t *)data)[index]);
 }
 
-/* (h, w) numbers in rows `row` apart, the bits `keep` of each, times `scale`, as rows of PANEL that
-   zeros fill up. */
+/* (h, w) numbers in rows `row` apart or their absolute values, times `scale`, as rows of PANEL that
+   zeros fill up. Prefetches what lies beside them. */
 INLINE void load_rows(const int dtype, const int64_t w, const void *from, int64_t row, int64_t h,
-                      float scale, uint32_t keep, float *restrict to) {
+                      float scale, int absolute, float *restrict to) {
     for (int64_t i = 0; i < h; i++, to += PANEL) {
         prefetch((const char *)from + (i * row + PANEL) * (dtype == FLOAT32 ? 4 : 2));
-        for (int64_t j = 0; j < w; j++)
-            to[j] = scale * bits_to_float(keep & float_to_bits(number(dtype, from, i * row + j)));
+        for (int64_t j = 0; j < w; j++) {
+            const float x = number(dtype, from, i * row + j);
+            to[j] = scale * (absolute ? fabsf(x) : x);
+        }
         for (int64_t j = w; j < PANEL; j++) to[j] = 0;
     }
 }
 
 /* The same, much faster for a constant width. */
 INLINE void load_any(const int dtype, int64_t w, const void *from, int64_t row, int64_t h,
-                     float scale, uint32_t keep, float *to) {
-    if (w == PANEL) load_rows(dtype, PANEL, from, row, h, scale, keep, to);
-    else load_rows(dtype, w, from, row, h, scale, keep, to);
+                     float scale, int absolute, float *to) {
+    if (w == PANEL) load_rows(dtype, PANEL, from, row, h, scale, absolute, to);
+    else load_rows(dtype, w, from, row, h, scale, absolute, to);
 }
 
 static void load(int64_t dtype, int64_t w, const void *from, int64_t row, int64_t h, float scale,
-                 uint32_t keep, float *to) {
-    if (dtype == FLOAT32) load_any(FLOAT32, w, from, row, h, scale, keep, to);
-    else if (dtype == BFLOAT16) load_any(BFLOAT16, w, from, row, h, scale, keep, to);
-    else load_any(FLOAT16, w, from, row, h, scale, keep, to);
+                 int absolute, float *to) {
+    if (dtype == FLOAT32) load_any(FLOAT32, w, from, row, h, scale, absolute, to);
+    else if (dtype == BFLOAT16) load_any(BFLOAT16, w, from, row, h, scale, absolute, to);
+    else load_any(FLOAT16, w, from, row, h, scale, absolute, to);
 }
 
-/* P (rows, w), in rows `line` apart, (+)= B (rows, K), in rows `row` apart, times a panel (K, PANEL)
-   of which `vectors` count. Sums join P at the end, so that errors of long ones in parts do not
-   grow with their length. */
+static void load_gradient(const Step *s, int64_t n, int64_t i, int64_t h, int64_t j, int64_t w,
+                          float *to) {
+    const void *const from = element(&s->grads, n, i, j);
+    load(s->grads.dtype, w, from, s->grads.row, h, s->scale, s->absolute != 0, to);
+}
+
+/* P (rows, w), in rows `line` apart, (+)= B (rows, K), in rows `row` apart, times the first w
+   columns of a panel (K, PANEL), which are in its first `vectors`. Sums join P at the end, so that
+   errors of long ones in parts do not grow with their length. */
 INLINE void block(const int rows, const int vectors, int64_t K, const float *B, int64_t row,
                   const float *panel, float *P, int64_t line, int64_t w, int add) {
     vec sum[ROWS][VECTORS];
@@ -218,7 +218,7 @@ static void product(const Step *s, const int which, int64_t n, int64_t i, int64_
         const int64_t K = min(DEPTH, rank - k);
         const float *const A = s->A[which] + (n * rank + k) * s->columns + j;
         const float *const B = s->B[which] + (n * s->rows + i) * rank + k;
-        load(FLOAT32, w, A, s->columns, K, 1, BITS, panel);
+        load(FLOAT32, w, A, s->columns, K, 1, 0, panel);
         blocks(h, K, B, rank, panel, P, PANEL, PANEL, k > 0);
     }
 }
@@ -328,8 +328,7 @@ static void step_rows(const Step *s, int64_t n, int64_t i0, int64_t h, float *co
         for (int k = 0; k < 2; k++) product(s, k, n, i0, h, j, w, P[k]);
         for (int64_t i = 0; i < h; i += BAND) {
             Part part = {.n = n, .i = i0 + i, .h = min(BAND, h - i), .j = j, .w = w};
-            load(s->grads.dtype, w, element(&s->grads, n, part.i, j), s->grads.row, part.h,
-                 s->scale, BITS, G);
+            load_gradient(s, n, part.i, part.h, j, w, G);
             if (s->row_sums) add_squares(G, part.h, of_rows + i * LANES, of_columns);
             for (int k = 0; k < 2; k++) {
                 float *const own = P[k] + i * PANEL;
@@ -360,49 +359,47 @@ void step(const Step *s) {
     for (int64_t item = 0; item < s->count * parts; item++) {
         const int64_t n = item / parts, first = item % parts * s->height;
         const int64_t last = min(first + s->height, s->rows);
-        if (s->finite && !s->finite[n]) continue;
+        if (!is_finite(s, n)) continue;
         for (int64_t i = first; i < last; i += HEIGHT)
             step_rows(s, n, i, min(HEIGHT, last - i), s->column_sums + item * s->columns);
     }
 }
 
-/* T X: sums over PANEL columns at a time join `out`. */
-void right(const Product *s) {
-    const int64_t bands = (s->rows + HEIGHT - 1) / HEIGHT;
+/* T X (count, rows, rank[0]) of X (count, columns, rank[0]) in A[0]: sums over PANEL columns at a
+   time join `out`. */
+void right(const Step *s) {
+    const int64_t bands = (s->rows + HEIGHT - 1) / HEIGHT, rank = s->rank[0];
 #pragma omp parallel for schedule(static) num_threads((int)s->threads)
     for (int64_t item = 0; item < s->count * bands; item++) {
         const int64_t n = item / bands, i = item % bands * HEIGHT, h = min(HEIGHT, s->rows - i);
         float tile[HEIGHT * PANEL] ALIGNED, panel[PANEL * PANEL] ALIGNED;
-        for (int64_t j = 0; j < s->columns && (!s->finite || s->finite[n]); j += PANEL) {
+        for (int64_t j = 0; j < s->columns && is_finite(s, n); j += PANEL) {
             const int64_t K = min(PANEL, s->columns - j);
-            load(s->grads.dtype, K, element(&s->grads, n, i, j), s->grads.row, h, 1,
-                 s->absolute ? POSITIVE : BITS, tile);
-            for (int64_t k = 0; k < s->rank; k += PANEL) {
-                const int64_t w = min(PANEL, s->rank - k);
-                load(FLOAT32, w, s->factor + (n * s->columns + j) * s->rank + k, s->rank, K, 1,
-                     BITS, panel);
-                blocks(h, K, tile, PANEL, panel, s->out + (n * s->rows + i) * s->rank + k, s->rank,
-                       w, 1);
+            load_gradient(s, n, i, h, j, K, tile);
+            for (int64_t k = 0; k < rank; k += PANEL) {
+                const int64_t w = min(PANEL, rank - k);
+                load(FLOAT32, w, s->A[0] + (n * s->columns + j) * rank + k, rank, K, 1, 0, panel);
+                blocks(h, K, tile, PANEL, panel, s->out + (n * s->rows + i) * rank + k, rank, w, 1);
             }
         }
     }
 }
 
-/* L T: sums over DEPTH rows at a time join `out`. */
-void left(const Product *s) {
-    const int64_t spans = (s->columns + SPAN - 1) / SPAN;
+/* L T (count, rank[0], columns) of L (count, rank[0], rows) in B[0]: sums over DEPTH rows at a time
+   join `out`. */
+void left(const Step *s) {
+    const int64_t spans = (s->columns + SPAN - 1) / SPAN, rank = s->rank[0];
 #pragma omp parallel for schedule(static) num_threads((int)s->threads)
     for (int64_t item = 0; item < s->count * spans; item++) {
         const int64_t n = item / spans, first = item % spans * SPAN;
         const int64_t last = min(first + SPAN, s->columns);
         float panel[DEPTH * PANEL] ALIGNED;
-        for (int64_t i = 0; i < s->rows && (!s->finite || s->finite[n]); i += DEPTH)
+        for (int64_t i = 0; i < s->rows && is_finite(s, n); i += DEPTH)
             for (int64_t j = first; j < last; j += PANEL) {
                 const int64_t K = min(DEPTH, s->rows - i), w = min(PANEL, last - j);
-                load(s->grads.dtype, w, element(&s->grads, n, i, j), s->grads.row, K, 1,
-                     s->absolute ? POSITIVE : BITS, panel);
-                blocks(s->rank, K, s->factor + n * s->rank * s->rows + i, s->rows, panel,
-                       s->out + n * s->rank * s->columns + j, s->columns, w, 1);
+                load_gradient(s, n, i, K, j, w, panel);
+                blocks(rank, K, s->B[0] + n * rank * s->rows + i, s->rows, panel,
+                       s->out + n * rank * s->columns + j, s->columns, w, 1);
             }
     }
 }
