@@ -1,5 +1,5 @@
-/* The update of the weights on CPUs, in one pass over gradients and weights, and products of factors
-   with gradients.
+/* Products of factors with gradients and the update of the weights on CPUs, which takes one pass over
+   gradients and weights.
 
    library.py compiles this file, c.py calls it and checks everything that it hands over. All
    arithmetic is float32, whatever the dtype of the operands. In what order a sum is formed depends
@@ -136,11 +136,10 @@ INLINE float number(const int dtype, const void *data, int64_t index) {
 }
 
 /* (h, w) numbers in rows `row` apart or their absolute values, times `scale`, as rows of PANEL that
-   zeros fill up. Prefetches what lies beside them. */
+   zeros fill up. */
 INLINE void load_rows(const int dtype, const int64_t w, const void *from, int64_t row, int64_t h,
                       float scale, int absolute, float *restrict to) {
     for (int64_t i = 0; i < h; i++, to += PANEL) {
-        prefetch((const char *)from + (i * row + PANEL) * (dtype == FLOAT32 ? 4 : 2));
         for (int64_t j = 0; j < w; j++) {
             const float x = number(dtype, from, i * row + j);
             to[j] = scale * (absolute ? fabsf(x) : x);
@@ -149,10 +148,11 @@ INLINE void load_rows(const int dtype, const int64_t w, const void *from, int64_
     }
 }
 
-/* The same, much faster for a constant width. */
+/* The same, much faster for constant widths. */
 INLINE void load_any(const int dtype, int64_t w, const void *from, int64_t row, int64_t h,
                      float scale, int absolute, float *to) {
     if (w == PANEL) load_rows(dtype, PANEL, from, row, h, scale, absolute, to);
+    else if (w == LANES) load_rows(dtype, LANES, from, row, h, scale, absolute, to);
     else load_rows(dtype, w, from, row, h, scale, absolute, to);
 }
 
@@ -166,6 +166,7 @@ static void load(int64_t dtype, int64_t w, const void *from, int64_t row, int64_
 static void load_gradient(const Step *s, int64_t n, int64_t i, int64_t h, int64_t j, int64_t w,
                           float *to) {
     const void *const from = element(&s->grads, n, i, j);
+    for (int64_t k = 0; s->out && k < h; k++) prefetch(element(&s->grads, n, i + k, j + PANEL));
     load(s->grads.dtype, w, from, s->grads.row, h, s->scale, s->absolute != 0, to);
 }
 
@@ -289,6 +290,7 @@ INLINE void update_lines(const Step *s, const Part *part, const int dtype, const
         float *const weight = element(&s->weights, n, part->i + k, part->j);
         uint16_t *const half = (uint16_t *)weight;
         prefetch(element(&s->weights, n, part->i + k, part->j + PANEL));
+        prefetch(element(&s->grads, n, part->i + k, part->j + PANEL));
         const uint32_t index = noisy ? s->row_index[part->i + k] : 0;
         const uint32_t *const places = noisy ? s->column_index + part->j : NULL;
         for (int64_t l = 0; l < w; l++) {
