@@ -8,7 +8,7 @@ import ctypes
 import itertools
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int64, c_void_p
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # their number
 HEIGHT = 128  # rows that a thread takes at a time, at least
 PARTS = 64  # of a matrix, at most: each has its own sums over its rows
 
+Shape: TypeAlias = tuple[int, ...]
 _Addresses = POINTER(c_void_p)
 
 
@@ -34,9 +35,9 @@ class _Step(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("count", "rows", "columns", "height", "threads")),
         ("weights", _Matrices), ("grads", _Matrices),
-        ("B", c_void_p * 2), ("A", c_void_p * 2), ("rank", c_int64 * 2), ("out", c_void_p),
-        ("absolute", c_int64), ("ema", _Addresses * 2),
-        ("numbers", POINTER(c_float)),
+        ("B", c_void_p * 2), ("A", c_void_p * 2), ("rank", c_int64 * 2),
+        ("factor", c_void_p), ("out", c_void_p), ("absolute", c_int64),
+        ("ema", _Addresses * 2), ("numbers", POINTER(c_float)),
         *((name, c_void_p) for name in ("row", "column", "finite", "keys")),
         *((name, c_void_p) for name in ("row_index", "column_index", "row_sums", "column_sums")),
         ("scale", c_float), ("eps", c_float),
@@ -77,19 +78,18 @@ class CGradient(Gradient):
     """N same-shaped gradients, which `why_not` has nothing against, as one operand."""
 
     def _right(self, X: Tensor) -> Tensor:
-        s, (p, q), r = self._struct(), self.held, X.shape[-1]
-        s.A[0] = s.address(X, len(self), q, r)
-        return self._product(library.loaded().right, s, p, r, rank=r)
+        (p, q), r = self.held, X.shape[-1]
+        return self._product(library.loaded().right, X, (q, r), (p, r), r)
 
     def _left(self, L: Tensor) -> Tensor:
-        s, (p, q), r = self._struct(), self.held, L.shape[-2]
-        s.B[0] = s.address(L, len(self), r, p)
-        return self._product(library.loaded().left, s, r, q, rank=r)
+        (p, q), r = self.held, L.shape[-2]
+        return self._product(library.loaded().left, L, (r, p), (r, q), r)
 
-    def _product(self, function: Any, s: _Step, *shape: int, rank: int) -> Tensor:
-        """What a function makes of the gradients and a factor."""
-        out = torch.zeros(len(self), *shape, dtype=torch.float32, device="cpu")
-        s.rank[0], s.out, s.absolute, s.scale = rank, out.data_ptr(), self.absolute, 1.0
+    def _product(self, function: Any, X: Tensor, given: Shape, made: Shape, rank: int) -> Tensor:
+        """What a function makes of the gradients and a factor X."""
+        s, out = self._struct(), torch.zeros(len(self), *made, dtype=torch.float32, device="cpu")
+        s.factor, s.out, s.rank[0] = s.address(X, len(self), *given), out.data_ptr(), rank
+        s.absolute, s.scale = self.absolute, 1.0
         function(ctypes.byref(s))
         return out
 
@@ -111,12 +111,10 @@ class CGradient(Gradient):
         in_order = all(E.is_contiguous() for ema in emas if ema for E in ema.E)
         # One buffer holds a product, or the moment that is kept in full in its place.
         both = any(f and ema for f, ema in zip(products, emas, strict=True))
-        plain = N > 0 and weights[0].dtype == torch.float32
-        fused = plain and self._has_adamw(weights, M)
+        fused = N > 0 and weights[0].dtype == torch.float32 and self._has_adamw(weights, M)
         if not in_order or both or fused:  # torch's own kernel is the fastest for AdamW in float32
             return super()._step_(weights, M, lr, decay, eps, keys, sums)
-        assert not self.absolute
-        assert len(M.products) <= 2
+        assert not self.absolute and len(M.products) <= 2
         s = self._struct()
         s.height, s.eps = max(HEIGHT, -(-p // (PARTS * HEIGHT)) * HEIGHT), eps
         s.weights = _matrices("weights", weights, N)
@@ -160,12 +158,10 @@ def _addresses(name: str, tensors: Sequence[Tensor], N: int) -> Any:
     return (c_void_p * N)(*[x.data_ptr() for x in tensors])
 
 
-def _checked(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _checked(x: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
     if type(x) not in (Tensor, Parameter) or x.shape != shape or x.dtype != dtype or not x.is_cpu:
         found = f"{type(x).__name__} {tuple(x.shape)} in {x.dtype} on {x.device}"
-        raise ValueError(
-            f"expected a plain tensor {shape} in {dtype} on the CPU, but found a {found}"
-        )
+        raise ValueError(f"expected a plain tensor {shape} in {dtype} on the CPU, not a {found}")
     return x
 
 

@@ -1,5 +1,4 @@
-/* Products of factors with gradients and the update of the weights on CPUs, which takes one pass over
-   gradients and weights.
+/* On CPUs: products with gradients, and the update of the weights in one pass over memory.
 
    library.py compiles this file, c.py calls it and checks everything that it hands over. All
    arithmetic is float32, whatever the dtype of the operands. In what order a sum is formed depends
@@ -53,14 +52,15 @@ typedef struct {
     } term[2];
 } Numbers;
 
-/* `Moments` of gradient.py, and what else an update, or a product with gradients, is made of. */
+/* `Moments` of gradient.py, and what else an update or a product with gradients is made of. */
 typedef struct {
     int64_t count, rows, columns, height, threads; /* a thread takes `height` rows at a time */
     Matrices weights, grads;
     const float *B[2], *A[2];      /* (count, rows, rank) and (count, rank, columns) */
     int64_t rank[2];               /* zero: no such product */
-    float *out;                    /* of a product with gradients, zero so far */
-    int64_t absolute;              /* of that the gradients are absolute values */
+    const float *factor;           /* of a product: X (count, columns, rank[0]) of T X, or */
+    float *out;                    /* L (count, rank[0], rows) of L T; the product, zero so far */
+    int64_t absolute;              /* T is the absolute value of the gradient */
     float *const *ema[2];          /* all of m, all of v: `count` of (rows, columns); or NULL */
     const Numbers *numbers;        /* (count,) */
     const float *row, *column;     /* (count, rows) and (count, columns), or NULL */
@@ -85,17 +85,8 @@ INLINE void *element(const Matrices *x, int64_t n, int64_t i, int64_t j) {
 
 INLINE int is_finite(const Step *s, int64_t n) { return !s->finite || s->finite[n]; }
 
-INLINE float bits_to_float(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-INLINE uint32_t float_to_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
+INLINE float bits_to_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+INLINE uint32_t float_to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 
 /* float16 is converted in integers: before GCC 12, x86 has no _Float16. */
 INLINE float half_to_float(uint16_t half) {
@@ -149,18 +140,15 @@ INLINE void load_rows(const int dtype, const int64_t w, const void *from, int64_
 }
 
 /* The same, much faster for constant widths. */
-INLINE void load_any(const int dtype, int64_t w, const void *from, int64_t row, int64_t h,
-                     float scale, int absolute, float *to) {
-    if (w == PANEL) load_rows(dtype, PANEL, from, row, h, scale, absolute, to);
-    else if (w == LANES) load_rows(dtype, LANES, from, row, h, scale, absolute, to);
-    else load_rows(dtype, w, from, row, h, scale, absolute, to);
-}
-
 static void load(int64_t dtype, int64_t w, const void *from, int64_t row, int64_t h, float scale,
                  int absolute, float *to) {
-    if (dtype == FLOAT32) load_any(FLOAT32, w, from, row, h, scale, absolute, to);
-    else if (dtype == BFLOAT16) load_any(BFLOAT16, w, from, row, h, scale, absolute, to);
-    else load_any(FLOAT16, w, from, row, h, scale, absolute, to);
+#define LOAD(type, width) load_rows(type, width, from, row, h, scale, absolute, to)
+    if (dtype == FLOAT32 && w == PANEL) LOAD(FLOAT32, PANEL);
+    else if (dtype == FLOAT32 && w == LANES) LOAD(FLOAT32, LANES);
+    else if (dtype == FLOAT32) LOAD(FLOAT32, w);
+    else if (dtype == BFLOAT16 && w == PANEL) LOAD(BFLOAT16, PANEL);
+    else if (dtype == BFLOAT16) LOAD(BFLOAT16, w);
+    else LOAD(FLOAT16, w);
 }
 
 static void load_gradient(const Step *s, int64_t n, int64_t i, int64_t h, int64_t j, int64_t w,
@@ -225,10 +213,7 @@ static void product(const Step *s, const int which, int64_t n, int64_t i, int64_
 }
 
 /* Lines of numbers `line` apart: of PANEL numbers next to each other, or of the same zeros. */
-typedef struct {
-    const float *data;
-    int64_t line;
-} Lines;
+typedef struct { const float *data; int64_t line; } Lines;
 
 /* What m and v of h x w elements are made of, from row i and column j of matrix n on. */
 typedef struct {
@@ -293,6 +278,7 @@ INLINE void update_lines(const Step *s, const Part *part, const int dtype, const
         prefetch(element(&s->grads, n, part->i + k, part->j + PANEL));
         const uint32_t index = noisy ? s->row_index[part->i + k] : 0;
         const uint32_t *const places = noisy ? s->column_index + part->j : NULL;
+#pragma GCC ivdep /* or every row checks whether weights overlap with what they are made of */
         for (int64_t l = 0; l < w; l++) {
             const float m = a0 * m0[l] + a1 * m1[l] + b * gm[l];
             /* Weighed before they are squared: a square may be infinite, and a weight zero. */
@@ -308,7 +294,7 @@ INLINE void update_lines(const Step *s, const Part *part, const int dtype, const
 }
 
 INLINE void update_any(const Step *s, const Part *part, const int dtype, const int noisy) {
-    if (part->w == PANEL) update_lines(s, part, dtype, noisy, PANEL); /* as in `load_any` */
+    if (part->w == PANEL) update_lines(s, part, dtype, noisy, PANEL); /* as in `load` */
     else update_lines(s, part, dtype, noisy, part->w);
 }
 
@@ -367,8 +353,7 @@ void step(const Step *s) {
     }
 }
 
-/* T X (count, rows, rank[0]) of X (count, columns, rank[0]) in A[0]: sums over PANEL columns at a
-   time join `out`. */
+/* T X (count, rows, rank[0]): sums over PANEL columns at a time join `out`. */
 void right(const Step *s) {
     const int64_t bands = (s->rows + HEIGHT - 1) / HEIGHT, rank = s->rank[0];
 #pragma omp parallel for schedule(static) num_threads((int)s->threads)
@@ -380,15 +365,14 @@ void right(const Step *s) {
             load_gradient(s, n, i, h, j, K, tile);
             for (int64_t k = 0; k < rank; k += PANEL) {
                 const int64_t w = min(PANEL, rank - k);
-                load(FLOAT32, w, s->A[0] + (n * s->columns + j) * rank + k, rank, K, 1, 0, panel);
+                load(FLOAT32, w, s->factor + (n * s->columns + j) * rank + k, rank, K, 1, 0, panel);
                 blocks(h, K, tile, PANEL, panel, s->out + (n * s->rows + i) * rank + k, rank, w, 1);
             }
         }
     }
 }
 
-/* L T (count, rank[0], columns) of L (count, rank[0], rows) in B[0]: sums over DEPTH rows at a time
-   join `out`. */
+/* L T (count, rank[0], columns): sums over DEPTH rows at a time join `out`. */
 void left(const Step *s) {
     const int64_t spans = (s->columns + SPAN - 1) / SPAN, rank = s->rank[0];
 #pragma omp parallel for schedule(static) num_threads((int)s->threads)
@@ -400,7 +384,7 @@ void left(const Step *s) {
             for (int64_t j = first; j < last; j += PANEL) {
                 const int64_t K = min(DEPTH, s->rows - i), w = min(PANEL, last - j);
                 load_gradient(s, n, i, K, j, w, panel);
-                blocks(rank, K, s->B[0] + n * rank * s->rows + i, s->rows, panel,
+                blocks(rank, K, s->factor + n * rank * s->rows + i, s->rows, panel,
                        s->out + n * rank * s->columns + j, s->columns, w, 1);
             }
     }
