@@ -1,4 +1,4 @@
-"""The C backend: updates against float64, in a step against torch's operations.
+"""The C backend: products and updates against float64, in a step against torch's operations.
 
 The bounds are those of test_gradient.py: the number of terms of a sum and the size of each, so that they
 hold whatever the width of a processor's vectors, and whether it rounds a product before it is added.
@@ -21,7 +21,7 @@ from lorapre.backends.c import CGradient
 from lorapre.gradient import Ema, Factors, Gradient, Moments
 from lorapre.sharding import Shards
 from operands import EPS
-from test_gradient import CPU, MOMENTS, Problem
+from test_gradient import CPU, MOMENTS, Problem, check_products, normal, stacked
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -42,6 +42,33 @@ class CProblem(Problem):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.T = operand(self.grads, self.shape, **self.options)
+
+
+# --- products with the gradient
+
+
+@shapes
+@dtypes
+@pytest.mark.parametrize("N", [1, 3])
+def test_products_of_any_shape_and_type(shape: tuple[int, int], dtype: torch.dtype, N: int) -> None:
+    grads = [normal(*shape, dtype=dtype) for _ in range(N)]
+    check_products(operand(grads, shape), stacked(grads, shape))
+
+
+@pytest.mark.parametrize("rank", [1, 16, 31, 33, 48, 130])
+def test_products_of_any_rank(rank: int) -> None:
+    grads = [normal(67, 101, dtype=BF16) for _ in range(2)]
+    check_products(operand(grads, (67, 101)), stacked(grads, (67, 101)), rank)
+
+
+@dtypes
+def test_products_of_absolute_masked_scaled_rows_of_wider_matrices(dtype: torch.dtype) -> None:
+    grads = [normal(131, 97, dtype=dtype, padding=5) for _ in range(3)]
+    exact = -2.0 * stacked(grads, (131, 97))
+    grads[1][3, 4], exact[1] = math.nan, 0
+    T = operand(grads, (131, 97), finite=torch.tensor([True, False, True]), scale=-2.0)
+    check_products(T, exact)
+    check_products(abs(T), exact.abs())
 
 
 # --- the update
@@ -134,6 +161,7 @@ def test_a_step_of_nothing() -> None:
     M = Moments(b=1.0, d=1.0)
     for N, shape in ((0, (3, 4)), (2, (0, 4)), (2, (3, 0))):
         weights = [torch.zeros(shape)] * N
+        check_products(operand([x.to(BF16) for x in weights], shape), torch.zeros(N, *shape).double())
         rows, columns = operand(weights, shape).step_(weights, M, lr=1.0, decay=1.0, eps=1.0)
         assert (rows.shape, columns.shape) == ((N, shape[0], 1), (N, 1, shape[1]))
 
@@ -196,13 +224,20 @@ def test_float16_weights_are_rounded_as_torch_rounds(value: float) -> None:
 # --- what surrounds them
 
 
+def everything(problem: CProblem) -> list[Tensor]:
+    """All that is computed of a problem."""
+    factors = problem.factors[0]
+    assert factors is not None
+    products = [problem.T @ factors.A.mT, factors.B.mT @ problem.T]
+    return [*products, *problem.step(), *problem.weights]
+
+
 def test_the_same_bits_whatever_the_number_of_threads() -> None:
     def run(threads: int) -> list[Tensor]:
         torch.manual_seed(0)
         torch.set_num_threads(threads)
         try:
-            problem = CProblem((300, 449), 3, rank=40, products=2, rest=True)
-            return [*problem.step(), *problem.weights]
+            return everything(CProblem((300, 449), 3, BF16, rank=40, products=2, rest=True))
         finally:
             torch.set_num_threads(1)
 
@@ -214,10 +249,9 @@ def test_the_same_bits_whatever_the_number_of_threads() -> None:
 @pytest.mark.parametrize("setting", [torch.float64, BF16, F16, "meta"], ids=str)
 def test_buffers_do_not_follow_the_defaults_of_torch(setting: Any) -> None:
     def run() -> list[Tensor]:
-        problem = copy.deepcopy(made)
-        return [*problem.step(), *problem.weights]
+        return everything(copy.deepcopy(made))
 
-    made = CProblem((67, 101), 2, products=2, rest=True)
+    made = CProblem((67, 101), 2, BF16, products=2, rest=True)
     expected = run()
     try:
         if setting == "meta":
@@ -321,6 +355,10 @@ def test_what_does_not_fit_is_not_handed_over(wrong: dict[str, Any]) -> None:
     T = operand([torch.ones(8, 10)] * 2, (8, 10))
     with pytest.raises(ValueError, match=r"expected|have 2 gradients|each of 2 matrices"):
         T.step_(weights, Moments(**wrong), lr=1.0, decay=1.0, eps=1.0)
+    with pytest.raises(ValueError, match=r"expected a plain tensor \(2, 10, 3\)"):
+        abs(T) @ torch.zeros(2, 9, 3)
+    with pytest.raises(ValueError, match=r"expected a plain tensor \(2, 3, 8\)"):
+        torch.zeros(2, 3, 8).double() @ abs(T)
     with pytest.raises(ValueError, match="1 weights have 2 gradients"):
         T.step_(weights[:1], Moments(b=1.0), lr=1.0, decay=1.0, eps=1.0)
     assert all(bool((w == 1).all()) for w in weights)

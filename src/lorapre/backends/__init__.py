@@ -1,4 +1,4 @@
-"""Compiled kernels for `lorapre.gradient.Gradient`: the update in C, all primitives in Triton."""
+"""Compiled kernels for `lorapre.gradient.Gradient`: in C for CPUs, in Triton for GPUs."""
 
 from collections.abc import Sequence
 

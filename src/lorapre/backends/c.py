@@ -1,14 +1,14 @@
-"""The update of `lorapre.gradient.Gradient` in C, for CPUs: what `kernels.c` is given.
+"""The primitives of `lorapre.gradient.Gradient` in C, for CPUs: what `kernels.c` is given.
 
-Products with the gradient are left to torch, which is as fast. Everything is checked before its
-address is handed over. All buffers are float32 on the CPU, whatever the default of torch.
+Everything is checked before its address is handed over. All buffers are float32 on the CPU,
+whatever the default of torch.
 """
 
 import ctypes
 import itertools
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int64, c_void_p
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # their number
 HEIGHT = 128  # rows that a thread takes at a time, at least
 PARTS = 64  # of a matrix, at most: each has its own sums over its rows
 
+Shape: TypeAlias = tuple[int, ...]
 _Addresses = POINTER(c_void_p)
 
 
@@ -34,12 +35,19 @@ class _Step(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("count", "rows", "columns", "height", "threads")),
         ("weights", _Matrices), ("grads", _Matrices),
-        ("B", c_void_p * 2), ("A", c_void_p * 2), ("rank", c_int64 * 2), ("ema", _Addresses * 2),
-        ("numbers", POINTER(c_float)),
+        ("B", c_void_p * 2), ("A", c_void_p * 2), ("rank", c_int64 * 2),
+        ("factor", c_void_p), ("out", c_void_p), ("absolute", c_int64),
+        ("ema", _Addresses * 2), ("numbers", POINTER(c_float)),
         *((name, c_void_p) for name in ("row", "column", "finite", "keys")),
         *((name, c_void_p) for name in ("row_index", "column_index", "row_sums", "column_sums")),
         ("scale", c_float), ("eps", c_float),
     )  # fmt: skip
+    alive: tuple[Tensor, ...] = ()  # what addresses point to
+
+    def address(self, x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> int:
+        """Of the numbers of x, which live as long as this."""
+        self.alive += (_checked(x, shape, dtype).contiguous(),)
+        return self.alive[-1].data_ptr()
 
 
 def why_not(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> str | None:
@@ -69,6 +77,31 @@ def why_not(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> str | None:
 class CGradient(Gradient):
     """N same-shaped gradients, which `why_not` has nothing against, as one operand."""
 
+    def _right(self, X: Tensor) -> Tensor:
+        (p, q), r = self.held, X.shape[-1]
+        return self._product(library.loaded().right, X, (q, r), (p, r), r)
+
+    def _left(self, L: Tensor) -> Tensor:
+        (p, q), r = self.held, L.shape[-2]
+        return self._product(library.loaded().left, L, (r, p), (r, q), r)
+
+    def _product(self, function: Any, X: Tensor, given: Shape, made: Shape, rank: int) -> Tensor:
+        """What a function makes of the gradients and a factor X."""
+        s, out = self._struct(), torch.zeros(len(self), *made, dtype=torch.float32, device="cpu")
+        s.factor, s.out, s.rank[0] = s.address(X, len(self), *given), out.data_ptr(), rank
+        s.absolute, s.scale = self.absolute, 1.0
+        function(ctypes.byref(s))
+        return out
+
+    def _struct(self) -> _Step:
+        """What every function needs."""
+        N = len(self)
+        s = _Step(N, *self.held, threads=torch.get_num_threads(), scale=self.scale)
+        s.grads = _matrices("gradients", self.grads, N)
+        if self.finite is not None:
+            s.finite = s.address(self.finite, N, dtype=torch.bool)
+        return s
+
     def _step_(
         self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float,
         keys: Tensor | None, sums: bool,
@@ -78,34 +111,24 @@ class CGradient(Gradient):
         in_order = all(E.is_contiguous() for ema in emas if ema for E in ema.E)
         # One buffer holds a product, or the moment that is kept in full in its place.
         both = any(f and ema for f, ema in zip(products, emas, strict=True))
-        plain = N > 0 and weights[0].dtype == torch.float32
-        fused = plain and self._has_adamw(weights, M)
+        fused = N > 0 and weights[0].dtype == torch.float32 and self._has_adamw(weights, M)
         if not in_order or both or fused:  # torch's own kernel is the fastest for AdamW in float32
             return super()._step_(weights, M, lr, decay, eps, keys, sums)
-        assert not self.absolute
-        assert len(M.products) <= 2
-        alive: list[Tensor] = []  # what addresses point to has to live until the call
-
-        def address(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> int:
-            alive.append(_checked(x, shape, dtype).contiguous())
-            return alive[-1].data_ptr()
-
-        height = max(HEIGHT, -(-p // (PARTS * HEIGHT)) * HEIGHT)
+        assert not self.absolute and len(M.products) <= 2
+        s = self._struct()
+        s.height, s.eps = max(HEIGHT, -(-p // (PARTS * HEIGHT)) * HEIGHT), eps
+        s.weights = _matrices("weights", weights, N)
         rows = torch.zeros(N, p, 1, dtype=torch.float32, device="cpu")
-        columns = torch.zeros(N, -(-p // height), q, dtype=torch.float32, device="cpu")
-        s = _Step(
-            N, p, q, height, torch.get_num_threads(), _matrices("weights", weights, N),
-            _matrices("gradients", self.grads, N), scale=self.scale, eps=eps,
-            row_sums=rows.data_ptr() if sums else None, column_sums=columns.data_ptr(),
-        )  # fmt: skip
+        columns = torch.zeros(N, -(-p // s.height), q, dtype=torch.float32, device="cpu")
+        s.row_sums, s.column_sums = rows.data_ptr() if sums else None, columns.data_ptr()
         in_m, in_v = M.exp_avg is None, M.exp_avg_sq is None  # no other term counts beside a full m
         numbers = [lr, decay, M.b if in_m else 0.0, M.d if in_v else 0.0]
         for k, (factors, ema) in enumerate(zip(products, emas, strict=True)):
             term: list[Number] = [0.0, 0.0, 0.0, 0.0]
             if factors is not None:
                 r = factors.B.shape[-1]
-                s.rank[k], s.B[k] = r, address(factors.B, N, p, r)
-                s.A[k] = address(factors.A, N, r, q)
+                s.rank[k], s.B[k] = r, s.address(factors.B, N, p, r)
+                s.A[k] = s.address(factors.A, N, r, q)
                 term[:2] = M.a[k] if in_m else 0.0, M.c[k] if in_v else 0.0
             if ema is not None:
                 E = [_checked(E, (p, q), torch.float32) for E in ema.E]
@@ -115,13 +138,11 @@ class CGradient(Gradient):
         each = [_for_each(x, N) for x in numbers]
         s.numbers = (c_float * (N * len(each)))(*itertools.chain(*zip(*each, strict=True)))
         if M.row is not None and M.column is not None:
-            s.row, s.column = address(M.row, N, p, 1), address(M.column, N, 1, q)
-        if self.finite is not None:
-            s.finite = address(self.finite, N, dtype=torch.bool)
+            s.row, s.column = s.address(M.row, N, p, 1), s.address(M.column, N, 1, q)
         if keys is not None:
-            s.keys = address(keys, N, dtype=torch.int64)
-            s.row_index = address(_index(self.rows, self.q), p, dtype=torch.int32)
-            s.column_index = address(_index(self.columns, 1), q, dtype=torch.int32)
+            s.keys = s.address(keys, N, dtype=torch.int64)
+            s.row_index = s.address(_index(self.rows, self.q), p, dtype=torch.int32)
+            s.column_index = s.address(_index(self.columns, 1), q, dtype=torch.int32)
         library.loaded().step(ctypes.byref(s))
         return (rows, columns.sum(1, keepdim=True)) if sums else None
 
@@ -137,12 +158,10 @@ def _addresses(name: str, tensors: Sequence[Tensor], N: int) -> Any:
     return (c_void_p * N)(*[x.data_ptr() for x in tensors])
 
 
-def _checked(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _checked(x: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
     if type(x) not in (Tensor, Parameter) or x.shape != shape or x.dtype != dtype or not x.is_cpu:
         found = f"{type(x).__name__} {tuple(x.shape)} in {x.dtype} on {x.device}"
-        raise ValueError(
-            f"expected a plain tensor {shape} in {dtype} on the CPU, but found a {found}"
-        )
+        raise ValueError(f"expected a plain tensor {shape} in {dtype} on the CPU, not a {found}")
     return x
 
 

@@ -1,12 +1,12 @@
-/* The update of the weights on CPUs, in one pass over gradients and weights.
+/* On CPUs: products with gradients, and the update of the weights in one pass over memory.
 
    library.py compiles this file, c.py calls it and checks everything that it hands over. All
    arithmetic is float32, whatever the dtype of the operands. In what order a sum is formed depends
    on the shape and on the width of the processor's vectors, never on the number of threads.
 
-   Products of factors are made as in BLIS (Van Zee, van de Geijn 2015): a block of ROWS x VECTORS
-   vectors of the result stays in registers while one factor is read a number at a time and the
-   other, packed into a panel, a row at a time. */
+   Products are made as in BLIS (Van Zee, van de Geijn 2015): a block of ROWS x VECTORS vectors of
+   the result stays in registers while one factor is read a number at a time and the other, packed
+   into a panel, a row at a time. */
 
 #include <math.h>
 #include <stdint.h>
@@ -23,7 +23,8 @@ enum {
     VECTORS = 3,
     PANEL = VECTORS * LANES, /* columns of a block */
     DEPTH = 128,             /* terms of a sum that join the rest together: a panel fits in L1 */
-    HEIGHT = 128,            /* rows of B A that are held */
+    HEIGHT = 128,            /* rows of B A, or of T in T X, that are held */
+    SPAN = 4 * PANEL,        /* columns that a thread takes of L T */
     BAND = 32,               /* rows of a gradient that are held */
 };
 
@@ -51,12 +52,15 @@ typedef struct {
     } term[2];
 } Numbers;
 
-/* `Moments` of gradient.py, and what else an update is made of. */
+/* `Moments` of gradient.py, and what else an update or a product with gradients is made of. */
 typedef struct {
     int64_t count, rows, columns, height, threads; /* a thread takes `height` rows at a time */
     Matrices weights, grads;
     const float *B[2], *A[2];      /* (count, rows, rank) and (count, rank, columns) */
     int64_t rank[2];               /* zero: no such product */
+    const float *factor;           /* of a product: X (count, columns, rank[0]) of T X, or */
+    float *out;                    /* L (count, rank[0], rows) of L T; the product, zero so far */
+    int64_t absolute;              /* T is the absolute value of the gradient */
     float *const *ema[2];          /* all of m, all of v: `count` of (rows, columns); or NULL */
     const Numbers *numbers;        /* (count,) */
     const float *row, *column;     /* (count, rows) and (count, columns), or NULL */
@@ -79,17 +83,10 @@ INLINE void *element(const Matrices *x, int64_t n, int64_t i, int64_t j) {
     return (char *)x->data[n] + (i * x->row + j) * (x->dtype == FLOAT32 ? 4 : 2);
 }
 
-INLINE float bits_to_float(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
+INLINE int is_finite(const Step *s, int64_t n) { return !s->finite || s->finite[n]; }
 
-INLINE uint32_t float_to_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
+INLINE float bits_to_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+INLINE uint32_t float_to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 
 /* float16 is converted in integers: before GCC 12, x86 has no _Float16. */
 INLINE float half_to_float(uint16_t half) {
@@ -129,47 +126,76 @@ INLINE float number(const int dtype, const void *data, int64_t index) {
     return half_to_float(((const uint16_t *)data)[index]);
 }
 
-/* (h, w) numbers in rows `row` apart, times `scale`, as rows of PANEL that zeros fill up. */
+/* (h, w) numbers in rows `row` apart or their absolute values, times `scale`, as rows of PANEL that
+   zeros fill up. */
 INLINE void load_rows(const int dtype, const int64_t w, const void *from, int64_t row, int64_t h,
-                      float scale, float *restrict to) {
+                      float scale, int absolute, float *restrict to) {
     for (int64_t i = 0; i < h; i++, to += PANEL) {
-        for (int64_t j = 0; j < w; j++) to[j] = scale * number(dtype, from, i * row + j);
+        for (int64_t j = 0; j < w; j++) {
+            const float x = number(dtype, from, i * row + j);
+            to[j] = scale * (absolute ? fabsf(x) : x);
+        }
         for (int64_t j = w; j < PANEL; j++) to[j] = 0;
     }
 }
 
-/* The same, much faster for a constant width. */
-INLINE void load_any(const int dtype, int64_t w, const void *from, int64_t row, int64_t h,
-                     float scale, float *to) {
-    if (w == PANEL) load_rows(dtype, PANEL, from, row, h, scale, to);
-    else load_rows(dtype, w, from, row, h, scale, to);
-}
-
+/* The same, much faster for constant widths. */
 static void load(int64_t dtype, int64_t w, const void *from, int64_t row, int64_t h, float scale,
-                 float *to) {
-    if (dtype == FLOAT32) load_any(FLOAT32, w, from, row, h, scale, to);
-    else if (dtype == BFLOAT16) load_any(BFLOAT16, w, from, row, h, scale, to);
-    else load_any(FLOAT16, w, from, row, h, scale, to);
+                 int absolute, float *to) {
+#define LOAD(type, width) load_rows(type, width, from, row, h, scale, absolute, to)
+    if (dtype == FLOAT32 && w == PANEL) LOAD(FLOAT32, PANEL);
+    else if (dtype == FLOAT32 && w == LANES) LOAD(FLOAT32, LANES);
+    else if (dtype == FLOAT32) LOAD(FLOAT32, w);
+    else if (dtype == BFLOAT16 && w == PANEL) LOAD(BFLOAT16, PANEL);
+    else if (dtype == BFLOAT16) LOAD(BFLOAT16, w);
+    else LOAD(FLOAT16, w);
 }
 
-/* P (rows, PANEL) (+)= B (rows, K), in rows `row` apart, times a panel (K, PANEL). Sums join P at
-   the end, so that errors of long ones in parts do not grow with their length. */
-INLINE void block(const int rows, int64_t K, const float *B, int64_t row, const float *panel,
-                  float *P, int add) {
+static void load_gradient(const Step *s, int64_t n, int64_t i, int64_t h, int64_t j, int64_t w,
+                          float *to) {
+    const void *const from = element(&s->grads, n, i, j);
+    for (int64_t k = 0; s->out && k < h; k++) prefetch(element(&s->grads, n, i + k, j + PANEL));
+    load(s->grads.dtype, w, from, s->grads.row, h, s->scale, s->absolute != 0, to);
+}
+
+/* P (rows, w), in rows `line` apart, (+)= B (rows, K), in rows `row` apart, times the first w
+   columns of a panel (K, PANEL), which are in its first `vectors`. Sums join P at the end, so that
+   errors of long ones in parts do not grow with their length. */
+INLINE void block(const int rows, const int vectors, int64_t K, const float *B, int64_t row,
+                  const float *panel, float *P, int64_t line, int64_t w, int add) {
     vec sum[ROWS][VECTORS];
     UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int j = 0; j < VECTORS; j++) sum[i][j] = (vec){0};
+        UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = (vec){0};
     for (int64_t k = 0; k < K; k++, panel += PANEL) {
         vec y[VECTORS];
-        UNROLL for (int j = 0; j < VECTORS; j++) y[j] = *(const vec *)(panel + j * LANES);
+        UNROLL for (int j = 0; j < vectors; j++) y[j] = *(const vec *)(panel + j * LANES);
         UNROLL for (int i = 0; i < rows; i++)
-            UNROLL for (int j = 0; j < VECTORS; j++) sum[i][j] += B[i * row + k] * y[j];
+            UNROLL for (int j = 0; j < vectors; j++) sum[i][j] += B[i * row + k] * y[j];
     }
-    UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int j = 0; j < VECTORS; j++) {
-            vec *const to = (vec *)(P + i * PANEL + j * LANES);
+    UNROLL for (int i = 0; i < rows; i++, P += line) {
+        float part[PANEL] ALIGNED;
+        for (int64_t l = 0; add && w < vectors * LANES && l < w; l++) part[l] = P[l];
+        UNROLL for (int j = 0; j < vectors; j++) {
+            loose *const to = (loose *)((w < vectors * LANES ? part : P) + j * LANES);
             *to = add ? sum[i][j] + *to : sum[i][j];
         }
+        for (int64_t l = 0; w < vectors * LANES && l < w; l++) P[l] = part[l];
+    }
+}
+
+/* The same of h rows. */
+INLINE void blocks_of(const int vectors, int64_t h, int64_t K, const float *B, int64_t row,
+                      const float *panel, float *P, int64_t line, int64_t w, int add) {
+    for (; h >= ROWS; h -= ROWS, B += ROWS * row, P += ROWS * line)
+        block(ROWS, vectors, K, B, row, panel, P, line, w, add);
+    for (; h > 0; h--, B += row, P += line) block(1, vectors, K, B, row, panel, P, line, w, add);
+}
+
+static void blocks(int64_t h, int64_t K, const float *B, int64_t row, const float *panel, float *P,
+                   int64_t line, int64_t w, int add) {
+    if (w <= LANES) blocks_of(1, h, K, B, row, panel, P, line, w, add);
+    else if (w <= 2 * LANES) blocks_of(2, h, K, B, row, panel, P, line, w, add);
+    else blocks_of(VECTORS, h, K, B, row, panel, P, line, w, add);
 }
 
 /* P (h, PANEL) = B A of matrix n, of rows from i and w columns from j on. */
@@ -180,21 +206,14 @@ static void product(const Step *s, const int which, int64_t n, int64_t i, int64_
     for (int64_t k = 0; k < rank; k += DEPTH) {
         const int64_t K = min(DEPTH, rank - k);
         const float *const A = s->A[which] + (n * rank + k) * s->columns + j;
-        const float *B = s->B[which] + (n * s->rows + i) * rank + k;
-        float *to = P;
-        int64_t rows = h;
-        load(FLOAT32, w, A, s->columns, K, 1, panel);
-        for (; rows >= ROWS; rows -= ROWS, B += ROWS * rank, to += ROWS * PANEL)
-            block(ROWS, K, B, rank, panel, to, k > 0);
-        for (; rows > 0; rows--, B += rank, to += PANEL) block(1, K, B, rank, panel, to, k > 0);
+        const float *const B = s->B[which] + (n * s->rows + i) * rank + k;
+        load(FLOAT32, w, A, s->columns, K, 1, 0, panel);
+        blocks(h, K, B, rank, panel, P, PANEL, PANEL, k > 0);
     }
 }
 
 /* Lines of numbers `line` apart: of PANEL numbers next to each other, or of the same zeros. */
-typedef struct {
-    const float *data;
-    int64_t line;
-} Lines;
+typedef struct { const float *data; int64_t line; } Lines;
 
 /* What m and v of h x w elements are made of, from row i and column j of matrix n on. */
 typedef struct {
@@ -259,6 +278,7 @@ INLINE void update_lines(const Step *s, const Part *part, const int dtype, const
         prefetch(element(&s->grads, n, part->i + k, part->j + PANEL));
         const uint32_t index = noisy ? s->row_index[part->i + k] : 0;
         const uint32_t *const places = noisy ? s->column_index + part->j : NULL;
+#pragma GCC ivdep /* or every row checks whether weights overlap with what they are made of */
         for (int64_t l = 0; l < w; l++) {
             const float m = a0 * m0[l] + a1 * m1[l] + b * gm[l];
             /* Weighed before they are squared: a square may be infinite, and a weight zero. */
@@ -274,7 +294,7 @@ INLINE void update_lines(const Step *s, const Part *part, const int dtype, const
 }
 
 INLINE void update_any(const Step *s, const Part *part, const int dtype, const int noisy) {
-    if (part->w == PANEL) update_lines(s, part, dtype, noisy, PANEL); /* as in `load_any` */
+    if (part->w == PANEL) update_lines(s, part, dtype, noisy, PANEL); /* as in `load` */
     else update_lines(s, part, dtype, noisy, part->w);
 }
 
@@ -296,8 +316,7 @@ static void step_rows(const Step *s, int64_t n, int64_t i0, int64_t h, float *co
         for (int k = 0; k < 2; k++) product(s, k, n, i0, h, j, w, P[k]);
         for (int64_t i = 0; i < h; i += BAND) {
             Part part = {.n = n, .i = i0 + i, .h = min(BAND, h - i), .j = j, .w = w};
-            load(s->grads.dtype, w, element(&s->grads, n, part.i, j), s->grads.row, part.h,
-                 s->scale, G);
+            load_gradient(s, n, part.i, part.h, j, w, G);
             if (s->row_sums) add_squares(G, part.h, of_rows + i * LANES, of_columns);
             for (int k = 0; k < 2; k++) {
                 float *const own = P[k] + i * PANEL;
@@ -328,8 +347,45 @@ void step(const Step *s) {
     for (int64_t item = 0; item < s->count * parts; item++) {
         const int64_t n = item / parts, first = item % parts * s->height;
         const int64_t last = min(first + s->height, s->rows);
-        if (s->finite && !s->finite[n]) continue;
+        if (!is_finite(s, n)) continue;
         for (int64_t i = first; i < last; i += HEIGHT)
             step_rows(s, n, i, min(HEIGHT, last - i), s->column_sums + item * s->columns);
+    }
+}
+
+/* T X (count, rows, rank[0]): sums over PANEL columns at a time join `out`. */
+void right(const Step *s) {
+    const int64_t bands = (s->rows + HEIGHT - 1) / HEIGHT, rank = s->rank[0];
+#pragma omp parallel for schedule(static) num_threads((int)s->threads)
+    for (int64_t item = 0; item < s->count * bands; item++) {
+        const int64_t n = item / bands, i = item % bands * HEIGHT, h = min(HEIGHT, s->rows - i);
+        float tile[HEIGHT * PANEL] ALIGNED, panel[PANEL * PANEL] ALIGNED;
+        for (int64_t j = 0; j < s->columns && is_finite(s, n); j += PANEL) {
+            const int64_t K = min(PANEL, s->columns - j);
+            load_gradient(s, n, i, h, j, K, tile);
+            for (int64_t k = 0; k < rank; k += PANEL) {
+                const int64_t w = min(PANEL, rank - k);
+                load(FLOAT32, w, s->factor + (n * s->columns + j) * rank + k, rank, K, 1, 0, panel);
+                blocks(h, K, tile, PANEL, panel, s->out + (n * s->rows + i) * rank + k, rank, w, 1);
+            }
+        }
+    }
+}
+
+/* L T (count, rank[0], columns): sums over DEPTH rows at a time join `out`. */
+void left(const Step *s) {
+    const int64_t spans = (s->columns + SPAN - 1) / SPAN, rank = s->rank[0];
+#pragma omp parallel for schedule(static) num_threads((int)s->threads)
+    for (int64_t item = 0; item < s->count * spans; item++) {
+        const int64_t n = item / spans, first = item % spans * SPAN;
+        const int64_t last = min(first + SPAN, s->columns);
+        float panel[DEPTH * PANEL] ALIGNED;
+        for (int64_t i = 0; i < s->rows && is_finite(s, n); i += DEPTH)
+            for (int64_t j = first; j < last; j += PANEL) {
+                const int64_t K = min(DEPTH, s->rows - i), w = min(PANEL, last - j);
+                load_gradient(s, n, i, K, j, w, panel);
+                blocks(rank, K, s->factor + n * rank * s->rows + i, s->rows, panel,
+                       s->out + n * rank * s->columns + j, s->columns, w, 1);
+            }
     }
 }

@@ -69,7 +69,7 @@ def _library() -> tuple[Any, str | None]:
     folder, complaint = _folder()
     try:
         if folder is not None and _is_sound(folder / name):
-            return _load(folder / name), None
+            return ctypes.CDLL(str(folder / name)), None
         return _compiled(compiler, folder, name), complaint
     except FileNotFoundError:
         reason = f"there is no C compiler {compiler[0]!r}: install one, or name one in $CC"
@@ -80,12 +80,6 @@ def _library() -> tuple[Any, str | None]:
     except OSError as error:
         reason = f"the kernels that {compiler[0]!r} compiled cannot be kept or loaded: {error}"
     return None, f"{WITHOUT}: {reason}"
-
-
-def _load(path: Path) -> Any:
-    library = ctypes.CDLL(str(path))
-    library.step.argtypes, library.step.restype = [ctypes.c_void_p], None
-    return library
 
 
 def _compiled(compiler: list[str], folder: Path | None, name: str) -> Any:
@@ -103,7 +97,7 @@ def _compiled(compiler: list[str], folder: Path | None, name: str) -> Any:
         )  # fmt: skip
         content = path.read_bytes()
         path.write_bytes(content + hashlib.sha256(content).digest())
-        library = _load(path)
+        library = ctypes.CDLL(str(path))
         if folder is not None:
             path.replace(folder / name)
         return library  # which no longer needs the file
