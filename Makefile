@@ -12,7 +12,7 @@ OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test stress test-gpu test-oldest sanitize bench gpu docs audit lint format clean
+.PHONY: help quickstart test stress test-gpu test-oldest sanitize bench gpu docs package audit lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -78,6 +78,9 @@ gpu:  ## measure on one NVIDIA GPU, in eight minutes (options: make gpu ARGS=--d
 # Not --quiet, under which --strict sees no warnings.
 docs: $(INSTALLED)-docs  ## build the site in site/; a warning or a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+package: $(INSTALLED)  ## build sdist and wheel in dist/, and try the wheel beside torch alone
+	$(BIN)/python .ci/package.py
 
 audit: $(INSTALLED)-audit  ## look the pinned packages up in the database of known vulnerabilities
 	$(BIN)/python .ci/audit.py $(ARGS)
