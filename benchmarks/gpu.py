@@ -68,10 +68,11 @@ def main(*, minutes: float = 8.0, dry_run: bool = False, out: Path | None = None
         dry_run: print the commands with their limits, and run nothing.
         out: folder of the results. Default: benchmarks/results/DATE_GPU.
     """
-    begin = time.monotonic()
+    end = time.monotonic() + 60 * minutes - 15  # for imports and the report
+    out = out.resolve() if out else None  # the parts run elsewhere
     if dry_run:
         print(f"# {minutes:g} minutes; time that a part does not need goes to the parts after it")
-        for part, limit in shares(parts(80 * 10**9, out), 60 * minutes):
+        for part, limit in shares(parts(80 * 10**9, out), end - time.monotonic()):
             print(f"# {part.name}: {limit:.0f} s", *part.commands, sep="\n")
         return
     if not torch.cuda.is_available():
@@ -85,8 +86,7 @@ def main(*, minutes: float = 8.0, dry_run: bool = False, out: Path | None = None
     SCRATCH.mkdir(parents=True)
     todo = parts(torch.cuda.get_device_properties(0).total_memory, out)
     for index in range(len(todo)):
-        left = 60 * minutes - (time.monotonic() - begin)
-        part, limit = shares(todo[index:], left)[0]
+        part, limit = shares(todo[index:], end - time.monotonic())[0]
         carry_out(part, limit, folder)
     report.main(out=out)
 
