@@ -2,10 +2,12 @@
 
 import importlib
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,7 +178,11 @@ def test_gpu_prints_its_commands_without_one(bench: Bench, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_parts_that_fail_are_rows_and_do_not_stop_the_others(gpu: Any, tmp_path: Path) -> None:
+def test_parts_that_fail_are_rows_and_do_not_stop_the_others(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of `main`, with other commands, and as if there were a GPU."""
+
     def python(code: str) -> str:
         return shlex.join(["python", "-c", code])
 
@@ -194,16 +200,23 @@ def test_parts_that_fail_are_rows_and_do_not_stop_the_others(gpu: Any, tmp_path:
             )
         ],
     }
-    for name, code in commands.items():
+    weights = {name: 1 if name == "training" else 10 for name in commands}
+    parts = [gpu.Part(name, f"Title of {name}", weights[name], code) for name, code in commands.items()]
+    monkeypatch.setattr(gpu, "parts", lambda memory, out: parts)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Example")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24e9))
+    monkeypatch.setattr(gpu, "SCRATCH", tmp_path / "scratch")
+    for name in commands:
         (tmp_path / f"{name}-old-cuda.json").write_text("of an earlier run")
-        gpu.carry_out(gpu.Part(name, f"Title of {name}", 1, code), 4 if name == "training" else 60, tmp_path)
-    gpu.report.main(out=tmp_path)
+    gpu.main(minutes=1, out=tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert "exit code 3 after" in page
     assert "`no   such (thing)`" in page
     assert "unreached`" not in page
     assert "predicted: left no result." in page
-    assert "cut off at its limit of 4 s" in page
+    assert "GPU: NVIDIA Example" in page
+    assert re.search(r"LoRA-Pre, split: cut off at its limit of \d s\.", page)
     assert "| tests | 1 | 1 | 0 | 0 |" in page
     assert "* `tests/test_x.py::y FAILED  100%`" in page
     assert not list(tmp_path.glob("*-old-*"))
