@@ -7,12 +7,12 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := $(wildcard src tests benchmarks)
+SOURCES := $(wildcard src tests benchmarks examples)
 OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test stress test-gpu test-oldest sanitize bench docs audit lint format clean
+.PHONY: help quickstart test stress test-gpu test-oldest sanitize bench gpu docs package audit lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -63,19 +63,24 @@ sanitize: $(INSTALLED)  ## run the tests of the C file under the sanitizers of a
 test-oldest: $(OLDEST)/.installed  ## run the tests with the oldest dependencies that pyproject.toml allows
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 $(ARGS)
 
-# What needs a GPU says "not measured" without one. Leave the machine alone meanwhile: these are timings.
+# Leave the machine alone meanwhile: these are timings.
 bench: $(INSTALLED)-bench  ## measure time and memory beside other optimizers, in some minutes
 	$(BIN)/python benchmarks/step_time.py --model llama-60m --ranks 16 128
 	$(BIN)/python benchmarks/step_time.py --model llama-60m --ranks 16 --dtype bf16
-	$(BIN)/python benchmarks/step_time.py --model llama-1b --ranks 64 256 --dtype bf16 --device cuda
 	$(BIN)/python benchmarks/memory.py --model llama-60m --ranks 128
-	$(BIN)/python benchmarks/memory.py --model llama-3.1-8b --ranks 256 --dtype bf16 --device cuda
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/report.py
+
+# Installs nothing, for machines without a network: .venv where there is one, or else the Python that has torch and CUDA.
+gpu:  ## measure on one NVIDIA GPU, in eight minutes (options: make gpu ARGS=--dry-run)
+	PYTHONPATH=src $(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py $(ARGS)
 
 # Not --quiet, under which --strict sees no warnings.
 docs: $(INSTALLED)-docs  ## build the site in site/; a warning or a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+package: $(INSTALLED)  ## build sdist and wheel in dist/, and try the wheel beside torch alone
+	$(BIN)/python .ci/package.py
 
 audit: $(INSTALLED)-audit  ## look the pinned packages up in the database of known vulnerabilities
 	$(BIN)/python .ci/audit.py $(ARGS)

@@ -409,8 +409,8 @@ class Result:
         for note in self.below:
             console.print(note, style="dim", highlight=False)
 
-    def save(self, out: Path | None, draw: Callable[[Any, "Result"], None]) -> Path:
-        """Print, write NAME.json and NAME.png, and return the first."""
+    def save(self, out: Path | None, draw: Callable[[Any, "Result"], None] | None = None) -> Path:
+        """Print, write NAME.json and, where there is something to draw, NAME.png, and return the first."""
         self.print()
         folder = out or ROOT / "benchmarks" / "results" / label(self.environment)
         folder.mkdir(parents=True, exist_ok=True)
@@ -421,7 +421,7 @@ class Result:
         file.write_text(json.dumps(finite(fields), indent=1) + "\n", encoding="utf-8")
         picture = file.with_suffix(".png")
         picture.unlink(missing_ok=True)
-        if any(not row.get("reason") for row in self.rows):
+        if draw and any(not row.get("reason") for row in self.rows):
             from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
             figure = Figure(figsize=(8, 4.8), layout="constrained")
@@ -473,10 +473,20 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": driver(),
         "commit": commit(),
         "versions": {"python": platform.python_version()}
         | {name: found for name in names if (found := version_of(name))},
     }
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        ran = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+        return (ran.stdout.split() or [None])[0]
+    return None
 
 
 def cpu_name() -> str:

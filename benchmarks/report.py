@@ -11,7 +11,7 @@ from typing import Any
 from common import ROOT, Result, environment, label, shown
 from cyclopts import App
 
-ORDER = ("step_time", "memory", "scaling", "bf16", "tracking")
+ORDER = ("tests", "predicted", "training", "step_time", "memory", "scaling", "bf16", "tracking")
 
 app = App(help=__doc__)
 
@@ -54,7 +54,7 @@ def machine(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     lines = [
         f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads of torch",
-        f"GPU: {facts['gpu'] or 'none'}",
+        f"GPU: {facts['gpu'] or 'none'}" + (f", driver {facts['driver']}" if facts.get("driver") else ""),
         versions,
         f"commit {facts['commit']}, {facts['date']}",
     ]

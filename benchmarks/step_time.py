@@ -10,7 +10,7 @@ For comparison, torch.mm makes the products of gradients and factors, and nothin
 
 import statistics
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from common import (
@@ -33,7 +33,7 @@ from common import (
     shapes_of,
     spread,
 )
-from cyclopts import App
+from cyclopts import App, Parameter
 from torch.optim import Optimizer
 
 COLUMNS = [
@@ -46,6 +46,7 @@ COLUMNS = [
     Column("ratio_fused", "x fused", ".2f"),
     Column("ratio_muon", "x Muon", ".2f"),
 ]
+PRODUCTS = "torch.mm: products of gradients and factors alone; GaLore has 2 p q r, LoRA-Pre, split 4 p q r."
 AGAINST = {"ratio": "AdamW (foreach)", "ratio_fused": "AdamW (fused)", "ratio_muon": "Muon"}
 
 app = App(help=__doc__)
@@ -61,6 +62,7 @@ def main(
     layers: int | None = None,
     rounds: int = 9,
     warmup: int = 2,
+    only: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     out: Path | None = None,
 ) -> None:
     """Time optimizer.step.
@@ -73,11 +75,15 @@ def main(
         layers: take only the first ones of the model: the state of all optimizers is held at once.
         rounds: timed steps of each.
         warmup: steps of each before those.
+        only: take those whose names begin with one of these, as in 'AdamW (' Muon LoRA-Pre.
         out: folder of the results. Default: benchmarks/results/DATE_HARDWARE.
     """
     shapes = shapes_of(model, layers)
     listed = list(contenders(ranks, DTYPES[dtype]))
     listed += [Contender(f"torch.mm, {n} p q r", rank, products(rank, n)) for rank in ranks for n in (2, 4)]
+    listed = [c for c in listed if only is None or c.name.startswith(tuple(only))]
+    if not listed:
+        raise SystemExit(f"step_time.py: --only {' '.join(only or [])}: no name begins so")
     rows: list[Row] = [{"optimizer": c.name, "rank": c.rank} for c in listed]
     svd_seconds: dict[str, float] = {}
     try:
@@ -126,7 +132,7 @@ def main(
             f"r: rank; ms: median of {rounds} interleaved rounds; spread: interquartile range / median.",
             "GaLore, Fira, APOLLO: (t with new projections + 199 t without) / 200; their SVD was timed once "
             "for each shape.",
-            "torch.mm: products of gradients and factors alone; GaLore has 2 p q r, LoRA-Pre, split 4 p q r.",
+            *([PRODUCTS] if any(row["optimizer"].startswith("torch.mm") for row in rows) else []),
             *([f"Layers of the model taken: the first {layers}."] if layers else []),
         ],
     ).save(out, draw)

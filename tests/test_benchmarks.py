@@ -2,9 +2,12 @@
 
 import importlib
 import json
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,8 @@ from allocations import peak_bytes, segments
 
 from lorapre_recipes.config import UserError
 from lorapre_recipes.presets import llama_tiny
+from test_docs import blocks
+from test_docs import check as check_command
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FACTS = {"benchmark", "title", "device", "settings", "columns", "rows", "notes", "command", "environment"}
@@ -36,7 +41,7 @@ def bench(
         return (written[-1] if written else {}), capsys.readouterr().out
 
     yield run
-    for name in ("common", "step_time", "memory", "scaling", "bf16", "report"):
+    for name in ("common", "step_time", "memory", "scaling", "bf16", "report", "predicted", "gpu"):
         sys.modules.pop(name, None)
 
 
@@ -90,6 +95,9 @@ def test_what_needs_a_gpu_is_not_measured_without(bench: Bench, monkeypatch: pyt
         result, printed = bench(name, "--device", "cuda", "--ranks", "2")
         check(result, printed)
         assert {row["reason"] for row in result["rows"]} == {"not measured"}
+    for arguments in ([], ["--minutes", "1"]):
+        with pytest.raises(SystemExit, match=r"^gpu.py: torch .* this needs an NVIDIA GPU"):
+            bench("gpu", *arguments)
 
 
 def test_memory(bench: Bench, tmp_path: Path) -> None:
@@ -114,6 +122,129 @@ def test_memory(bench: Bench, tmp_path: Path) -> None:
     assert released["peak"] < ours["peak"]
     for row in (adamw, ours, released):
         assert sum(row["at_peak"].values()) == row["peak"]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_predicted(bench: Bench, tmp_path: Path, lorapre: Callable[..., Any], device: str) -> None:
+    from transformers import LlamaConfig
+
+    folder = tmp_path / "model"
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
+    LlamaConfig(**shape, vocab_size=500, max_position_embeddings=256).save_pretrained(folder)
+    arguments = ["--rank", "4", "--dtype", "bf16", "--release", "--gradient-checkpointing"]
+    where = ["--device", device, *(("--cap", "24") if device == "cuda" else ())]
+    result, printed = bench("predicted", "--model", str(folder), *arguments, *where)
+    (row,) = result["rows"]
+    if device == "cuda" and not torch.cuda.is_available():
+        assert row["reason"] == "not measured"
+    else:
+        check(result, printed.replace(str(folder), ""), "measured", "predicted", "error")
+        assert row["error"] == pytest.approx(row["predicted"] / row["measured"] - 1)
+    command = next(note for note in result["notes"] if "lorapre plan" in note).split("`")[1]
+    _, out, _ = lorapre(*command.split()[1:])
+    assert f"peak: {row['predicted'] / 2**20:.1f} MiB" in out
+
+
+@pytest.fixture
+def gpu(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """benchmarks/gpu.py, with its logs in a folder of the test."""
+    module = importlib.import_module("gpu")
+    monkeypatch.setattr(module, "SCRATCH", tmp_path)
+    return module
+
+
+@pytest.mark.parametrize("gigabytes", [8, 24, 80])
+def test_the_parts_of_gpu_are_commands_that_exist(gpu: Any, gigabytes: int) -> None:
+    parts = gpu.parts(gigabytes * 10**9, None)
+    assert [part.name for part in parts] == ["predicted", "training", "step_time", "tests"]
+    for part in parts:
+        assert part.name in gpu.report.ORDER
+        for command in part.commands:
+            check_command(shlex.split(command), [], BENCHMARKS)
+    assert sum(limit for _, limit in gpu.shares(parts, 480)) == pytest.approx(480)
+    pretrain = shlex.split(parts[1].commands[1])
+    size, passes = (int(pretrain[pretrain.index(x) + 1]) for x in ("--batch-size", "--accumulation"))
+    assert size * passes * 256 == gpu.TOKENS
+    assert ("--layers" in parts[2].commands[0]) == (gigabytes < 40)
+    assert all((BENCHMARKS.parent / file).is_file() for file in gpu.marked())
+    assert "tests/test_backends_triton.py" in gpu.marked()
+
+
+def test_gpu_prints_its_commands_without_one(bench: Bench, tmp_path: Path) -> None:
+    _, printed = bench("gpu", "--dry-run")
+    lines = [line for line in printed.splitlines() if not line.startswith("#")]
+    assert [line.split()[0] for line in lines] == ["python", "lorapre", "lorapre", "python", "python"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_that_fail_are_rows_and_do_not_stop_the_others(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of `main`, with other commands, and as if there were a GPU."""
+
+    def python(code: str) -> str:
+        return shlex.join(["python", "-c", code])
+
+    commands = {
+        "step_time": [
+            python("print('|no| [such](thing)'); raise SystemExit(3)"),
+            python("print('unreached')"),
+        ],
+        "predicted": [python("pass")],
+        "training": [python("import time; time.sleep(600)")],
+        "tests": [
+            python(
+                "print('[gw0] [ 50%] PASSED tests/test_x.py::x '); print('tests/test_x.py::y FAILED [100%]');"
+                "print('FAILED tests/test_x.py::y'); raise SystemExit(1)"
+            )
+        ],
+    }
+    weights = {name: 1 if name == "training" else 10 for name in commands}
+    parts = [gpu.Part(name, f"Title of {name}", weights[name], code) for name, code in commands.items()]
+    monkeypatch.setattr(gpu, "parts", lambda memory, out: parts)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Example")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24e9))
+    monkeypatch.setattr(gpu, "SCRATCH", tmp_path / "scratch")
+    for name in commands:
+        (tmp_path / f"{name}-old-cuda.json").write_text("of an earlier run")
+    gpu.main(minutes=1, out=tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "exit code 3 after" in page
+    assert "`no   such (thing)`" in page
+    assert "unreached`" not in page
+    assert "predicted: left no result." in page
+    assert "GPU: NVIDIA Example" in page
+    assert re.search(r"LoRA-Pre, split: cut off at its limit of \d s\.", page)
+    assert "| tests | 1 | 1 | 0 | 0 |" in page
+    assert "* `tests/test_x.py::y FAILED  100%`" in page
+    assert not list(tmp_path.glob("*-old-*"))
+    for block in blocks(tmp_path / "report.md"):
+        assert block.language == "bash"
+    assert [page.index(f"Title of {name}") for name in gpu.report.ORDER[:4]] == sorted(
+        page.index(f"Title of {name}") for name in gpu.report.ORDER[:4]
+    )
+
+
+def test_the_speed_of_a_run_is_that_after_its_first_steps(gpu: Any, tmp_path: Path) -> None:
+    lines = [
+        {"step": 10, "tokens": 1000, "loss": 9.0, "step_seconds": 50.0, "optimizer_seconds": 40.0},
+        {"step": 20, "tokens": 2000, "loss": 8.0, "step_seconds": 52.0, "optimizer_seconds": 40.5},
+        {"step": 40, "tokens": 4000, "loss": 7.0, "step_seconds": 56.0, "optimizer_seconds": 41.5},
+        {"step": 40, "tokens": 4000, "validation_loss": 7.0},
+    ]
+    part = gpu.parts(80 * 10**9, None)[1]
+    cut = gpu.Outcome("cut off at its limit of 9 s", 9.0, "some\noutput")
+    (row,) = gpu.training(part, cut, tmp_path).rows
+    assert row["reason"] == cut.reason
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = gpu.training(part, cut, tmp_path)
+    (row,) = found.rows
+    assert (row["steps"], row["ms"], row["tokens_per_second"]) == ("11 to 40", 200.0, 500.0)
+    assert (row["share"], row["first"]) == (0.25, 50.0)
+    assert found.notes[0] == "Cut off at its limit of 9 s."
 
 
 def transformers_model(config: Any) -> torch.nn.Module:
