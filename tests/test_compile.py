@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.lr_scheduler import LambdaLR
 
 from cases import CASES, Case, assert_near, every_case, parameters, set_gradients, state, train, weights
+from lorapre import LoRAPreAdamW, LoRAPreMuon
 
 # What third parties emit while Inductor is imported and runs.
 pytestmark = [
@@ -32,7 +33,7 @@ def compare(case: Case, backend: str, shapes: list[tuple[int, ...]]) -> None:
     params, expected = parameters(shapes), parameters(shapes)
     lr = torch.tensor(0.01)
 
-    def make(params: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    def make(params: list[nn.Parameter], **options: Any) -> LoRAPreAdamW | LoRAPreMuon:
         last = {"params": params[-1:], "maximize": True}  # a group of its own is part of the same graph
         return case.make([{"params": params[:-1]}, last], **options)
 
@@ -53,6 +54,7 @@ def compare(case: Case, backend: str, shapes: list[tuple[int, ...]]) -> None:
     for own, other in zip(state(optimizer), state(eager), strict=True):
         assert_near(list(own.values()), list(other.values()), 1e-5)
     assert {int(own["step"]) for own in state(optimizer)} == {4}
+    assert_near(list(optimizer.stats().values()), list(eager.stats().values()), 1e-4)
 
 
 @every_case

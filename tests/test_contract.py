@@ -733,6 +733,7 @@ def test_a_step_never_waits_for_the_device(case: Case, nonfinite: str) -> None:
         set_gradients(params, step)
         with Forbid():
             optimizer.step()
+            optimizer.stats()
 
 
 # --- non-finite gradients

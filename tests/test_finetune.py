@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from lorapre_recipes import presets
 from lorapre_recipes.config import FinetuneConfig, Method, UserError
 from lorapre_recipes.data.arithmetic import VOCABULARY, make_problem
 from lorapre_recipes.data.examples import IGNORED, Example, encode, load_examples, read_examples
@@ -229,7 +230,8 @@ def test_a_card_of_24_gigabytes(tied: bool, lorapre: Any, base: Path, data: Path
     assert code == 0
     assert (
         "lorapre: lorapre-adamw, rank 8, split, low-rank ends, gradients released, bf16 weights, stochastic "
-        "rounding, activations computed again, loss in chunks, 4 sequences of up to 400 tokens\n"
+        "rounding, activations computed again, loss in chunks, 4 sequences of up to 400 tokens; fits: "
+        "0.0 of 24 GiB\n"
     ) in err
     coverage = (tmp_path / "run" / "coverage.txt").read_text()
     routes = {line.split()[0]: line.split()[2] for line in coverage.splitlines() if line.count("x") == 1}
@@ -238,6 +240,22 @@ def test_a_card_of_24_gigabytes(tied: bool, lorapre: Any, base: Path, data: Path
     rows = losses(tmp_path / "run")
     assert rows[-1]["validation_loss"] < rows[0].get("loss", rows[1].get("loss"))
     assert {x.dtype for x in weights(last_checkpoint(tmp_path / "run")).values()} == {torch.bfloat16}
+
+
+def test_a_run_that_does_not_fit_is_refused_with_the_plan(
+    lorapre: Any, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(presets.BUDGETS, "24gb", "1MiB")
+    monkeypatch.setattr("lorapre_recipes.plan.tables.gpu_bytes", lambda: None)
+    out = tmp_path / "run"
+    options = ("--preset", "24gb", "--data", data, "--out", out, "--no-gradient-checkpointing")
+    code, _, err = lorapre("finetune", "--model", base, *options)
+    assert code == 2
+    assert "--preset 24gb: no room; lower --batch-size or --rank\n" in err
+    assert "Memory of one GPU" in err
+    assert "GiB too much for" in err
+    assert "--gradient-checkpointing saves" in err
+    assert not out.exists()
 
 
 def test_release_has_no_time_in_the_optimizer(tiny: Tiny, tmp_path: Path, capsys: Any) -> None:

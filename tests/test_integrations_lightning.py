@@ -116,3 +116,12 @@ def test_coverage_is_logged_at_the_start(tmp_path: Path, caplog: pytest.LogCaptu
         train(tmp_path)
     (message,) = [text for text in caplog.messages if text.startswith("LoRAPreAdamW\nparameter")]
     assert "2 low-rank weights hold" in message
+
+
+def test_numbers_of_the_steps_reach_the_metrics(tmp_path: Path) -> None:
+    trainer, _ = train(tmp_path, log_every_n_steps=2)
+    (optimizer,) = trainer.optimizers
+    stats = {f"lorapre/{name}": float(x) for name, x in optimizer.stats().items()}
+    logged = {name: float(x) for name, x in trainer.logged_metrics.items()}
+    assert len(stats) == 4
+    assert stats.items() <= logged.items()

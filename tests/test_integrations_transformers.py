@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
 
-from lorapre.integrations.transformers import lorapre_adamw, lorapre_muon  # noqa: E402
+from lorapre.integrations.transformers import StatsCallback, lorapre_adamw, lorapre_muon  # noqa: E402
 
 # transformers 5.23 has another name for it, which 5.2 and peft 0.21 do not know.
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
@@ -88,6 +88,18 @@ def assert_same(a: Trainer, b: Trainer) -> None:
 
 def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_the_callback_logs_the_numbers_behind_every_loss(tmp_path: Path, factory: str) -> None:
+    training = trainer(tmp_path, factory, max_steps=4, logging_steps=2)
+    training.add_callback(StatsCallback(training))
+    training.train()
+    stats = {f"lorapre/{name}": float(x) for name, x in optimizer_of(training).stats().items()}
+    found = [entry for entry in training.state.log_history if "lorapre/captured_min" in entry]
+    assert [entry["step"] for entry in found] == [2, 4]
+    assert stats.items() <= found[-1].items()
+    assert len(losses(training)) == 2
 
 
 GIVEN = dict(learning_rate=3e-3, weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.97, adam_epsilon=1e-5)

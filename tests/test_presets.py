@@ -20,6 +20,7 @@ PARAMETERS = {
     "llama-350m": 367_969_280,
     "llama-1b": 1_339_082_752,
     "llama-7b": 6_738_415_616,
+    "llama-7b-24gb": 6_738_415_616,
 }
 
 # rank and steps; LoRA-Pre's Table 1, for 7B GaLore's

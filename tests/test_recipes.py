@@ -56,6 +56,34 @@ def tiny(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
 # Runs
 
 
+def test_a_card_of_24_gigabytes(
+    tiny: Tiny, lorapre: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The savings of llama-7b-24gb on a small Llama; a run that does not fit is refused with the plan."""
+    large, small = presets.llama_7b_24gb(), tiny()
+    names = ("dtype", "precision", "stochastic_rounding", "release", "ends", "gradient_checkpointing")
+    savings = {name: getattr(large, name) for name in (*names, "accumulation", "chunked_loss")}
+
+    def preset(optimizer: OptimizerName = "lorapre-adamw", **changes: Any) -> PretrainConfig:
+        return small.replace(preset="llama-7b-24gb", **savings, **changes)
+
+    monkeypatch.setitem(presets.PRETRAIN, "llama-7b-24gb", preset)
+    monkeypatch.setattr("lorapre_recipes.plan.tables.gpu_bytes", lambda: None)
+    out = tmp_path / "run"
+    code, _, err = lorapre("pretrain", "--preset", "llama-7b-24gb", "--out", out)
+    assert code == 0
+    assert "low-rank ends, gradients released, bf16 weights, stochastic rounding, activations computed" in err
+    assert "; fits: 0.0 of 24 GiB\n" in err
+    assert losses(out)[-1]["validation_loss"] < losses(out)[0]["loss"]
+
+    monkeypatch.setitem(presets.BUDGETS, "llama-7b-24gb", "100KiB")
+    code, _, err = lorapre("pretrain", "--preset", "llama-7b-24gb", "--out", tmp_path / "none")
+    assert code == 2
+    assert "--preset llama-7b-24gb: no room; lower --batch-size or --rank\n" in err
+    assert "GiB too much for" in err
+    assert not (tmp_path / "none").exists()
+
+
 def test_run_folder(tiny: Tiny, lorapre: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
     code, stdout, stderr = lorapre("pretrain", "--preset", "tiny", "--out", out, "--seed", "3")

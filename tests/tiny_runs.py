@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from lorapre_recipes.config import OptimizerName, PretrainConfig
 from lorapre_recipes.presets import llama_tiny
-from lorapre_recipes.train.summary import read_metrics
+from lorapre_recipes.train.summary import STATS, read_metrics
 
 TEXTS = [f"Document {i}: the {i * i} quick brown foxes jump over {i} lazy dogs. " * 4 for i in range(40)]
 
@@ -43,9 +43,9 @@ def tiny_config(optimizer: OptimizerName = "lorapre-adamw", **changes: Any) -> P
 
 
 def losses(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the times."""
+    """The lines of metrics.jsonl without the times, and without averages that a resumed run begins anew."""
     return [
-        {name: value for name, value in row.items() if not name.endswith("seconds")}
+        {name: value for name, value in row.items() if not name.endswith("seconds") and name not in STATS}
         for row in read_metrics(run / "metrics.jsonl")
     ]
 

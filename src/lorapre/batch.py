@@ -13,11 +13,13 @@ from lorapre import rounding, sharding
 from lorapre.backends import backend
 from lorapre.gradient import TILE, Ema, Factors, Number, state_dtype, wide
 from lorapre.groups import is_low_rank, matrix_shape, state_shapes
+from lorapre.linalg import debias
 from lorapre.variants import State, first_A
 
 # Elements of the factors that a batch stacks; those of one weight may be more. On GPUs, where calls
 # cost more than memory, all weights of a shape share the launches of a step.
 STACK, GPU_STACK = 2**19, 2**24
+RECENT = 0.05  # weight of a step in the averages of `stats`
 COLUMNS = ("m_A", "v_A", "v_col")  # state with a number for each column, last
 SHARED = 2**18  # elements of sharded matrices that Muon orthogonalises together, for each process
 
@@ -29,6 +31,7 @@ class Member(NamedTuple):
     grad: Tensor  # placed as the weight
     state: dict[str, Tensor]  # the names of `state_shapes`
     position: int  # among all parameters of the optimizer
+    recent: Tensor | None = None  # the averages that `Batch.note` moves
 
 
 class Batch:
@@ -56,6 +59,7 @@ class Batch:
         self._tensors = {
             name: [sharding.local(m.state[name]) for m in members] for name in members[0].state
         }  # fmt: skip
+        self._recent = [m.recent for m in members if m.recent is not None]
         self._copies: list[tuple[Tensor, Tensor]] = []
         weights = [sharding.local(m.weight) for m in members]
         grads = [sharding.local(m.grad) for m in members]
@@ -110,11 +114,39 @@ class Batch:
             if factors is not None:
                 self._write(f"{name}_B", factors.B)
                 self._write(f"{name}_A", factors.A)
+        self.note(new)
         if new.v_row is not None and new.v_col is not None:
             self._write("v_row", new.v_row[..., 0])
             self._write("v_col", new.v_col[:, 0])
         for original, copy in self._copies:
             original.copy_(copy.view(original.shape))
+
+    def note(self, new: State) -> None:
+        """Move the averages over recent steps, whose quotients are what `stats` report.
+
+        They are ||g W^T||**2 with W in the rows of A, ||g||**2, and where the state has means of
+        g**2 also ||m||**2 and the sum of v; of whole weights, over all processes. All start from
+        zero together, so the quotients have no bias.
+        """
+        T, notes = self.T, self.T.notes
+        if not self._recent or "held" not in notes:
+            return
+        held = notes["held"].square()
+        if (means := notes.get("means")) is not None:
+            energy = T.q * means[0].sum(-2, keepdim=True)
+        else:
+            sizes = [torch.linalg.vector_norm(g, dtype=T.dtype).float() for g in T.grads]
+            energy = T.sum_q(torch.stack(sizes).square()[:, None, None] if sizes else held)
+        sums = [held, energy]
+        if new.v_row is not None:
+            # In the rows of A, m is what the factors go on with; outside it is b g.
+            sums.append(notes["kept"].square() + notes["b"] ** 2 * (energy - held))
+            c2 = debias(self.group["betas"][1], self.t)
+            sums.append(T.q / c2 * new.v_row.sum(-2, keepdim=True))
+        x = torch.cat(sums, -1).view(len(self.positions), self.E, len(sums)).sum(1)
+        x = T.shards.sum(x, "ep")
+        counts = x.isfinite().all(-1, keepdim=True) & (x[:, 1:2] > 0)  # not where it is skipped
+        torch._foreach_lerp_(self._recent, list(torch.where(counts, x, 0).unbind()), RECENT)
 
     def unless_skipped(self, value: Number, skipped: float) -> Number:
         """`value`, and `skipped` of the matrices whose gradient is not finite, (N, 1, 1) then."""
@@ -195,16 +227,17 @@ def batches(
 ) -> Iterator[Batch]:  # fmt: skip
     """Sort parameters by shape, dtype and device into batches of STACK elements, or of one.
 
-    `state` has the tensors of every parameter in the order of `state_shapes`; `positions` are those
-    of the parameters among all of the optimizer.
+    `state` has the tensors of every parameter in the order of `state_shapes`, and behind a momentum
+    in factors `Member.recent`; `positions` are those of the parameters among all of the optimizer.
     """
     kinds: dict[Any, list[Member]] = {}
     rest = iter(state)
     for p, g, position in zip(weights, grads, positions, strict=True):
         own = {name: next(rest) for name in state_shapes(group, p.shape)}
+        recent = next(rest) if "m_B" in own else None
         if p.numel():
             kind = (p.shape, p.dtype, g.dtype, p.device, sharding.layout(p))
-            kinds.setdefault(kind, []).append(Member(p, g, own, position))
+            kinds.setdefault(kind, []).append(Member(p, g, own, position, recent))
     for alike in kinds.values():
         size = _batch_size(group, alike[0].weight)
         if _overlap([m.weight for m in alike]):  # one after the other, so that every update arrives

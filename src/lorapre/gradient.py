@@ -17,8 +17,7 @@ from lorapre import rounding
 from lorapre.linalg import TINY, debias, matmul
 from lorapre.sharding import WHOLE, Shards
 
-# Elements of a tile: of the gradient, and of each of some temporaries of its size that an update
-# holds.
+# Elements of a tile: of the gradient, and of some temporaries of its size that an update holds.
 TILE = 2**17
 SMALL = 2**16  # elements of matrices that are not worth a call each
 
@@ -77,10 +76,10 @@ class Gradient:
     Attributes:
         grads: N of (p, q), of the part of T that is held here.
         scale: T is the gradient times this.
-        finite: (N,), False where T is zero, because the gradient is not finite; None is True
-            everywhere.
+        finite: (N,), False where T is zero as the gradient is not finite; None: True everywhere.
         p, q: size of the whole matrices.
         rows, columns: which of them are held here.
+        notes: what the step finds on its way, for `Batch.note`.
         spread: whether other processes hold other parts.
         dtype: of the update, float32 or float64. Products with factors are float32.
     """
@@ -95,6 +94,7 @@ class Gradient:
         self.p, self.q = shards.size(*shape)
         self.rows, self.columns = shards.rows(shape[0]), shards.columns(shape[1])
         self.spread = shards.count > 1
+        self.notes: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self.grads)
@@ -102,7 +102,7 @@ class Gradient:
     def __abs__(self) -> "Gradient":
         """|T|."""
         T = copy.copy(self)
-        T.absolute, T.scale = True, abs(self.scale)
+        T.absolute, T.scale, T.notes = True, abs(self.scale), {}
         return T
 
     def __truediv__(self, x: float) -> "Gradient":
@@ -120,6 +120,12 @@ class Gradient:
         """L T (N, r, q) of L (N, r, p)."""
         product = self._left(L)
         return self.sum_p(product.mul_(self.scale) if self.scale != 1 else product)
+
+    def onto(self, W: Tensor) -> Tensor:
+        """T W^T (N, p, r) of an orthonormal W (N, r, q), and a note of how much of T that is."""
+        TWt = self @ W.mT
+        self.notes["held"] = torch.linalg.vector_norm(TWt, dim=(-2, -1), keepdim=True) / self.scale
+        return TWt
 
     @classmethod
     def __torch_function__(
@@ -297,7 +303,7 @@ class Gradient:
     ) -> None:
         """Write back rows i of members n, `read` before and changed, rounded as `keys` say."""
         if keys is not None:
-            rows, columns = (_indices(x, self.device) for x in (self.rows, self.columns))
+            rows, columns = (rounding.indices(x, self.device) for x in (self.rows, self.columns))
             rounding.round_(w, keys[n], rows[i], columns, self.q)
         write_(weights, n, i, w)
 
@@ -392,9 +398,3 @@ def at_hand(x: Tensor) -> bool:
     """Whether the host may look at numbers, without a wait for a GPU or a break of a graph."""
     plain = type(x) in (Tensor, Parameter)
     return plain and x.is_cpu and not torch.compiler.is_compiling()
-
-
-def _indices(places: range | Tensor, device: torch.device) -> Tensor:
-    if isinstance(places, Tensor):
-        return places.to(device)
-    return torch.arange(places.start, places.stop, device=device)

@@ -7,8 +7,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorapre import backends, checkpoints, options, sharding
+from lorapre import backends, checkpoints, options, report, sharding
 from lorapre.batch import Batch, batches, keep_freed_memory, start_state
 from lorapre.gradient import Moments
 from lorapre.groups import state_shapes
@@ -56,6 +57,11 @@ class LoRAPreOptimizer(Optimizer):
                 self._update(batch)
         return loss
 
+    def stats(self) -> dict[str, Tensor]:
+        """What recent steps did, as scalars on the device: `report.stats`. It waits for nothing."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        return report.stats([self._recent[p] for p in params if p in self._recent])
+
     def _batches(self, parts: Sequence[Part] = ()) -> Iterator[Batch]:
         """What has a gradient, once all of it has been checked.
 
@@ -81,16 +87,18 @@ class LoRAPreOptimizer(Optimizer):
         """Step a batch by Algorithm 1, or by AdamW where it has no factors."""
         group, T = batch.group, batch.T
         batch.begin()
-        lr, (beta1, beta2) = _lr(group), group["betas"]
+        lr, (beta1, beta2) = options.lr(group), group["betas"]
         rate = batch.unless_skipped(lr * group["scale"] if batch.rank else lr, 0.0)
         decay = batch.unless_skipped(1 - lr * group["weight_decay"], 1.0)
         means = batch.state.v_row is not None
 
         def apply(M: Moments) -> tuple[Tensor, Tensor] | None:
-            return T.step_(
+            sums = T.step_(
                 batch.weights, M, lr=rate, decay=decay, eps=group["eps"], keys=batch.keys,
                 means=means,
             )  # fmt: skip
+            T.notes |= {"b": M.b, "means": sums}
+            return sums
 
         variant = ADAM[group["variant"]] if batch.rank else dense
         batch.store(variant(batch.state, T, batch.t, beta1, beta2, apply))
@@ -119,6 +127,10 @@ class LoRAPreOptimizer(Optimizer):
             weights.append(p)
             grads.append(sharding.gradient(p))
             state.extend(own[name] for name in shapes)
+            if "m_B" in shapes:
+                if (sums := self._recent.get(p)) is None or sums.device != own["step"].device:
+                    sums = self._recent[p] = own["step"].new_zeros(4 if "v_row" in shapes else 2)
+                state.append(sums)
         return False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -200,6 +212,7 @@ class LoRAPreOptimizer(Optimizer):
     def _prepare(self) -> None:
         """Compile the kernels now: collectives of the first step would wait for the compiler."""
         self._said: set[str] = set()
+        self._recent = WeakTensorKeyDictionary()  # of `stats`; no part of the state
         on_cpu = any(p.is_cpu for group in self.param_groups for p in group["params"])
         if on_cpu and (reason := backends.library.prepare()) is not None:
             self._say(reason)
@@ -359,10 +372,10 @@ class LoRAPreMuon(LoRAPreOptimizer):
     def _update(self, batch: Batch) -> None:
         group, T = batch.group, batch.T
         if not batch.rank:
-            batch.group = _dense(group)
+            batch.group = options.dense(group)
             return super()._update(batch)
         batch.begin()
-        lr = _lr(group)
+        lr = options.lr(group)
         rate = batch.unless_skipped(lr * lr_factor(group["adjust_lr_fn"], T.p, T.q), 0.0)
         decay = batch.unless_skipped(1 - lr * group["weight_decay"], 1.0)
 
@@ -381,17 +394,3 @@ class LoRAPreMuon(LoRAPreOptimizer):
 def _waits(p: Tensor) -> bool:
     """Whether p has a gradient to step; a released gradient counts as missing."""
     return p.grad is not None and not hasattr(p.grad, "lorapre_released")
-
-
-def _dense(group: dict[str, Any]) -> dict[str, Any]:
-    """The options of dense weights in a group of Muon, in AdamW's names."""
-    weight_decay = group["weight_decay"]
-    if group["rank"] is not None and group["adamw_weight_decay"] is not None:
-        weight_decay = group["adamw_weight_decay"]
-    own = {"lr": _lr(group) * group["dense_ratio"], "weight_decay": weight_decay}
-    return {**group, **own, "betas": group["adamw_betas"], "eps": group["adamw_eps"]}
-
-
-def _lr(group: dict[str, Any]) -> float | Tensor:
-    lr = group["lr"]
-    return lr.reshape(()) if isinstance(lr, Tensor) else lr

@@ -80,6 +80,21 @@ def checked_params(group: Mapping[str, Any]) -> Any:
     return params
 
 
+def lr(group: Mapping[str, Any]) -> float | Tensor:
+    """The learning rate; a tensor of one element as a scalar."""
+    value: float | Tensor = group["lr"]
+    return value.reshape(()) if isinstance(value, Tensor) else value
+
+
+def dense(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of dense weights in a group of Muon, in AdamW's names."""
+    weight_decay = group["weight_decay"]
+    if group["rank"] is not None and group["adamw_weight_decay"] is not None:
+        weight_decay = group["adamw_weight_decay"]
+    own = {"lr": lr(group) * group["dense_ratio"], "weight_decay": weight_decay}
+    return {**group, **own, "betas": group["adamw_betas"], "eps": group["adamw_eps"]}
+
+
 def _require(group: Mapping[str, Any], name: str, condition: bool, wanted: str) -> None:
     if not condition:
         raise ValueError(f"{name} must be {wanted}, but is {group[name]!r}")

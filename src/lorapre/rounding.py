@@ -63,6 +63,13 @@ def round_(x: Tensor, key: Tensor, rows: Tensor, columns: Tensor, width: int) ->
     return torch.where(x.isfinite(), rounded, x, out=x)
 
 
+def indices(places: range | Tensor, device: torch.device) -> Tensor:
+    """Rows or columns, which a gradient holds, for `round_`."""
+    if isinstance(places, Tensor):
+        return places.to(device)
+    return torch.arange(places.start, places.stop, device=device)
+
+
 def _mix(x: Tensor) -> Tensor:
     """A bijection of 32-bit integers without visible structure, in place."""
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)

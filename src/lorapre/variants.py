@@ -4,9 +4,10 @@
     muon(s, T, mu, nesterov, follow, apply) -> the state after the step   Muon, Algorithm 2
 
 `s` is the state before the step. `T` is the gradient as an operand: a variant takes `T @ X`,
-`L @ T`, `abs(T)`, `T / x` and sums over processes. `t` (N, 1, 1) is the number of the step. `apply`
-moves the weights by the moments that it is told, and returns the means of g**2 over rows and
-columns where the state keeps them. These moments are made of the factors before the step.
+`L @ T`, `abs(T)`, `T / x` and sums over processes. `T.onto(W)` is `T @ W.mT`, which `stats` report
+on. `t` (N, 1, 1) is the number of the step. `apply` moves the weights by the moments that it is
+told, and returns the means of g**2 over rows and columns where the state keeps them. These moments
+are made of the factors before the step.
 
 Shapes, of N matrices at a time: B (N, p, r), A (N, r, q), T (N, p, q), v_row (N, p, 1),
 v_col (N, 1, q).
@@ -75,7 +76,7 @@ def split(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: A
     beta, k, c2 = debiased(beta1, t), debias(beta2, t - 1), debias(beta2, t)
     B, A = s.m
     W, AWt = row_space(A, T)
-    TWt, BAWt = T @ W.mT, matmul(B, AWt)
+    TWt, BAWt = T.onto(W), matmul(B, AWt)
     BtB = T.sum_p(B[..., :1].square().sum(-2, keepdim=True))  # times I: B has equally long columns
     row = positive(s.v_row - k / T.q * BAWt.square().sum(-1, keepdim=True))
     col = positive(s.v_col - k / T.p * BtB * A.square().sum(-2, keepdim=True))
@@ -105,7 +106,7 @@ def printed(f: Factors, T: Gradient, beta: float) -> Factors:
     """
     (B, A), gamma = f, 1 - beta**0.5
     R = damped_root(T.sum_q(matmul(A, A.mT)), least=DAMPING)
-    new_B = B.lerp(matmul(T @ matmul(R, A).mT, R), gamma)
+    new_B = B.lerp(matmul(T.onto(matmul(R, A)), R), gamma)
     size = norm_p(B, T).clamp(min=1e-18)  # in units of which no square leaves the range of float32
     L = B / size
     R = damped_root(T.sum_p(matmul(L.mT, L)), least=DAMPING / size**2)
@@ -122,13 +123,14 @@ def row_space(A: Tensor, T: Gradient) -> tuple[Tensor, Tensor]:
 def follow_ema(f: Factors, T: Gradient, beta: Tensor | float) -> Factors:
     """One subspace iteration on the EMA beta B A + (1 - beta) T, seen from the rows of A."""
     W, AWt = row_space(f.A, T)
-    Y = matmul(f.B, AWt).lerp_(T @ W.mT, 1 - beta)
+    Y = matmul(f.B, AWt).lerp_(T.onto(W), 1 - beta)
     del W  # of the size of A, of which `project` makes two
     return project(f, T, beta, Y)
 
 
 def project(f: Factors, T: Gradient, beta: Tensor | float, Y: Tensor) -> Factors:
     """beta B A + (1 - beta) T, projected on the columns of Y (N, p, r), which is overwritten."""
+    T.notes["kept"] = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True)
     Q = orth_(Y, T)
     A = matmul(T.sum_p(matmul(Q.mT, f.B)), f.A).lerp_(Q.mT @ T, 1 - beta)
     return Factors(*gauge_(Q, A, T, before=f.A))

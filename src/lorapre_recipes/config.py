@@ -241,6 +241,9 @@ class RunConfig(OptimizerConfig):
     chunked_loss: Annotated[
         bool, "compute the loss in chunks: logits of a batch never exist. Not with FSDP."
     ] = True
+    gradient_checkpointing: Annotated[
+        bool, "compute activations again in the backward pass instead of keeping them."
+    ] = False
     compile: Annotated[bool, "put the model through torch.compile."] = False
     report_to: Annotated[
         tuple[str, ...], "an installed logger: tensorboard, trackio, wandb; may be repeated."
@@ -320,6 +323,9 @@ class PretrainConfig(RunConfig):
             even = f"a head must have an even share of --hidden-size {self.hidden_size}"
             raise UserError(f"--heads {self.heads}: {even}")
 
+    def __str__(self) -> str:
+        return self.preset
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
@@ -340,9 +346,6 @@ class FinetuneConfig(RunConfig):
     template: Annotated[Template, "how a question is put, as lm-eval or Alpaca does."] = "question"
     sequence_length: Annotated[int, "leave out examples with more tokens."]
     packing: Annotated[bool, "put a batch in one row, without padding."] = False
-    gradient_checkpointing: Annotated[
-        bool, "compute activations again in the backward pass instead of keeping them."
-    ] = False
     adapter: Adapter | None = None  # its weights train with AdamW, the model's own stay as they are
 
     def __post_init__(self) -> None:

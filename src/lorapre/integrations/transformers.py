@@ -11,17 +11,40 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from lorapre.groups import Rule, param_groups
 from lorapre.optimizers import LoRAPreAdamW, LoRAPreMuon, LoRAPreOptimizer
 from lorapre.report import coverage
 
-__all__ = ["lorapre_adamw", "lorapre_muon"]
+__all__ = ["StatsCallback", "lorapre_adamw", "lorapre_muon"]
 
 # A child of transformers' logger: the Trainer sets its level from log_level, log_level_replica.
 _logger = logging.get_logger("transformers.lorapre")
+
+
+class StatsCallback(TrainerCallback):
+    """Log `optimizer.stats()` behind every loss: `trainer.add_callback(StatsCallback(trainer))`."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        *,
+        logs: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        """Log the numbers behind a loss."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        if "loss" in logs and isinstance(optimizer, LoRAPreOptimizer):
+            stats = optimizer.stats().items()
+            self.trainer.log({f"lorapre/{name}": float(x) for name, x in stats})
 
 
 def lorapre_adamw(

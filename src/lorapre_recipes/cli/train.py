@@ -6,9 +6,9 @@ from typing import Any
 
 from lorapre_recipes.cli.launch import launch, launched_with_fsdp
 from lorapre_recipes.cli.options import options
-from lorapre_recipes.config import FinetuneConfig, Method, PretrainConfig, UserError
+from lorapre_recipes.config import FinetuneConfig, Method, PretrainConfig, RunConfig, UserError
 from lorapre_recipes.files import read_json
-from lorapre_recipes.presets import FINETUNE, PRETRAIN, get_preset
+from lorapre_recipes.presets import BUDGETS, FINETUNE, PRETRAIN, get_preset
 from lorapre_recipes.train.runs import model_folder
 
 
@@ -29,7 +29,7 @@ def pretrain(
 
     Args:
         preset: model, data and schedule: llama-tiny (default), llama-1m, -5m, -20m; as published,
-            on C4: llama-60m, -130m, -350m, -1b, -7b.
+            on C4: llama-60m, -130m, -350m, -1b, -7b, and llama-7b-24gb for one card of 24 GB.
         out: run folder, new or empty. Default: runs/PRESET-OPTIMIZER-TIME.
         resume: a run folder to go on with from its last checkpoint. It holds all other options;
             --steps makes the run longer.
@@ -40,7 +40,10 @@ def pretrain(
     def make() -> PretrainConfig:
         chosen = get_preset(PRETRAIN, preset or "llama-tiny")
         config = chosen(changes.pop("optimizer", "lorapre-adamw")).replace(**changes)
-        return config.replace(fsdp=config.fsdp or launched_with_fsdp())
+        config = config.replace(fsdp=config.fsdp or launched_with_fsdp())
+        if not dry_run and not config.fsdp:
+            check_memory(config, config)
+        return config
 
     given = {"preset": preset, "out": out, "dry_run": dry_run} | changes
     return launch("pretrain", PretrainConfig, make, resume, given)
@@ -90,15 +93,27 @@ def finetune(
             made = "make it (docs/finetuning-results.md) or give another"
             raise UserError(f"{error}; it is the model of preset {name}; {made}") from error
         config = config if "sequence_length" in changes else shortened(config, Path(folder))
-        if name == "24gb":
-            print(f"lorapre: {savings(config)}", file=sys.stderr)
+        if config.adapter is None:
+            check_memory(folder, config)
         return config
 
     given = {"preset": preset, "method": method, "out": out, "dry_run": dry_run} | changes
     return launch("finetune", FinetuneConfig, make, resume, given)
 
 
-def savings(config: FinetuneConfig) -> str:
+def check_memory(model: str | PretrainConfig, config: RunConfig) -> None:
+    """Say what decides the memory of a run whose preset has a budget; refuse what does not fit."""
+    if config.preset in BUDGETS:
+        from lorapre_recipes.plan.tables import render_run  # brings torch
+
+        plan, fits = render_run(model, config, BUDGETS[config.preset])
+        if not fits:
+            print(plan, file=sys.stderr)
+            raise UserError(f"--preset {config.preset}: no room; lower --batch-size or --rank")
+        print(f"lorapre: {savings(config)}; {plan.splitlines()[-1]}", file=sys.stderr)
+
+
+def savings(config: RunConfig) -> str:
     """What decides the memory of a run, in words."""
     from lorapre_recipes.train.summary import describe_optimizer  # brings torch
 

@@ -107,10 +107,15 @@ class Settings(OptimizerConfig):
         return "\n".join(lines)
 
 
+Model = str | PretrainConfig
+
+
 def pretrain_config(
-    model: str, optimizer: OptimizerName = "lorapre-adamw"
+    model: Model, optimizer: OptimizerName = "lorapre-adamw"
 ) -> PretrainConfig | None:
     """The config of a run folder of `lorapre pretrain` or of a preset; None for other models."""
+    if isinstance(model, PretrainConfig):
+        return model
     folder = Path(model).expanduser()
     if (folder / "data.json").is_file():
         return PretrainConfig.load(folder / "config.json")

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfi
 
 from lorapre_recipes.config import NOT_LOADED, UserError, user_errors
 from lorapre_recipes.console import quieten
-from lorapre_recipes.plan.settings import pretrain_config
+from lorapre_recipes.plan.settings import Model, pretrain_config
 
 
 def llama(hidden: int, intermediate: int, heads: int, layers: int, **fields: Any) -> LlamaConfig:
@@ -35,12 +35,12 @@ BUILT_IN: dict[str, LlamaConfig] = {
 }
 
 
-def meta_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def meta_model(name: Model, dtype: torch.dtype) -> PreTrainedModel:
     """A model with parameters of `dtype` on the meta device.
 
     `name` is one in `BUILT_IN` (meta-llama/Llama-3.1-8B means the same and does not ask the hub),
-    a preset or a run folder of `lorapre pretrain`, a folder with a config.json, that file itself,
-    or a model on the hub. Raises UserError where there is none.
+    a config, a preset or a run folder of `lorapre pretrain`, a folder with a config.json, that file
+    itself, or a model on the hub. Raises UserError where there is none.
     """
     from lorapre_recipes.train.pretrain import build_model  # not for those who need a shape alone
 
@@ -50,7 +50,7 @@ def meta_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
         if (run := pretrain_config(name)) is not None:
             model: PreTrainedModel = build_model(run, end_of_document=0)
         else:
-            model = from_config(config_of(name))
+            model = from_config(config_of(str(name)))
     model.to(dtype)  # type: ignore[arg-type]
     return model
 

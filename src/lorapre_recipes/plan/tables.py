@@ -3,14 +3,15 @@
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 
-from lorapre_recipes.config import UserError
+from lorapre_recipes.config import RunConfig, UserError
 from lorapre_recipes.console import binary, short
 from lorapre_recipes.plan.memory import Memory, Weight, check_mesh, memory, moments, routed
-from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
+from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Model, Settings
 from lorapre_recipes.plan.shapes import meta_model
 from lorapre_recipes.plan.trace import Trace, trace
 from lorapre_recipes.train.optim import DTYPES
@@ -22,7 +23,7 @@ Row = tuple[str, ...]
 Passes = tuple[bool, bool]  # `Settings.passes`
 
 
-def render(name: str, settings: Settings, meshes: Sequence[Mesh] = ()) -> tuple[str, bool]:
+def render(name: Model, settings: Settings, meshes: Sequence[Mesh] = ()) -> tuple[str, bool]:
     """The text that `lorapre plan` prints, and whether the plan fits into the budget.
 
     On one GPU a training step is traced. With meshes, and for models that cannot be traced,
@@ -104,7 +105,18 @@ def gpu_bytes() -> int | None:
     return total
 
 
-def advice(name: str, settings: Settings, peak: int, traces: dict[Passes, Trace]) -> Iterator[str]:
+def render_run(model: Model, config: RunConfig, budget: str) -> tuple[str, bool]:
+    """`render` of a run: does it fit into the GPU, or a budget where there is none?"""
+    try:
+        own = {x.name: vars(config)[x.name] for x in fields(Settings) if x.name in vars(config)}
+        return render(model, Settings(**own, budget=None if gpu_bytes() else budget))
+    except UserError as error:
+        return f"memory is not planned: {error}", True
+
+
+def advice(
+    name: Model, settings: Settings, peak: int, traces: dict[Passes, Trace]
+) -> Iterator[str]:
     """What options that are not given would save, each and all together: planned again with them.
 
     `traces` are those at hand, by what the passes depend on.

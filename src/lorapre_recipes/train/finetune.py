@@ -59,9 +59,6 @@ def finetune(config: FinetuneConfig, out: Path, **session: Any) -> Summary:
     data = load_examples(config, tokenizer)
     set_seed(config.seed)
     base = load_model(config.model, folder, DTYPES[config.dtype])
-    if config.gradient_checkpointing:
-        old = base.gradient_checkpointing_enable  # before transformers 5.23
-        getattr(base, "activation_checkpointing_enable", old)({"use_reentrant": False})
     freeze(base, config.freeze)
     model, optimizer = with_optimizer(base, config)
     summary = train(

@@ -72,6 +72,9 @@ def train(
     books = Bookkeeper(optimizer, out / "metrics.jsonl")
     if config.release:
         gradient_release(model, optimizer)  # type: ignore[arg-type]
+    if config.gradient_checkpointing:
+        old = model.gradient_checkpointing_enable  # before transformers 5.23
+        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
     # Nothing is written before this line: a mistake leaves no folder behind.
     distributed.on_main(lambda: prepare_folder(out, config, tokenizer, data.facts))

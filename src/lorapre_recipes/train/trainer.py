@@ -30,7 +30,7 @@ from lorapre_recipes.files import append_line, write_lines
 from lorapre_recipes.train import distributed
 from lorapre_recipes.train.loss import ChunkedLoss, LogitsChanged
 from lorapre_recipes.train.runs import PARTIAL, checkpoints, write_manifest
-from lorapre_recipes.train.summary import Metric
+from lorapre_recipes.train.summary import STATS, Metric
 
 KEPT = 2  # checkpoints: should the last one be damaged, there is another
 
@@ -217,6 +217,8 @@ class RecipeTrainer(Trainer):
         if "loss" in logs:
             logs["timed_steps"], logs["step_seconds"] = self.books.steps, self.books.step_seconds
             logs["optimizer_seconds"] = self.books.optimizer_seconds
+            own = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+            logs |= {name: float(x) for name, x in getattr(own, "stats", dict)().items()}
         super().log(logs, start_time)
         if distributed.is_main():
             for row in metrics_of(self.state.log_history[-1:]):
@@ -259,7 +261,7 @@ METRICS: tuple[str, ...] = (
     "step_seconds",
     "optimizer_seconds",
 )
-METRICS += ("eval_loss", "eval_perplexity")
+METRICS += ("eval_loss", "eval_perplexity", *STATS)
 
 
 def metrics_of(history: Iterable[dict[str, Any]]) -> list[Metric]:
