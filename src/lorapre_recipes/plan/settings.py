@@ -19,6 +19,7 @@ from lorapre_recipes.config import (
 from lorapre_recipes.presets import PRETRAIN
 from lorapre_recipes.train.summary import describe_optimizer
 
+Model = str | PretrainConfig  # a name as in `meta_model`, or a run
 LENGTH = 2048  # tokens of a sequence, where the model reads so many
 
 
@@ -105,9 +106,6 @@ class Settings(OptimizerConfig):
             if patterns:
                 lines.append(f"{what}: {', '.join(patterns)}")
         return "\n".join(lines)
-
-
-Model = str | PretrainConfig
 
 
 def pretrain_config(

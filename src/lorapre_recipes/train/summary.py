@@ -142,8 +142,9 @@ def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path:
     for name in known:
         color, style = f"C{2 + name.startswith('update')}", "-" if "mean" in name else ":"
         below[0].plot(*series(name), style, color=color, label=name.replace("_", ", "))
-        below[0].set(ylim=(0, None), ylabel="of the gradient; of lr × scale")
-        below[0].legend(frameon=False)
+    for lower in below:
+        lower.set(ylim=(0, None), ylabel="of the gradient; of lr × scale")
+        lower.legend(frameon=False)
     (below or [axes])[0].set_xlabel(f"tokens seen ({word})")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.25)
