@@ -579,9 +579,8 @@ def test_stochastic_rounding_draws_the_same_bits() -> None:
     assert all((x != y).any() for x, y in zip(ours.weights(), nearest.weights(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["adam-split", "adam-paper"])
-def test_a_column_without_gradient_stays_where_it_is(name: str) -> None:
-    x = Run(name, TritonGradient, (BF16, BF16), shapes=[(37, 71)], weight_decay=0.0, eps=1e-30)
+def test_a_column_without_gradient_stays_where_it_is() -> None:
+    x = Run("adam-dense", TritonGradient, (BF16, BF16), shapes=[(37, 71)], weight_decay=0.0, eps=1e-30)
     before = x.weights()[0]
     for step in range(2):
         x.step(step, only=(..., slice(6, None)))
@@ -592,7 +591,7 @@ def test_factors_find_rows_and_columns_that_were_zero() -> None:
     x = Run("adam-split", TritonGradient, (BF16, BF16), shapes=[(12, 20)])
     for step in range(7):  # in the upper left corner, then in the lower right
         x.step(step, only=(slice(6), slice(10)) if step < 2 else (slice(6, None), slice(10, None)))
-    assert all(product[6:, 10:].any() for product in x.state()[:2])  # by way of the probe
+    assert x.state()[0][6:, 10:].any()  # by way of the probe
 
 
 # The compiler
