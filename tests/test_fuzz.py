@@ -169,7 +169,7 @@ def check(case: Case, plan: Plan) -> None:
         elif not adam:
             shape = (plan.shape[0], math.prod(plan.shape[1:])) if len(plan.shape) == 4 else plan.shape[-2:]
             bound = 1.25 * math.sqrt(max(1, shape[0] / shape[1]))
-        elif case.options.get("variant") == "split":
+        elif case.options.get("variant", "split") == "split":
             bound = split_bound(betas, t)
         else:
             beta1, beta2 = betas

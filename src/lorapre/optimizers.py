@@ -128,8 +128,10 @@ class LoRAPreOptimizer(Optimizer):
             grads.append(sharding.gradient(p))
             state.extend(own[name] for name in shapes)
             if "m_B" in shapes:
-                if (sums := self._recent.get(p)) is None or sums.device != own["step"].device:
-                    sums = self._recent[p] = own["step"].new_zeros(4 if "v_row" in shapes else 2)
+                fresh = own["step"].new_zeros(4 if "v_row" in shapes else 2)
+                sums = self._recent.get(p)
+                if sums is None or sums.shape != fresh.shape or sums.device != fresh.device:
+                    sums = self._recent[p] = fresh
                 state.append(sums)
         return False
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,8 +46,8 @@ class Row:
     adamw_bytes: int
     note: str
     skipped: int | None
-    captured: float | None = None
-    update: float | None = None
+    captured: float | None = field(default=None, compare=False)
+    update: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def coverage(optimizer: torch.optim.Optimizer) -> Coverage:
     Returns:
         A `Coverage`: one `Row` for each parameter, the totals in bytes, and a table as its `str()`.
     """
-    rows, recent = [], getattr(optimizer, "_recent", {})
+    rows, inner = [], getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    recent = getattr(inner, "_recent", {})
     for number, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or ()
         if len(names) != len(group["params"]):  # there are none, or a parameter has been taken out
