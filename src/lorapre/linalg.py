@@ -72,7 +72,7 @@ def inverse_root(G: Tensor) -> Tensor:
     the work is products of matrices: libraries solve triangular systems at a fraction of the speed.
     """
     r = G.shape[-1]
-    if r <= 128:
+    if r <= 64:
         eye = torch.eye(r, dtype=G.dtype, device=G.device).expand_as(G)
         root: Tensor = torch.linalg.solve_triangular(
             torch.linalg.cholesky_ex(G).L, eye, upper=False
