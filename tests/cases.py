@@ -40,10 +40,12 @@ class Case(NamedTuple):
 CASES = {
     "adam-split": Case(LoRAPreAdamW, {}),
     "adam-paper": Case(LoRAPreAdamW, {"variant": "paper"}),
+    "adam-rank-0": Case(LoRAPreAdamW, {"rank": 0}),
     "adam-dense": Case(LoRAPreAdamW, {"rank": None}),
     "muon-subspace": Case(LoRAPreMuon, {}),
     "muon-paper": Case(LoRAPreMuon, {"variant": "paper"}),
     "muon-nesterov": Case(LoRAPreMuon, {"nesterov": True}),
+    "muon-rank-0": Case(LoRAPreMuon, {"rank": 0}),
     "muon-dense": Case(LoRAPreMuon, {"rank": None}),
 }
 FACTORISED = [name for name in CASES if not name.endswith("dense")]

@@ -82,7 +82,10 @@ def check_weight(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name:
         )
     if "step" not in own:
         return
-    for key, shape in state_shapes(group, p.shape).items():
+    shapes = state_shapes(group, p.shape)
+    if stale := OURS.intersection(own) - {*shapes, "skipped"}:
+        raise _misfit(f"{name} has the state {', '.join(sorted(stale))}", group)
+    for key, shape in shapes.items():
         value, dtype = own.get(key), state_dtype(p, key)
         if value is None and key == "skipped":  # `nonfinite` has been edited: the count starts now
             own[key] = torch.zeros_like(own["step"])

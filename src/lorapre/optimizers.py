@@ -88,7 +88,7 @@ class LoRAPreOptimizer(Optimizer):
         group, T = batch.group, batch.T
         batch.begin()
         lr, (beta1, beta2) = options.lr(group), group["betas"]
-        rate = batch.unless_skipped(lr * group["scale"] if batch.rank else lr, 0.0)
+        rate = batch.unless_skipped(lr * group["scale"] if batch.low_rank else lr, 0.0)
         decay = batch.unless_skipped(1 - lr * group["weight_decay"], 1.0)
         means = batch.state.v_row is not None
 
@@ -100,7 +100,7 @@ class LoRAPreOptimizer(Optimizer):
             T.notes |= {"b": M.b, "means": sums}
             return sums
 
-        variant = ADAM[group["variant"]] if batch.rank else dense
+        variant = ADAM[group["variant"]] if batch.low_rank else dense
         batch.store(variant(batch.state, T, batch.t, beta1, beta2, apply))
 
     def _init_group(
@@ -371,7 +371,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
 
     def _update(self, batch: Batch) -> None:
         group, T = batch.group, batch.T
-        if not batch.rank:
+        if not batch.low_rank:
             batch.group = options.dense(group)
             return super()._update(batch)
         batch.begin()
