@@ -19,6 +19,7 @@ RANK = 3
 # then what goes dense: a matrix too small for the rank, a column, a row, a vector, a scalar.
 SHAPES = [(12, 20)] * 3 + [(20, 12), *[(3, 10, 14)] * 2, (8, 3, 3, 3), (4, 5), (9, 1), (1, 9), (7,), ()]
 LOW_RANK = 7  # of them
+RANK_0 = 10  # of them, which have two dimensions: it is too large for none
 
 
 class Case(NamedTuple):
@@ -30,6 +31,17 @@ class Case(NamedTuple):
     def make(self, params: Iterable[Any], **options: Any) -> LoRAPreAdamW | LoRAPreMuon:
         """The optimizer of `params`; `options` override the row's."""
         return self.cls(params, **{"lr": 0.01, "weight_decay": 0.1, "rank": RANK, **self.options, **options})
+
+    @property
+    def rank(self) -> int | None:
+        """Of the momenta."""
+        rank: int | None = self.options.get("rank", RANK)
+        return rank
+
+    @property
+    def low_rank(self) -> int:
+        """How many of `SHAPES` have momenta of this rank."""
+        return 0 if self.rank is None else LOW_RANK if self.rank else RANK_0
 
     @property
     def decay(self) -> str:
@@ -53,6 +65,8 @@ ADAM = [name for name in CASES if name.startswith("adam")]
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 factorised = pytest.mark.parametrize("case", [CASES[name] for name in FACTORISED], ids=FACTORISED)
+SHAPED = [name for name in CASES if name != "muon-rank-0"]  # it keeps the number of the step alone
+shaped = pytest.mark.parametrize("case", [CASES[name] for name in SHAPED], ids=SHAPED)
 
 
 def parameters(

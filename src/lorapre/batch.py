@@ -64,7 +64,8 @@ class Batch:
         weights = [sharding.local(m.weight) for m in members]
         grads = [sharding.local(m.grad) for m in members]
         shards = sharding.shards(weight, flatten)
-        self._dims = self._order([*weights, *grads]) if self.low_rank and shards.count == 1 else None
+        whole = self.low_rank and shards.count == 1
+        self._dims = self._order([*weights, *grads]) if whole else None
         self.weights, grads = self._matrices(weights, written=True), self._matrices(grads)
         kind, self.slow = backend(self.weights, grads)
         self.T = kind(

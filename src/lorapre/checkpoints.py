@@ -83,8 +83,6 @@ def check_weight(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name:
     if "step" not in own:
         return
     shapes = state_shapes(group, p.shape)
-    if stale := OURS.intersection(own) - {*shapes, "skipped"}:
-        raise _misfit(f"{name} has the state {', '.join(sorted(stale))}", group)
     for key, shape in shapes.items():
         value, dtype = own.get(key), state_dtype(p, key)
         if value is None and key == "skipped":  # `nonfinite` has been edited: the count starts now
@@ -95,6 +93,8 @@ def check_weight(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name:
             raise _misfit(f"the state {key!r} of {name} {found}, but {needed}", group)
         elif value.dtype != dtype or value.device != p.device or not value.is_contiguous():
             own[key] = value.to(device=p.device, dtype=dtype).contiguous()
+    for key in sorted(OURS.intersection(own) - {*shapes, "skipped"}):
+        raise _misfit(f"the state {key!r} of {name} has no use", group)
 
 
 def _misfit(what: str, group: Mapping[str, Any]) -> RuntimeError:

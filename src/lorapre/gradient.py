@@ -159,8 +159,7 @@ class Gradient:
             lr: the learning rate with all its factors; zero where a step is skipped.
             decay: what w keeps, 1 - lr weight_decay; one where a step is skipped.
             eps: as in Adam.
-            keys: (N,), of `rounding.keys`: bfloat16 weights are rounded stochastically. None: to
-                nearest.
+            keys: (N,), of `rounding.keys`: bfloat16 weights are rounded at random. None: nearest.
             means: whether the means are wanted.
 
         Returns:

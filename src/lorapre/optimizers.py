@@ -122,6 +122,7 @@ class LoRAPreOptimizer(Optimizer):
                 shapes_of[p.shape] = state_shapes(group, p.shape)
             shapes = shapes_of[p.shape]
             if "step" not in own:
+                self._recent.pop(p, None)  # of a state that has been deleted
                 with exact_products(p.device):
                     own.update(start_state(p, group, shapes))
             weights.append(p)

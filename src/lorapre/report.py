@@ -175,8 +175,8 @@ def _row(name: str, weight: Tensor, group: Mapping[str, Any], state: Mapping[str
     low_rank = is_low_rank(weight.shape, rank, flatten)
     note = _NOT_SMALLER if rank is not None and weight.ndim > 1 and not low_rank else ""
     if "step" in state:  # the state decides, where options have been edited since
-        low_rank = "m_B" in state or (low_rank and "exp_avg" not in state)  # rank 0 has no factors
-        rank = state["m_B"].shape[-1] if "m_B" in state else rank
+        low_rank = "exp_avg" not in state
+        rank = state["m_B"].shape[-1] if "m_B" in state else 0
     trainable = weight.requires_grad
     local = sharding.local(weight.detach())
     # All state is float32, but for the dense moments of a float64 weight.
