@@ -240,7 +240,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         betas: decay of the first and the second moment, in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in AdamW.
-        rank: r, or None for dense AdamW.
+        rank: r, or None for dense AdamW. With 0 "split" keeps no momentum: the update is the
+            gradient over the root of the rank-one second moment (state: `step`, `v_row`, `v_col`).
         scale: factor on the update of the factorised weights alone (the paper trains with 0.25).
         variant: "split" or "paper" (as printed); see docs/maths.md.
         maximize: ascend instead.
@@ -308,7 +309,8 @@ class LoRAPreMuon(LoRAPreOptimizer):
         adjust_lr_fn: factor on lr by shape, as in torch.optim.Muon: None or "original" is
             sqrt(max(1, p / q)), "match_rms_adamw" is 0.2 sqrt(max(p, q)), with which AdamW's
             learning rates carry over.
-        rank: r, or None for dense AdamW.
+        rank: r, or None for dense AdamW. With 0 "subspace" keeps no momentum: the matrix is the
+            gradient alone (state: `step`).
         variant: "subspace" or "paper" (as printed); see docs/maths.md.
         adamw_lr: learning rate of the dense weights, None for lr. A group with `rank=None` takes it
             as its lr unless it names its own. Dense weights inside a factorised group keep the
