@@ -1,7 +1,7 @@
 """LoRAPreAdamW and LoRAPreMuon: options, state and the order of a step."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -213,7 +213,8 @@ class LoRAPreOptimizer(Optimizer):
     def _prepare(self) -> None:
         """Compile the kernels now: collectives of the first step would wait for the compiler."""
         self._said: set[str] = set()
-        self._recent = WeakTensorKeyDictionary()  # of `stats`; no part of the state
+        # Of `stats`; no part of the state.
+        self._recent: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         on_cpu = any(p.is_cpu for group in self.param_groups for p in group["params"])
         if on_cpu and (reason := backends.library.prepare()) is not None:
             self._say(reason)
