@@ -19,6 +19,7 @@ RANK = 3
 # then what goes dense: a matrix too small for the rank, a column, a row, a vector, a scalar.
 SHAPES = [(12, 20)] * 3 + [(20, 12), *[(3, 10, 14)] * 2, (8, 3, 3, 3), (4, 5), (9, 1), (1, 9), (7,), ()]
 LOW_RANK = 7  # of them
+RANK_0 = 10  # of them, which have two dimensions: it is too large for none
 
 
 class Case(NamedTuple):
@@ -32,6 +33,17 @@ class Case(NamedTuple):
         return self.cls(params, **{"lr": 0.01, "weight_decay": 0.1, "rank": RANK, **self.options, **options})
 
     @property
+    def rank(self) -> int | None:
+        """Of the momenta."""
+        rank: int | None = self.options.get("rank", RANK)
+        return rank
+
+    @property
+    def low_rank(self) -> int:
+        """How many of `SHAPES` have momenta of this rank."""
+        return 0 if self.rank is None else LOW_RANK if self.rank else RANK_0
+
+    @property
     def decay(self) -> str:
         """Name of the option that sets how fast momenta decay."""
         return "betas" if self.cls is LoRAPreAdamW else "momentum"
@@ -40,10 +52,12 @@ class Case(NamedTuple):
 CASES = {
     "adam-split": Case(LoRAPreAdamW, {}),
     "adam-paper": Case(LoRAPreAdamW, {"variant": "paper"}),
+    "adam-rank-0": Case(LoRAPreAdamW, {"rank": 0}),
     "adam-dense": Case(LoRAPreAdamW, {"rank": None}),
     "muon-subspace": Case(LoRAPreMuon, {}),
     "muon-paper": Case(LoRAPreMuon, {"variant": "paper"}),
     "muon-nesterov": Case(LoRAPreMuon, {"nesterov": True}),
+    "muon-rank-0": Case(LoRAPreMuon, {"rank": 0}),
     "muon-dense": Case(LoRAPreMuon, {"rank": None}),
 }
 FACTORISED = [name for name in CASES if not name.endswith("dense")]
@@ -51,6 +65,8 @@ ADAM = [name for name in CASES if name.startswith("adam")]
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 factorised = pytest.mark.parametrize("case", [CASES[name] for name in FACTORISED], ids=FACTORISED)
+SHAPED = [name for name in CASES if name != "muon-rank-0"]  # it keeps the number of the step alone
+shaped = pytest.mark.parametrize("case", [CASES[name] for name in SHAPED], ids=SHAPED)
 
 
 def parameters(

@@ -25,7 +25,7 @@ def relative_damping(G: Tensor) -> float:
 
 def gauged(B: Tensor, A: Tensor, A_before: Tensor) -> tuple[Tensor, Tensor]:
     """Departure c: the same product with ||A||_F = sqrt(r); where A is zero, product zero and the old A."""
-    size = A.norm().item() / math.sqrt(len(A))
+    size = A.norm().item() / math.sqrt(max(1, len(A)))  # rank 0 has no rows
     if size == 0:
         return torch.zeros_like(B), A_before
     return B * size, A / size
@@ -53,7 +53,7 @@ def in_row_space(g: Tensor, A: Tensor) -> Tensor:
 
 def unit_scale(A: Tensor) -> Tensor:
     """A at the scale of the gauge."""
-    return A * (math.sqrt(len(A)) / A.norm().item())
+    return A * (math.sqrt(len(A)) / A.norm().item()) if len(A) else A
 
 
 def first_A(variant: str, random: Tensor) -> Tensor:

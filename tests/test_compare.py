@@ -205,6 +205,9 @@ def test_contenders_and_their_configs(tiny: Any) -> None:
     assert (config.variant, config.rank, config.betas, config.scale) == ("paper", 2, (0.9, 0.999), 0.2)
     assert (config.steps, config.seed) == (3, 7)
     assert read_sweep(["lr=0.02,0.01"]) == {"lr": (0.01, 0.02)}
+    contender = Contender.parse("lorapre-muon:rank=0")
+    config = cell_config(comparison, Cell(contender=contender, values={"rank": 0.0}, seed=7))
+    assert build_optimizer(build_model(config, 0), config).defaults["rank"] == config.rank == 0
 
 
 @pytest.mark.parametrize("optimizer", ["lorapre-adamw", "lorapre-muon"])

@@ -266,7 +266,7 @@ def test_release_has_no_time_in_the_optimizer(tiny: Tiny, tmp_path: Path, capsys
     assert "optimizer.step" not in printed
 
 
-def test_rules_and_freeze(tiny: Tiny, base: Path, tmp_path: Path) -> None:
+def test_rules_and_freeze_and_rank_0(tiny: Tiny, base: Path, tmp_path: Path) -> None:
     plain = finetune(tiny(steps=2), tmp_path / "plain")
     ruled = finetune(tiny(steps=2, rules=("embed_tokens|lm_head=4",)), tmp_path / "ruled")
     frozen = finetune(tiny(steps=2, freeze=("embed_tokens", "lm_head")), tmp_path / "frozen")
@@ -279,6 +279,9 @@ def test_rules_and_freeze(tiny: Tiny, base: Path, tmp_path: Path) -> None:
     after, before = weights(model_folder(str(tmp_path / "frozen"))), weights(base)
     same = {name for name in before if torch.equal(after[name], before[name])}
     assert same == {"model.embed_tokens.weight", "lm_head.weight"}
+    none = finetune(tiny(steps=2, rank=0), tmp_path / "none")
+    factors = sum(4 * sum(weight.shape) for name, weight in before.items() if "_proj" in name)
+    assert none.state_bytes == plain.state_bytes - 4 * factors
 
 
 def test_lora_plus_moves_B_faster(tiny: Tiny, tmp_path: Path) -> None:
@@ -573,8 +576,8 @@ def test_which_examples_are_taken(tiny: Tiny, base: Path, tmp_path: Path, capsys
     [
         (["--method", "best"], "--method"),
         (["--preset", "huge"], "--preset: there is no 'huge'; choose from metamath100k, 24gb"),
-        (["--rank", "0"], "--rank: must be at least 1, not 0"),
-        (["--method", "lora", "--rank", "0"], "--rank: must be at least 1, not 0"),
+        (["--rank", "0", "--variant", "paper"], "--rank: must be at least 1 for variant paper, not 0"),
+        (["--method", "lora", "--rank", "0"], "--rank: must be at least 1 for lora, not 0"),
         (["--rank", "16"], "--rank 16: factors would not be smaller than this model's smallest matrix"),
         (["--method", "adamw", "--rank", "4"], "--rank: adamw has no such option"),
         (["--method", "dora", "--variant", "paper"], "--variant: dora has no such option"),

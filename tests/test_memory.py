@@ -91,7 +91,8 @@ def test_a_step_takes_eight_mebibytes_and_three_factors(
 @pytest.mark.parametrize("shape", [(2048, 2048), (4096, 512), (512, 4096)], ids=str)
 @pytest.mark.usefixtures("arithmetic")
 def test_every_variant_does(name: str, shape: tuple[int, int]) -> None:
-    check(transient(weights([shape]), rank=128, **CASES[name].options), [shape], 128)
+    options = {"rank": 128, **CASES[name].options}
+    check(transient(weights([shape]), **options), [shape], options["rank"])
 
 
 @pytest.mark.parametrize("name", ["adam-split", "adam-paper"])
@@ -121,10 +122,11 @@ def test_gradients_of_lower_rank_take_no_more() -> None:
 @every_adam
 @pytest.mark.usefixtures("arithmetic")
 def test_the_first_step_takes_no_more_beside_the_state(name: str) -> None:
-    optimizer = LoRAPreAdamW(weights([(2048, 2048)]), rank=64, **CASES[name].options)
+    options = {"rank": 64, **CASES[name].options}
+    optimizer = LoRAPreAdamW(weights([(2048, 2048)]), **options)
     taken = peak_bytes(optimizer.step)
     state = sum(x.nbytes for own in optimizer.state.values() for x in own.values())
-    check(taken - state, [(2048, 2048)], 64)
+    check(taken - state, [(2048, 2048)], options["rank"])
 
 
 def test_muon_takes_one_dense_matrix_at_a_time() -> None:

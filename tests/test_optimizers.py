@@ -35,7 +35,7 @@ BOTH: dict[str, list[Any]] = {
     "lr": [-0.1, math.nan, torch.tensor(-0.1), torch.tensor([0.1, 0.1]), "1e-3", None],
     "weight_decay": [-0.1, math.nan, "0.1", None],
     "eps": [-1e-8, math.nan, None],
-    "rank": [0, -1, 1.5, 8.0, True, "8"],
+    "rank": [-1, 1.5, 8.0, True, "8"],
     "variant": ["adamw", "Paper", None, 1],
     "nonfinite": ["ignore", None, True],
     "seed": [-1, 2**62, 0.5, True, None],
@@ -453,10 +453,17 @@ def test_coverage_reports_the_route_that_each_weight_took(name: str) -> None:
     optimizer = CASES[name].make(params)
     planned = [row.route for row in coverage(optimizer)]
     train(optimizer, params, 1)
-    factors = [any(key.endswith("_B") for key in optimizer.state[p]) for p in params]
-    taken = ["low-rank" if low_rank else "dense" for low_rank in factors]
+    low_rank = ["exp_avg" not in optimizer.state[p] for p in params]
+    taken = ["low-rank" if own else "dense" for own in low_rank]
     assert [row.route for row in coverage(optimizer)] == taken == planned
-    assert taken == ["low-rank"] * LOW_RANK + ["dense"] * 5
+    count = CASES[name].low_rank
+    assert taken == ["low-rank"] * count + ["dense"] * (len(params) - count)
+
+
+@pytest.mark.parametrize("cls", BAD)
+def test_paper_has_no_rank_0(cls: Class) -> None:
+    with pytest.raises(ValueError, match="rank must be an integer >= 1, or None for dense, but is 0"):
+        cls(parameters(), rank=0, variant="paper")
 
 
 def test_the_ranks_of_groups_are_their_own() -> None:

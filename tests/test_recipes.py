@@ -257,6 +257,21 @@ def test_a_finished_run_can_be_made_longer(tiny: Tiny, lorapre: Any, tmp_path: P
     assert PretrainConfig.load(run / "config.json") == tiny(steps=16)
 
 
+@pytest.mark.parametrize("optimizer", ["lorapre-adamw", "lorapre-muon"])
+def test_rank_0_trains_without_momentum_and_resumes(
+    optimizer: OptimizerName, tiny: Tiny, lorapre: Any, tmp_path: Path
+) -> None:
+    options = ("--preset", "tiny", "--optimizer", optimizer, "--rank", 0, "--steps", 2)
+    code, stdout, _ = lorapre("pretrain", *options, "--out", tmp_path / "run")
+    assert (code, f"{optimizer}, rank 0" in stdout) == (0, True)
+    model = build_model(tiny(), end_of_document=0)
+    shapes = [weight.shape for name, weight in model.named_parameters() if "_proj" in name]
+    means = sum(map(sum, shapes)) if optimizer == "lorapre-adamw" else 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["matrix_state_bytes"] == 4 * (means + len(shapes))
+    assert lorapre("pretrain", "--resume", tmp_path / "run", "--steps", 3)[0] == 0
+
+
 def test_divergence_is_an_error(tiny: Tiny, lorapre: Any, tmp_path: Path) -> None:
     options = ("--preset", "tiny", "--optimizer", "adamw", "--lr", "1e30", "--out", tmp_path / "run")
     code, _, stderr = lorapre("pretrain", *options)
@@ -324,7 +339,8 @@ def test_muon_with_adamw_is_both(tiny: Tiny) -> None:
     [
         (["--optimizer", "nadam"], "--optimizer. Choose from"),
         (["--preset", "huge"], "--preset: there is no 'huge'; choose from llama-tiny"),
-        (["--rank", "0"], "--rank: must be at least 1"),
+        (["--rank", "0", "--variant", "paper"], "--rank: must be at least 1 for variant paper, not 0"),
+        (["--optimizer", "galore", "--rank", "0"], "--rank: must be at least 1 for galore, not 0"),
         (["--rank", "four"], "--rank"),
         (
             ["--rank", "16"],

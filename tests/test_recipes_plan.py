@@ -96,6 +96,7 @@ ENDS = {"rank": RANK, "ends": "low-rank"}
 ALL = [
     *({"rank": RANK, **options} for options in LOW_RANK),
     *(ENDS, ENDS | {"optimizer": "lorapre-muon"}),
+    *({"rank": 0, "optimizer": name, "ends": "low-rank"} for name in ("lorapre-adamw", "lorapre-muon")),
     *({"optimizer": "adamw"}, {"optimizer": "muon"}),
 ]
 
@@ -366,7 +367,8 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "there is no such folder": ("./nowhere", "--rank", "8"),
     "not built in": ("no-such-model", "--rank", "8"),
     "needs a value": ("llama-3.1-8b",),
-    "at least 1": ("llama-60m", "--rank", "0"),
+    "at least 1": ("llama-60m", "--rank", "0", "--variant", "paper"),
+    "no rank 0": ("llama-60m", "--rank", "0", "--against"),
     "no trainable parameter": ("llama-60m", "--rank", "9999"),
     "no such option": ("llama-60m", "--optimizer", "adamw", "--rank", "8"),
     "write fsdp=SHARDS": ("llama-60m", "--rank", "8", "--mesh", "8"),

@@ -26,6 +26,7 @@ from cases import (
     gradient,
     parameters,
     set_gradients,
+    shaped,
     state,
     train,
     weights,
@@ -56,7 +57,9 @@ def named(params: Params) -> list[tuple[str, nn.Parameter]]:
 
 def expected_shapes(case: Case, batch: tuple[int, ...], p: int, q: int) -> dict[str, Any]:
     """The documented state of a factorised weight, seen as matrices (*batch, p, q)."""
-    names: dict[str, Any] = {"step": (), "m_B": (*batch, p, RANK), "m_A": (*batch, RANK, q)}
+    names: dict[str, Any] = {"step": ()}
+    if case.rank:
+        names |= {"m_B": (*batch, p, RANK), "m_A": (*batch, RANK, q)}
     if case.cls is LoRAPreMuon:
         return names
     if case.options.get("variant") == "paper":
@@ -71,7 +74,16 @@ def test_state_has_the_documented_names_shapes_and_types(case: Case, dtype: torc
     optimizer = case.make(params)
     train(optimizer, params, 1)
     matrices: list[tuple[tuple[int, ...], int, int]] = [((), 12, 20)] * 3
-    matrices += [((), 20, 12), ((3,), 10, 14), ((3,), 10, 14), ((), 8, 27)]
+    matrices += [
+        ((), 20, 12),
+        ((3,), 10, 14),
+        ((3,), 10, 14),
+        ((), 8, 27),
+        ((), 4, 5),
+        ((), 9, 1),
+        ((), 1, 9),
+    ]
+    matrices = matrices[: case.low_rank]
     wanted = [expected_shapes(case, *matrix) for matrix in matrices]
     wanted += [{"step": (), "exp_avg": shape, "exp_avg_sq": shape} for shape in SHAPES[len(matrices) :]]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -89,7 +101,7 @@ def test_state_has_the_documented_names_shapes_and_types(case: Case, dtype: torc
 def test_state_takes_exactly_the_bytes_of_its_factors_and_counters(
     case: Case, dtype: torch.dtype, nonfinite: str
 ) -> None:
-    p, q, r = 24, 40, 5
+    p, q, r = 24, 40, 5 if case.rank else 0
     params = parameters([(p, q)], dtype)
     optimizer = case.make(params, rank=r, nonfinite=nonfinite)
     train(optimizer, params, 2)
@@ -276,6 +288,7 @@ def test_distributed_checkpoint_saves_and_restores_by_name(case: Case) -> None:
 Others = dict[str, tuple[dict[str, Any], list[Any]]]
 OTHERS: Others = {
     "rank": ({"rank": 2}, [(12, 2), (12, RANK)]),
+    "rank-0": ({"rank": 0}, ["rank=0", (12, RANK)]),
     "rank-none": ({"rank": None}, [(12, 20), (12, RANK)]),
     "shape": ({"shape": (20, 12)}, [(20, RANK), (12, RANK)]),
     "experts": ({"shape": (2, 12, 20)}, [(2, 12, RANK), (12, RANK)]),
@@ -297,6 +310,13 @@ def differing() -> list[Any]:
         for other, (change, message) in OTHERS.items():
             if change.items() <= defaults.items() or other == foreign:
                 continue
+            both = {**defaults, **change}
+            if both["variant"] == "paper" and 0 in (both["rank"], defaults["rank"]):
+                continue  # it has no rank 0
+            if name == "muon-rank-0" and "shape" in change:
+                continue  # nothing of its state has a shape
+            if not CASES[name].rank:  # its own state has no factors
+                message = [part for part in message if RANK not in part]
             pairs.append(pytest.param(CASES[name], change, message, True, id=f"{name}-{other}"))
             if "shape" not in change:
                 pairs.append(pytest.param(CASES[name], change, [], False, id=f"{name}-{other}-fresh"))
@@ -479,7 +499,7 @@ def test_saving_hooks_run(case: Case) -> None:
 # --- what users do to weights, state, options and groups
 
 
-@every_case
+@shaped
 @pytest.mark.parametrize("shape", [(30, 20), (6, 20)], ids=["grown", "shrunk"])
 def test_a_weight_of_another_shape_is_refused_by_name_before_anything_is_written(
     case: Case, shape: tuple[int, int]
@@ -573,7 +593,7 @@ def test_tensors_that_a_wrapper_keeps_in_the_state_are_carried_saved_and_loaded(
     assert_same(train(resumed, others, 2, start=2), train(optimizer, params, 2, start=2))
 
 
-@every_case
+@shaped
 def test_missing_state_is_refused_by_name(case: Case) -> None:
     params = parameters([(12, 20)])
     optimizer = case.make(named(params))
@@ -590,8 +610,9 @@ def test_missing_state_is_refused_by_name(case: Case) -> None:
 EDITS: list[Any] = [
     pytest.param(CASES[name], edit, id=f"{name}-{edit}")
     for name in FACTORISED
-    for edit in ({"rank": 2}, {"rank": None}, {"variant": "paper"}, {"variant": "split"})
-    if not ("variant" in edit and ("muon" in name or name == f"adam-{edit['variant']}"))
+    for edit in ({"rank": 2}, {"rank": 0}, {"rank": None}, {"variant": "paper"}, {"variant": "split"})
+    if not ("variant" in edit and ("muon" in name or name in (f"adam-{edit['variant']}", "adam-rank-0")))
+    and not (edit == {"rank": 0} and ("paper" in name or "rank-0" in name))
 ]
 
 

@@ -41,7 +41,7 @@ class Batch:
 
     Attributes:
         group: the options.
-        rank: of the factors; zero if there are none.
+        low_rank: whether there are factors, of which rank 0 has empty ones.
         T: the gradients as an operand.
         slow: why no compiled backend takes the batch, where one should; for a warning.
         t: (N, 1, 1), the number of the step; after `begin`.
@@ -51,7 +51,7 @@ class Batch:
     def __init__(self, group: dict[str, Any], members: Sequence[Member]) -> None:
         weight, flatten = members[0].weight, group["flatten"]
         self.group, self.positions = group, [m.position for m in members]
-        self.rank: int = group["rank"] if is_low_rank(weight.shape, group["rank"], flatten) else 0
+        self.low_rank = is_low_rank(weight.shape, group["rank"], flatten)
         self.experts = sharding.experts(weight, flatten)
         self.E, p, q = matrix_shape(sharding.local(weight).shape, flatten)
         self.dtype = weight.dtype
@@ -64,7 +64,8 @@ class Batch:
         weights = [sharding.local(m.weight) for m in members]
         grads = [sharding.local(m.grad) for m in members]
         shards = sharding.shards(weight, flatten)
-        self._dims = self._order([*weights, *grads]) if self.rank and shards.count == 1 else None
+        whole = self.low_rank and shards.count == 1
+        self._dims = self._order([*weights, *grads]) if whole else None
         self.weights, grads = self._matrices(weights, written=True), self._matrices(grads)
         kind, self.slow = backend(self.weights, grads)
         self.T = kind(
@@ -81,7 +82,7 @@ class Batch:
         """Count the step, and read the state."""
         steps = self._tensors["step"]
         self.t = self._per_matrix(torch.stack(steps) + 1).to(
-            torch.float32 if self.rank else self.T.dtype
+            torch.float32 if self.low_rank else self.T.dtype
         )
         if self.group["nonfinite"] == "skip":
             finite = self._finite()
@@ -99,6 +100,9 @@ class Batch:
             for name in ("m", "v")
             if f"{name}_B" in self._tensors
         }
+        if self.low_rank and not fields:  # rank 0: a momentum without directions
+            (p, q), N = self.T.held, len(self.T)
+            fields["m"] = Factors(*(self.t.new_zeros(shape) for shape in ((N, p, 0), (N, 0, q))))
         if "v_row" in self._tensors:
             fields["v_row"] = self._read("v_row")[..., None]
             fields["v_col"] = self._read("v_col")[:, None]
@@ -111,7 +115,7 @@ class Batch:
     def store(self, new: State) -> None:
         """Write what a variant returned; the old state stays where the gradient was not finite."""
         for name, factors in (("m", new.m), ("v", new.v)):
-            if factors is not None:
+            if factors is not None and f"{name}_B" in self._tensors:
                 self._write(f"{name}_B", factors.B)
                 self._write(f"{name}_A", factors.A)
         self.note(new)

@@ -82,7 +82,8 @@ def check_weight(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name:
         )
     if "step" not in own:
         return
-    for key, shape in state_shapes(group, p.shape).items():
+    shapes = state_shapes(group, p.shape)
+    for key, shape in shapes.items():
         value, dtype = own.get(key), state_dtype(p, key)
         if value is None and key == "skipped":  # `nonfinite` has been edited: the count starts now
             own[key] = torch.zeros_like(own["step"])
@@ -92,6 +93,8 @@ def check_weight(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name:
             raise _misfit(f"the state {key!r} of {name} {found}, but {needed}", group)
         elif value.dtype != dtype or value.device != p.device or not value.is_contiguous():
             own[key] = value.to(device=p.device, dtype=dtype).contiguous()
+    for key in sorted(OURS.intersection(own) - {*shapes, "skipped"}):
+        raise _misfit(f"the state {key!r} of {name} has no use", group)
 
 
 def _misfit(what: str, group: Mapping[str, Any]) -> RuntimeError:

@@ -113,12 +113,12 @@ class Gradient:
 
     def __matmul__(self, X: Tensor) -> Tensor:
         """T X (N, p, r) of X (N, q, r)."""
-        product = self._right(X)
+        product = self._right(X) if X.shape[-1] else X.new_zeros(len(self), self.held[0], 0)
         return self.sum_q(product.mul_(self.scale) if self.scale != 1 else product)
 
     def __rmatmul__(self, L: Tensor) -> Tensor:
         """L T (N, r, q) of L (N, r, p)."""
-        product = self._left(L)
+        product = self._left(L) if L.shape[-2] else L.new_zeros(len(self), 0, self.held[1])
         return self.sum_p(product.mul_(self.scale) if self.scale != 1 else product)
 
     def onto(self, W: Tensor) -> Tensor:
@@ -159,14 +159,14 @@ class Gradient:
             lr: the learning rate with all its factors; zero where a step is skipped.
             decay: what w keeps, 1 - lr weight_decay; one where a step is skipped.
             eps: as in Adam.
-            keys: (N,), of `rounding.keys`: bfloat16 weights are rounded stochastically. None: to
-                nearest.
+            keys: (N,), of `rounding.keys`: bfloat16 weights are rounded at random. None: nearest.
             means: whether the means are wanted.
 
         Returns:
             The means of T**2 over the rows (N, p, 1) and over the columns (N, 1, q).
         """
         eps = max(eps, TINY)
+        M = M._replace(products=[f if f and f.B.shape[-1] else None for f in M.products])
         sums = self._step_(weights, M, lr, decay, eps, keys, means)
         if not torch.compiler.is_compiling():  # autograd then refuses a graph of the old weights
             torch.autograd.graph.increment_version(weights)

@@ -69,7 +69,7 @@ def state_shapes(group: Mapping[str, Any], shape: Sequence[int]) -> dict[str, tu
         return shapes | {"exp_avg": moment, "exp_avg_sq": moment}
     experts, p, q = matrix_shape(shape, flatten)
     batch = (experts,) if len(shape) == 3 and not flatten else ()
-    m_factors = {"m_B": (*batch, p, rank), "m_A": (*batch, rank, q)}
+    m_factors = {"m_B": (*batch, p, rank), "m_A": (*batch, rank, q)} if rank else {}
     if group.get("algorithm") == "muon":  # Muon has no second moment
         return shapes | m_factors
     if group.get("variant") == "paper":
@@ -117,7 +117,7 @@ def param_groups(
 
     Args:
         model: the model, wrapped (DDP, FSDP2, torch.compile, PEFT) or not.
-        rank: rank of the momenta, a positive integer, or None for dense AdamW everywhere.
+        rank: of the momenta; 0 keeps no momentum, None is dense AdamW everywhere.
         ends: "low-rank" gives factors to embedding tables and the output head too, tied or not,
             unless these were larger than the table. The other ends are small and stay dense.
         rules: (regular expression, options) pairs that override the above. The expression is
@@ -133,7 +133,7 @@ def param_groups(
 
     Raises:
         TypeError: `model` is no `nn.Module`.
-        ValueError: a rank that is no positive integer, unknown `ends`, a malformed rule or one that
+        ValueError: a rank that is no integer >= 0, unknown `ends`, a malformed rule or one that
             no parameter reaches, a lazy parameter without a shape, or what `strict` forbids.
 
     Warns:
@@ -183,9 +183,9 @@ _ParsedRule: TypeAlias = tuple[re.Pattern[str], dict[str, Any]]
 
 
 def _check_rank(rank: object, argument: str) -> None:
-    positive = isinstance(rank, numbers.Integral) and not isinstance(rank, bool) and int(rank) > 0
-    if rank is not None and not positive:
-        raise ValueError(f"{argument} must be a positive integer or None, got {rank!r}")
+    natural = isinstance(rank, numbers.Integral) and not isinstance(rank, bool) and int(rank) >= 0
+    if rank is not None and not natural:
+        raise ValueError(f"{argument} must be an integer >= 0 or None, got {rank!r}")
 
 
 def _parse_rule(pattern: str, options: int | Mapping[str, Any] | None) -> _ParsedRule:

@@ -143,6 +143,8 @@ def orth_(Y: Tensor, T: Operand) -> Tensor:
     processes.
     """
     r = Y.shape[-1]
+    if r == 0:
+        return Y
     size = T.sum_p(largest(Y))
     Y.div_(torch.where(size > 0, size, 1))
     # Rounding of the Gram matrix needs this shift: with less, Cholesky meets negative eigenvalues.

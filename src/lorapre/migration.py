@@ -48,8 +48,8 @@ def from_adamw(
 
     Raises:
         TypeError: `optimizer` is something else, for instance accelerate's wrapper.
-        ValueError: `state_dict` is no optimizer's, or a state does not fit its parameter, lacks the
-            second moment that is needed, or belongs to none. The message names it, and nothing has
+        ValueError: `state_dict` is no optimizer's, or a state does not fit its parameter, lacks a
+            moment that is needed, or belongs to none. The message names it, and nothing has
             changed.
     """
     _check_ours(optimizer)
@@ -80,8 +80,8 @@ def to_adamw(optimizer: LoRAPreOptimizer, adamw: Optimizer) -> dict[str, Any]:
 
     Raises:
         TypeError: `optimizer` or `adamw` is something else.
-        ValueError: `optimizer` lacks a parameter, or the second moment that AdamW needs, as Muon
-            does. The message names the parameter.
+        ValueError: `optimizer` lacks a parameter, or a moment that `adamw` needs: Muon has no
+            second moment, rank 0 no first one. The message names the parameter.
     """
     _check_ours(optimizer)
     if not isinstance(adamw, torch.optim.Adam | torch.optim.AdamW | torch.optim.Muon):
@@ -171,10 +171,14 @@ def _converted(
     first, second = (next((k for k in names if k in s), "") for names in (FIRST, SECOND))
     if not second and any(k in SECOND for k in wanted):
         raise ValueError(f"{name} needs a second moment, of which Muon keeps none")
+    if not first and any(k in FIRST for k in wanted):
+        raise ValueError(f"{name} needs a first moment, of which rank 0 keeps none")
     step = torch.tensor(t, dtype=torch.float32, device="cpu")
     new = {"step": step} if "step" in wanted else {}  # torch's Muon has none
     with exact_products(p.device):
-        moments = {first: s[first] if first != "m_B" else s["m_B"] @ s["m_A"]}
+        moments = {}
+        if first:
+            moments[first] = s["m_B"] @ s["m_A"] if first == "m_B" else s[first]
         if second:
             moments[second] = _second(s, _share("v_row", source, t))
         for key, shape in wanted.items():
@@ -197,7 +201,8 @@ def _second(s: Mapping[str, Tensor], k: float) -> Tensor:
     if "v_row" not in s:
         return (s["v_B"] @ s["v_A"]).square() if "v_B" in s else s["exp_avg_sq"]
     row, col = s["v_row"][..., None], s["v_col"][..., None, :]
-    S = k * (s["m_B"] @ s["m_A"]).square()  # `variants.split`
+    M = s["m_B"] @ s["m_A"] if "m_B" in s else torch.zeros_like(row)  # rank 0
+    S = k * M.square()  # `variants.split`
     row, col = positive(row - S.mean(-1, keepdim=True)), positive(col - S.mean(-2, keepdim=True))
     return S + row * finite_or_zero(col / row.mean(-2, keepdim=True))
 

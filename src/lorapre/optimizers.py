@@ -1,7 +1,7 @@
 """LoRAPreAdamW and LoRAPreMuon: options, state and the order of a step."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -88,7 +88,7 @@ class LoRAPreOptimizer(Optimizer):
         group, T = batch.group, batch.T
         batch.begin()
         lr, (beta1, beta2) = options.lr(group), group["betas"]
-        rate = batch.unless_skipped(lr * group["scale"] if batch.rank else lr, 0.0)
+        rate = batch.unless_skipped(lr * group["scale"] if batch.low_rank else lr, 0.0)
         decay = batch.unless_skipped(1 - lr * group["weight_decay"], 1.0)
         means = batch.state.v_row is not None
 
@@ -100,7 +100,7 @@ class LoRAPreOptimizer(Optimizer):
             T.notes |= {"b": M.b, "means": sums}
             return sums
 
-        variant = ADAM[group["variant"]] if batch.rank else dense
+        variant = ADAM[group["variant"]] if batch.low_rank else dense
         batch.store(variant(batch.state, T, batch.t, beta1, beta2, apply))
 
     def _init_group(
@@ -122,6 +122,7 @@ class LoRAPreOptimizer(Optimizer):
                 shapes_of[p.shape] = state_shapes(group, p.shape)
             shapes = shapes_of[p.shape]
             if "step" not in own:
+                self._recent.pop(p, None)  # of a state that has been deleted
                 with exact_products(p.device):
                     own.update(start_state(p, group, shapes))
             weights.append(p)
@@ -214,7 +215,8 @@ class LoRAPreOptimizer(Optimizer):
     def _prepare(self) -> None:
         """Compile the kernels now: collectives of the first step would wait for the compiler."""
         self._said: set[str] = set()
-        self._recent = WeakTensorKeyDictionary()  # of `stats`; no part of the state
+        # Of `stats`; no part of the state.
+        self._recent: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         on_cpu = any(p.is_cpu for group in self.param_groups for p in group["params"])
         if on_cpu and (reason := backends.library.prepare()) is not None:
             self._say(reason)
@@ -241,7 +243,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         betas: decay of the first and the second moment, in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in AdamW.
-        rank: r, or None for dense AdamW.
+        rank: r, or None for dense AdamW. With 0 "split" keeps no momentum: the update is the
+            gradient over the root of the rank-one second moment (state: `step`, `v_row`, `v_col`).
         scale: factor on the update of the factorised weights alone (the paper trains with 0.25).
         variant: "split" or "paper" (as printed); see docs/maths.md.
         maximize: ascend instead.
@@ -309,7 +312,8 @@ class LoRAPreMuon(LoRAPreOptimizer):
         adjust_lr_fn: factor on lr by shape, as in torch.optim.Muon: None or "original" is
             sqrt(max(1, p / q)), "match_rms_adamw" is 0.2 sqrt(max(p, q)), with which AdamW's
             learning rates carry over.
-        rank: r, or None for dense AdamW.
+        rank: r, or None for dense AdamW. With 0 "subspace" keeps no momentum: the matrix is the
+            gradient alone (state: `step`).
         variant: "subspace" or "paper" (as printed); see docs/maths.md.
         adamw_lr: learning rate of the dense weights, None for lr. A group with `rank=None` takes it
             as its lr unless it names its own. Dense weights inside a factorised group keep the
@@ -373,7 +377,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
 
     def _update(self, batch: Batch) -> None:
         group, T = batch.group, batch.T
-        if not batch.rank:
+        if not batch.low_rank:
             batch.group = options.dense(group)
             return super()._update(batch)
         batch.begin()

@@ -32,8 +32,9 @@ def check(group: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first option out of range."""
     muon, rank = group["algorithm"] == "muon", group["rank"]
     _require_numbers(group, "lr", "weight_decay", "eps")
-    dense = "an integer >= 1, or None for dense"
-    _require(group, "rank", rank is None or _is_integer(rank, 1), dense)
+    least = int(group["variant"] == "paper")  # both moments of which would be the gradient alone
+    dense = f"an integer >= {least}, or None for dense"
+    _require(group, "rank", rank is None or _is_integer(rank, least), dense)
     _require(group, "seed", _is_integer(group["seed"], 0, 2**62), "an integer >= 0 and < 2**62")
     _require_choice(group, "nonfinite", "propagate", "skip")
     _require_choice(group, "stochastic_rounding", False, True)

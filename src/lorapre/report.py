@@ -176,9 +176,8 @@ def _row(name: str, weight: Tensor, group: Mapping[str, Any], state: Mapping[str
     low_rank = is_low_rank(weight.shape, rank, flatten)
     note = _NOT_SMALLER if rank is not None and weight.ndim > 1 and not low_rank else ""
     if "step" in state:  # the state decides, where options have been edited since
-        factor = state.get("m_B")
-        low_rank = factor is not None
-        rank = factor.shape[-1] if factor is not None else rank
+        low_rank = "exp_avg" not in state
+        rank = state["m_B"].shape[-1] if "m_B" in state else 0
     trainable = weight.requires_grad
     local = sharding.local(weight.detach())
     # All state is float32, but for the dense moments of a float64 weight.
@@ -214,7 +213,8 @@ def _described(rows: Sequence[Row]) -> tuple[str, str, str, str]:
             for place, part in enumerate(parts)
         )
         shape = "x".join(map(str, first.shape))
-    rank = {"frozen": "frozen", _NOT_SMALLER: "dense*"}.get(first.note, str(first.rank or "dense"))
+    rank = "dense" if first.rank is None else str(first.rank)
+    rank = {"frozen": "frozen", _NOT_SMALLER: "dense*"}.get(first.note, rank)
     return name, f"x{len(rows)}" if len(rows) > 1 else "", shape, rank
 
 

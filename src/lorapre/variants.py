@@ -77,7 +77,7 @@ def split(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: A
     B, A = s.m
     W, AWt = row_space(A, T)
     TWt, BAWt = T.onto(W), matmul(B, AWt)
-    BtB = T.sum_p(B[..., :1].square().sum(-2, keepdim=True))  # times I: B has equally long columns
+    BtB = T.sum_p(B[..., :1].square().sum((-2, -1), keepdim=True))  # times I: columns of one length
     row = positive(s.v_row - k / T.q * BAWt.square().sum(-1, keepdim=True))
     col = positive(s.v_col - k / T.p * BtB * A.square().sum(-2, keepdim=True))
     mean = T.sum_p(row.sum(-2, keepdim=True)) / T.p

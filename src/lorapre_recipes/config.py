@@ -62,7 +62,14 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
     "rules": LOW_RANK,
 }
 # Whole numbers are at least 1, these aside. A vocabulary has 256 bytes and the end of a document.
-LEAST = {"seed": 0, "sequence_length": 2, "samples": 2, "held_out_every": 2, "vocab_size": 257}
+LEAST = {
+    "seed": 0,
+    "rank": 0,
+    "sequence_length": 2,
+    "samples": 2,
+    "held_out_every": 2,
+    "vocab_size": 257,
+}
 BETAS = (0.9, 0.95)
 POSITIVE = ("lr", "scale")
 SHARES = ("warmup", "final_lr")  # between 0 and 1
@@ -150,7 +157,7 @@ class OptimizerConfig(Checked):
     METHODS: ClassVar[tuple[str, ...]] = get_args(OptimizerName)
 
     optimizer: Annotated[OptimizerName, "what to train with."] = "lorapre-adamw"
-    rank: Annotated[int | None, "of the momenta, of a projection or of adapters."] = None
+    rank: Annotated[int | None, "of the momenta (0: none), of a projection or of adapters."] = None
     variant: Annotated[Variant | None, "by default split, of lorapre-muon subspace."] = None
     dtype: Annotated[Precision, "of weights and gradients; factors are float32."] = "fp32"
     release: Annotated[bool, "use and free each gradient in the backward pass."] = False
@@ -177,6 +184,9 @@ class OptimizerConfig(Checked):
         if self.variant is not None and self.variant not in VARIANTS[self.method]:
             known = " and ".join(VARIANTS[self.method])
             raise UserError(f"--variant: {self.method} has {known}, not {self.variant}")
+        if self.rank == 0 and (self.method not in LOW_RANK or self.variant == "paper"):
+            lacking = "variant paper" if self.variant == "paper" else self.method
+            raise UserError(f"--rank: must be at least 1 for {lacking}, not 0")
         adam = self.method == "lorapre-adamw"
         if adam and self.ends == "low-rank" and self.variant != "split":
             far = "moves rows of an embedding that have no gradient too far"

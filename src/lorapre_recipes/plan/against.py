@@ -27,6 +27,8 @@ def against(name: str, settings: Settings) -> str:
     """What is alive at the peak of a step, by optimizer, as a table. Raises UserError."""
     if not settings.low_rank:
         raise UserError("--against: compares lorapre-adamw or lorapre-muon with others")
+    if settings.rank == 0:
+        raise UserError("--against: GaLore and LoRA have no rank 0; give another --rank")
     if settings.accumulation > 1:
         raise UserError("--against: has no gradients to add to; give --accumulation 1")
     missing = "8-bit AdamW and GaLore are in packages that are not installed here"
