@@ -1,7 +1,7 @@
 """LoRAPreAdamW and LoRAPreMuon: options, state and the order of a step."""
 
 import itertools
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -129,10 +129,8 @@ class LoRAPreOptimizer(Optimizer):
             grads.append(sharding.gradient(p))
             state.extend(own[name] for name in shapes)
             if "m_B" in shapes:
-                fresh = own["step"].new_zeros(4 if "v_row" in shapes else 2)
-                sums = self._recent.get(p)
-                if sums is None or sums.shape != fresh.shape or sums.device != fresh.device:
-                    sums = self._recent[p] = fresh
+                if (sums := self._recent.get(p)) is None or sums.device != own["step"].device:
+                    sums = self._recent[p] = own["step"].new_zeros(4 if "v_row" in shapes else 2)
                 state.append(sums)
         return False
 
@@ -215,8 +213,7 @@ class LoRAPreOptimizer(Optimizer):
     def _prepare(self) -> None:
         """Compile the kernels now: collectives of the first step would wait for the compiler."""
         self._said: set[str] = set()
-        # Of `stats`; no part of the state.
-        self._recent: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+        self._recent: Any = WeakTensorKeyDictionary()  # of `stats`; no part of the state
         on_cpu = any(p.is_cpu for group in self.param_groups for p in group["params"])
         if on_cpu and (reason := backends.library.prepare()) is not None:
             self._say(reason)
