@@ -71,6 +71,7 @@ shapes = pytest.mark.parametrize(
         ((5461, 2048), 512, 1),  # of Llama-1B at the paper's rank
         ((40, 512, 256), 16, 1),  # experts
         ((512, 256, 3, 3), 32, 1),
+        ((4096, 2048), 0, 6),  # no factors: their sums of g**2 count
         ((32000, 512), None, 1),  # dense
         ((16384,), None, 30),
     ],
@@ -88,11 +89,12 @@ def test_a_step_takes_eight_mebibytes_and_three_factors(
 
 
 @every_adam
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2048, 2048), (4096, 512), (512, 4096)], ids=str)
 @pytest.mark.usefixtures("arithmetic")
-def test_every_variant_does(name: str, shape: tuple[int, int]) -> None:
+def test_every_variant_does(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     options = {"rank": 128, **CASES[name].options}
-    check(transient(weights([shape]), **options), [shape], options["rank"])
+    check(transient(weights([shape], dtype), **options), [shape], options["rank"])
 
 
 @pytest.mark.parametrize("name", ["adam-split", "adam-paper"])

@@ -261,7 +261,7 @@ def test_updates_at_beta2_0_999_settle_within_20_steps() -> None:
 
 
 def test_updates_at_beta2_0_999_overshoot_as_printed() -> None:
-    """Why departure a: the factors of v ramp up more slowly than v."""
+    """Why the debiased rate: the factors of v ramp up more slowly than v."""
     assert max(update_rms("paper", 40)[20:]) > 3
 
 

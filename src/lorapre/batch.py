@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorapre import rounding, sharding
 from lorapre.backends import backend
-from lorapre.gradient import TILE, Ema, Factors, Number, state_dtype, wide
+from lorapre.gradient import TILE, Ema, Factors, Gradient, Number, state_dtype, wide
 from lorapre.groups import is_low_rank, matrix_shape, state_shapes
 from lorapre.linalg import debias
 from lorapre.variants import State, first_A
@@ -41,7 +41,7 @@ class Batch:
 
     Attributes:
         group: the options.
-        low_rank: whether there are factors, of which rank 0 has empty ones.
+        low_rank: whether it takes the low-rank route; at rank 0 its factors are empty.
         T: the gradients as an operand.
         slow: why no compiled backend takes the batch, where one should; for a warning.
         t: (N, 1, 1), the number of the step; after `begin`.
@@ -139,11 +139,10 @@ class Batch:
         if (means := notes.get("means")) is not None:
             energy = T.q * means[0].sum(-2, keepdim=True)
         else:
-            sizes = [torch.linalg.vector_norm(g, dtype=T.dtype).float() for g in T.grads]
-            energy = T.sum_q(torch.stack(sizes).square()[:, None, None] if sizes else held)
+            energy = T.sum_q(_energy(T))
         sums = [held, energy]
         if new.v_row is not None:
-            # In the rows of A, m is what the factors go on with; outside it is b g.
+            # In the rows of A, ||m|| is `kept`; outside them m is b g.
             sums.append(notes["kept"].square() + notes["b"] ** 2 * (energy - held))
             c2 = debias(self.group["betas"][1], self.t)
             sums.append(T.q / c2 * new.v_row.sum(-2, keepdim=True))
@@ -225,6 +224,16 @@ class Batch:
         torch._foreach_copy_(old, list(torch.split(new, self.E) if fused else new.unbind()))
 
 
+def _energy(T: Gradient) -> Tensor:
+    """The sums of g**2 over what is held here, (N, 1, 1), a tile in float32 at a time."""
+    out = torch.zeros(len(T), 1, 1, dtype=torch.float32, device=T.device)
+    height = T.held[0] if torch.compiler.is_compiling() else TILE // max(1, T.held[1])
+    for total, g in zip(out, T.grads, strict=True):
+        for rows in g.split(max(1, height)):
+            total += rows.float().square().sum()
+    return out
+
+
 def batches(
     group: dict[str, Any], weights: Sequence[Tensor], grads: Sequence[Tensor],
     state: Sequence[Tensor], positions: Sequence[int],
@@ -254,6 +263,7 @@ def _batch_size(group: dict[str, Any], weight: Tensor) -> int:
     """How many parameters to stack."""
     shapes = state_shapes(group, weight.shape)
     stacked = sum(math.prod(shape) for name, shape in shapes.items() if name.endswith(("_B", "_A")))
+    stacked += weight.numel() // 64  # of large weights the sums of g**2 count too
     limit = GPU_STACK if weight.is_cuda else STACK
     count = sharding.shards(weight, group["flatten"]).count
     if group["algorithm"] == "muon" and count > 1:  # it deals matrices out, one to each process
@@ -273,7 +283,7 @@ def transient_bytes(matrices: int, p: int, q: int, rank: int) -> int:
         rank: of the factors; zero without.
     """
     tiles = 16 * 4 * min(TILE, matrices * p * q)
-    stacked = min(matrices, max(1, STACK // max(1, rank * (p + q))))
+    stacked = min(matrices, max(1, STACK // max(1, rank * (p + q) + p * q // 64)))
     return tiles + 3 * 4 * stacked * rank * (p + q)
 
 

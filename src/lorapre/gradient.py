@@ -79,7 +79,7 @@ class Gradient:
         finite: (N,), False where T is zero as the gradient is not finite; None: True everywhere.
         p, q: size of the whole matrices.
         rows, columns: which of them are held here.
-        notes: what the step finds on its way, for `Batch.note`.
+        notes: norms and means recorded in the step, for `Batch.note`; `T / x` shares them.
         spread: whether other processes hold other parts.
         dtype: of the update, float32 or float64. Products with factors are float32.
     """

@@ -106,7 +106,7 @@ class LoRAPreOptimizer(Optimizer):
     def _init_group(
         self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], state: list[Tensor]
     ) -> bool:
-        """Append what has a gradient, and its state in the order of `state_shapes`.
+        """Append what has a gradient, and its state in the order that `batches` takes.
 
         State that is missing is created.
 
@@ -240,8 +240,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         betas: decay of the first and the second moment, in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in AdamW.
-        rank: r, or None for dense AdamW. With 0 "split" keeps no momentum: the update is the
-            gradient over the root of the rank-one second moment (state: `step`, `v_row`, `v_col`).
+        rank: r, or None for dense AdamW. With 0 "split" keeps no momentum, and of the second
+            moment a rank-one estimate (state: `step`, `v_row`, `v_col`).
         scale: factor on the update of the factorised weights alone (the paper trains with 0.25).
         variant: "split" or "paper" (as printed); see docs/maths.md.
         maximize: ascend instead.

@@ -32,7 +32,7 @@ def check(group: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first option out of range."""
     muon, rank = group["algorithm"] == "muon", group["rank"]
     _require_numbers(group, "lr", "weight_decay", "eps")
-    least = int(group["variant"] == "paper")  # both moments of which would be the gradient alone
+    least = int(group["variant"] == "paper")  # which would keep nothing at rank 0
     dense = f"an integer >= {least}, or None for dense"
     _require(group, "rank", rank is None or _is_integer(rank, least), dense)
     _require(group, "seed", _is_integer(group["seed"], 0, 2**62), "an integer >= 0 and < 2**62")

@@ -158,7 +158,8 @@ def stats(sums: Sequence[Tensor]) -> dict[str, Tensor]:
     * `update_max`, `update_mean`: sqrt(mean m**2 / mean v), about the RMS of the update in units of
       lr scale; of "split".
 
-    The last step counts 5 %, each before it 5 % less. NaN where no weight has had a gradient.
+    The last step counts 5 %, each before it 5 % less. Empty before the first step; NaN
+    where every gradient was zero or not finite.
     """
     result: dict[str, Tensor] = {}
     for name, extreme, first, power in (("captured", "min", 0, 1.0), ("update", "max", 2, 0.5)):
@@ -175,7 +176,7 @@ def _row(name: str, weight: Tensor, group: Mapping[str, Any], state: Mapping[str
     rank, flatten = group.get("rank"), group.get("flatten", False)
     low_rank = is_low_rank(weight.shape, rank, flatten)
     note = _NOT_SMALLER if rank is not None and weight.ndim > 1 and not low_rank else ""
-    if "step" in state:  # the state decides, where options have been edited since
+    if "step" in state and "algorithm" in group:  # options may have been edited since
         low_rank = "exp_avg" not in state
         rank = state["m_B"].shape[-1] if "m_B" in state else 0
     trainable = weight.requires_grad

@@ -155,7 +155,7 @@ def norm_p(B: Tensor, T: Gradient) -> Tensor:
 
 
 def positive(x: Tensor) -> Tensor:
-    """x, and zero where x is below zero or no number, as infinity minus infinity is."""
+    """x, and zero where x is below zero or NaN (infinity minus infinity)."""
     return x.clamp(min=0).nan_to_num(nan=0.0)
 
 

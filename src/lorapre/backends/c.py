@@ -1,4 +1,4 @@
-"""The primitives of `lorapre.gradient.Gradient` in C, for CPUs: what `kernels.c` is given.
+"""The primitives of `lorapre.gradient.Gradient` in C, for CPUs: hands tensors to `kernels.c`.
 
 Everything is checked before its address is handed over. All buffers are float32 on the CPU,
 whatever the default of torch.
@@ -45,7 +45,7 @@ class _Step(ctypes.Structure):
     alive: tuple[Tensor, ...] = ()  # what addresses point to
 
     def address(self, x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> int:
-        """Of the numbers of x, which live as long as this."""
+        """The address of the numbers of x; this struct keeps them alive."""
         self.alive += (_checked(x, shape, dtype).contiguous(),)
         return self.alive[-1].data_ptr()
 

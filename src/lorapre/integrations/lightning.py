@@ -26,7 +26,8 @@ class CoverageLogger(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log "lorapre/captured_min" and so on; of a second optimizer "lorapre1/captured_min"."""
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not every or trainer.global_step % every:
             return
         for number, optimizer in enumerate(trainer.optimizers):
             stats = optimizer.stats() if isinstance(optimizer, LoRAPreOptimizer) else {}

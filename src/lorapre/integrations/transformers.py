@@ -42,9 +42,9 @@ class StatsCallback(TrainerCallback):
     ) -> None:
         """Log the numbers behind a loss."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        if "loss" in logs and isinstance(optimizer, LoRAPreOptimizer):
-            stats = optimizer.stats().items()
-            self.trainer.log({f"lorapre/{name}": float(x) for name, x in stats})
+        stats = optimizer.stats() if isinstance(optimizer, LoRAPreOptimizer) else {}
+        if stats and "loss" in logs:
+            self.trainer.log({f"lorapre/{name}": float(x) for name, x in stats.items()})
 
 
 def lorapre_adamw(
