@@ -229,7 +229,7 @@ def _energy(T: Gradient) -> Tensor:
     out = torch.zeros(len(T), 1, 1, dtype=torch.float32, device=T.device)
     height = T.held[0] if torch.compiler.is_compiling() else TILE // max(1, T.held[1])
     for total, g in zip(out, T.grads, strict=True):
-        for rows in g.split(max(1, height)):
+        for rows in torch.split(g, max(1, height)):
             total += rows.float().square().sum()
     return out
 
