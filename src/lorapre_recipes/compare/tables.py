@@ -220,7 +220,7 @@ def draw_state(axes: Any, table: Table) -> bool:
         return False
     # A contender far behind would squeeze all others: it is named in the corner.
     losses = [each.loss for each in known]
-    roof = min(losses) + 3 * max(statistics.median(losses) - min(losses), 1e-3)
+    roof = min(losses) + 5 * max(statistics.median(losses) - min(losses), 1e-3)
     if beyond := [f"{each.name} {each.loss:.3f}" for each in known if each.loss > roof]:
         corner = "\n".join(["above the picture:", *beyond])
         axes.text(0.01, 0.02, corner, transform=axes.transAxes, fontsize=7.5)
