@@ -26,8 +26,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """Every test starts from the same random state, alone or in the suite."""
+    """Every test starts from the same random state and precision, alone or in the suite."""
     torch.manual_seed(0)
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # which a Trainer in bfloat16 leaves behind
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -571,7 +571,9 @@ def test_processes_that_join_later_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_accelerate_trains_and_its_clipping_is_refused() -> None:
     accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True)
+    # A Trainer of another test in this process may have asked for bfloat16, which accelerate remembers.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="no")
     model, optimizer, _ = released()
     expected, reference, _ = released()
     model, optimizer = accelerator.prepare(model, optimizer)
