@@ -1,6 +1,9 @@
 """Draw the picture of memory on the start page: python docs/pictures.py.
 
-It shows what COMMAND computes, and the same without --release.
+It shows what this command computes, and the same without --release:
+
+    lorapre plan llama-3.1-8b --rank 128 --ends low-rank --release --dtype bf16 --gradient-checkpointing \\
+        --batch-size 1 --sequence-length 2048 --budget 24GiB --against
 """
 
 import dataclasses
@@ -11,8 +14,6 @@ from matplotlib.figure import Figure
 from lorapre_recipes.plan.against import contenders
 from lorapre_recipes.plan.settings import Settings
 
-COMMAND = """lorapre plan llama-3.1-8b --rank 128 --ends low-rank --release --dtype bf16 --gradient-checkpointing \\
-    --batch-size 1 --sequence-length 2048 --budget 24GiB --against"""
 SETTINGS = Settings(
     rank=128, ends="low-rank", release=True, dtype="bf16", gradient_checkpointing=True, batch_size=1,
     sequence_length=2048,

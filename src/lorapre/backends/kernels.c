@@ -85,8 +85,17 @@ INLINE void *element(const Matrices *x, int64_t n, int64_t i, int64_t j) {
 
 INLINE int is_finite(const Step *s, int64_t n) { return !s->finite || s->finite[n]; }
 
-INLINE float bits_to_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
-INLINE uint32_t float_to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+INLINE float bits_to_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE uint32_t float_to_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
 
 /* float16 is converted in integers: before GCC 12, x86 has no _Float16. */
 INLINE float half_to_float(uint16_t half) {
@@ -149,6 +158,7 @@ static void load(int64_t dtype, int64_t w, const void *from, int64_t row, int64_
     else if (dtype == BFLOAT16 && w == PANEL) LOAD(BFLOAT16, PANEL);
     else if (dtype == BFLOAT16) LOAD(BFLOAT16, w);
     else LOAD(FLOAT16, w);
+#undef LOAD
 }
 
 static void load_gradient(const Step *s, int64_t n, int64_t i, int64_t h, int64_t j, int64_t w,
