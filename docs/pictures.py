@@ -1,8 +1,8 @@
-"""Draw the picture of memory on the start page: python docs/pictures.py.
+r"""Draw the picture of memory on the start page: python docs/pictures.py.
 
 It shows what this command computes, and the same without --release:
 
-    lorapre plan llama-3.1-8b --rank 128 --ends low-rank --release --dtype bf16 --gradient-checkpointing \\
+    lorapre plan llama-3.1-8b --rank 128 --ends low-rank --release --dtype bf16 --gradient-checkpointing \
         --batch-size 1 --sequence-length 2048 --budget 24GiB --against
 """
 
