@@ -1,7 +1,7 @@
-"""State and what is saved of it: whether it fits a parameter and its options, how it is loaded.
+"""Check that a state fits its parameter and the options of its group, and load a saved one.
 
-`groups.state_shapes` has the names and shapes of the state tensors. A wrapper may keep tensors of
-its own beside them, which are carried along.
+`groups.state_shapes` gives the names and shapes of the state tensors. A wrapper may keep other
+tensors beside them; they are saved and loaded too.
 """
 
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from lorapre import sharding
 from lorapre.gradient import state_dtype
 from lorapre.groups import is_low_rank, names_of, state_shapes
 
-# A release that changes what state_dict saves counts this up and reads the older formats, of which
-# tests/data has a checkpoint each. It is an option of every group, because
-# torch.distributed.checkpoint keeps those too.
+# A release that changes the content of state_dict increases this number, and still reads the older
+# formats: tests/data has a checkpoint of each. Every group has it as an option, because
+# torch.distributed.checkpoint saves the options of groups and no other entries.
 STATE_FORMAT = 1
 
 OURS = frozenset(
@@ -25,7 +25,7 @@ OURS = frozenset(
 
 
 def meaning(group: Mapping[str, Any], shape: torch.Size | None = None) -> str:
-    """What the state of a weight means: variants fill the same names differently."""
+    """Algorithm, rank and variant, for messages: two variants can use the same names of state."""
     rule = str(group["algorithm"]).capitalize()
     if shape is not None and not is_low_rank(shape, group.get("rank"), group.get("flatten", False)):
         return f"{rule} (dense)"
@@ -39,10 +39,9 @@ def shapes_of(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def check_step(group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Raise a RuntimeError for what cannot be stepped, before anything is written."""
+    """Raise a RuntimeError where a weight cannot be stepped, before anything is written."""
     if group["matrices"] and all(p.ndim < 2 for p in group["params"]):
-        # Between construction and here, DeepSpeed puts one vector in the place of all weights of a
-        # group.
+        # After the constructor has run, DeepSpeed replaces all weights of a group by one vector.
         raise RuntimeError(
             "the matrices of a group have been replaced by flat vectors, as DeepSpeed ZeRO does; "
             f"{sharding.REMEDY}"
@@ -54,8 +53,8 @@ def check_step(group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Any]])
 def check_weight(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name: str) -> None:
     """Raise a RuntimeError unless gradient, memory and state of p fit it and its options.
 
-    Kernels take addresses: memory of another size or type must never get that far. State of another
-    dtype or device is cast to its own.
+    The kernels read memory by its address, so a tensor of a wrong size must be found here. State
+    that has another dtype or is on another device is converted.
     """
     if p.grad is not None and p.grad.layout is not torch.strided:
         raise RuntimeError(
@@ -101,13 +100,13 @@ def matched(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict
     """The saved groups with their parameters in the order of ours, where both have names.
 
     Raises:
-        ValueError: a name exists on both sides, in places that do not correspond.
+        ValueError: a name of ours was saved too, but in another group.
     """
     result = []
     everywhere = {name for group in saved for name in group.get("param_names") or ()}
     for theirs, ours in zip(saved, own, strict=True):
         names, wanted = theirs.get("param_names") or [], ours.get("param_names") or []
-        if names and len(names) == len(wanted) == len(theirs["params"]):  # else one is out or in
+        if names and len(names) == len(wanted) == len(theirs["params"]):  # names can be stale
             key_of = dict(zip(names, theirs["params"], strict=True))
             if len(key_of) == len(names) and key_of.keys() == set(wanted):
                 keys = [key_of[name] for name in wanted]
@@ -123,9 +122,9 @@ def matched(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict
 
 
 def merged(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The options to go on with: those saved; of torch.optim.AdamW, those that we know."""
+    """The options after loading: the saved ones win. Of torch.optim.AdamW we take those we know."""
     if "rank" not in saved:
-        if own["algorithm"] == "muon":  # it has options of the same names for its matrices
+        if own["algorithm"] == "muon":  # where these names belong to the matrices
             theirs = ("betas", "eps") if own["rank"] is None else ("betas", "eps", "weight_decay")
             saved = {f"adamw_{k}" if k in theirs else k: v for k, v in saved.items()}
             saved["dense_ratio"] = 1.0
@@ -137,7 +136,7 @@ def check_fit(
     saved: Mapping[str, Any], state: Mapping[str, Any] | None, group: Mapping[str, Any], p: Tensor,
     name: str,
 ) -> None:  # fmt: skip
-    """Raise a ValueError unless what was saved of p is what its group would make."""
+    """Raise a ValueError unless the saved state of p is one that its group would make."""
     found_kind = meaning({"algorithm": group["algorithm"], **saved}, p.shape)
     wanted_kind = meaning(group, p.shape)
     wanted = state_shapes(group, p.shape)
@@ -153,7 +152,7 @@ def check_fit(
 def checked(
     state_dict: dict[str, Any], groups: list[dict[str, Any]]
 ) -> tuple[dict[str, Any], dict[Tensor, Mapping[str, Any]]]:
-    """A state_dict in the order of our groups, with the options to go on with; the states in it.
+    """The state_dict with our order and the options after loading; the saved state of each weight.
 
     Raises:
         ValueError: it does not fit the groups, or a newer lorapre has written it.

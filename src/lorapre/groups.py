@@ -175,7 +175,7 @@ class _Routed(NamedTuple):
     name: str
     parameter: nn.Parameter
     options: dict[str, Any]  # of its group
-    doubt: str  # "unknown" or "lost" where a matrix goes dense for want of knowledge
+    doubt: str  # why a matrix goes dense although nobody asked: "unknown", "lost", or empty
     rule: int | None  # index of the rule that matched
 
 
@@ -232,7 +232,7 @@ def _route(
 
 
 def _problems(routed: Sequence[_Routed], rank: int | None, strict: bool) -> Iterator[str]:
-    """What stays dense although nobody asked for it."""
+    """Messages about matrices that stay dense although nobody asked for it."""
     trainable = [item for item in routed if item.parameter.requires_grad]
     low_rank, not_smaller = [], []
     for name, parameter, options, _, _ in trainable:
@@ -261,17 +261,18 @@ def _listed(names: Sequence[str]) -> str:
 
 
 class _Lost(nn.Module):
-    """Base of the classes that are not known any more, after scripting, tracing or export."""
+    """Base of the stand-ins for classes that scripting, tracing or export has removed."""
 
 
 def _classes(modules: Mapping[str, nn.Module]) -> dict[nn.Module, type[nn.Module]]:
-    """The class of every module, or a subclass of `_Lost` where only its name is left, or nothing.
+    """The class that every module had in the eager model; a subclass of `_Lost` if it is unknown.
 
-    A script module knows the name of its former class. The modules of an exported model are bare,
-    but the nodes of its graph record the paths and classes of the modules that they come from.
+    A script module knows the name of its former class. The modules of an exported model are plain
+    `nn.Module`s, but each node of its graph records the path and class of the module that it comes
+    from.
     """
     recorded: dict[str, Any] = {}
-    root = None  # with a dot at its end: where the paths of a graph and of graphs inside it begin
+    root = None  # path of the outermost module with a graph, and a dot: its graphs count from there
     classes = {}
     for path, module in modules.items():
         cls: Any = type(module)
@@ -286,10 +287,10 @@ def _classes(modules: Mapping[str, nn.Module]) -> dict[nn.Module, type[nn.Module
         if scripted:
             cls = f"torch.nn.{module.original_name}"
         elif isinstance(graph, fx.Graph) or (root is not None and cls is nn.Module):
-            # A list is not called, so that no node comes from it.
+            # No node comes from a ModuleList, because it is never called.
             numbered = [name.isdigit() for name, _ in module.named_children()]
             cls = recorded.get(path, nn.ModuleList if numbered and all(numbered) else "")
-        if isinstance(cls, str):  # looked up and not imported: a file can name anything
+        if isinstance(cls, str):  # not imported: a file can name any module
             where, _, name = cls.rpartition(".")
             cls = getattr(sys.modules.get(where), name, None)
             if cls is nn.Module or not isinstance(cls, type) or not issubclass(cls, nn.Module):
@@ -321,10 +322,11 @@ def _use(owner: Any, cls: type[nn.Module], attribute: str, parameter: nn.Paramet
 def _ends(
     classes: Mapping[Any, type[nn.Module]], rank: int | None
 ) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
-    """Dense parameters of layers that read the input or write the output, and of those that may.
+    """Parameters of the ends of the network that stay dense, and those that may be ends.
 
-    The latter: modules that have lost their classes know neither which of them is the head nor the
-    channels of a convolution. With a rank, tables are not dense, nor is a head with as many rows.
+    Ends read the input or write the output. Some cannot be told in a model that has lost its
+    classes: its head, and a convolution of which only the channels of a group are known. With a
+    rank, tables get factors, and so does a head with as many rows as a table.
     """
 
     def layers(*kinds: type[nn.Module]) -> list[Any]:
@@ -336,9 +338,9 @@ def _ends(
     for layer in convolutions:
         if hasattr(layer, "in_channels"):
             ends += [layer] if layer.in_channels <= _PIXEL_CHANNELS else []
-        elif layer.weight.shape[1] <= _PIXEL_CHANNELS:  # or these are the channels of a group
+        elif layer.weight.shape[1] <= _PIXEL_CHANNELS:  # of the input, or of one group of it
             (ends if layer is convolutions[0] else doubtful).append(layer)
-    for module in classes:  # not the root alone, which may be a wrapper
+    for module in classes:  # all of them: the root may be a wrapper
         ends += _transformers_ends(module)
     # A hidden layer of a small model can have the shape of a table by chance, but lies in a list.
     listed = {layer for container in layers(nn.ModuleList) for layer in container.modules()}
@@ -379,7 +381,7 @@ def _transformers_ends(module: nn.Module) -> Iterator[nn.Module]:
 def _routers(classes: Mapping[nn.Module, type[nn.Module]]) -> set[nn.Parameter]:
     """Layers beside the experts of a block that hold one matrix with one row per expert.
 
-    One matrix, because a shared expert can be as wide as there are experts, but it holds several.
+    A shared expert can have as many rows by chance, but it holds several matrices.
     """
     routers = set()
     for block in classes:

@@ -1,7 +1,7 @@
-"""The update inside the backward pass, which uses each gradient at once and frees it.
+"""Update each weight inside the backward pass, once its gradient is complete, and free that.
 
-A tensor without memory takes its place until `zero_grad()`. It refuses to be used: code that needs
-all gradients together, or those of several backward passes, fails at once and not silently.
+A tensor without memory takes the gradient's place until `zero_grad()`. It raises when it is used:
+code that needs all gradients together, or those of several backward passes, fails at once.
 """
 
 import contextlib
@@ -49,9 +49,9 @@ class GradientRelease:
     def paused(self) -> Iterator[None]:
         """Within this context backward passes update nothing and leave gradients as usual.
 
-        For the loss of another optimizer that passes through this model, as that of a GAN's
-        generator passes through the discriminator. Clear these gradients (`zero_grad()`) before the
-        next step.
+        Use it for a loss that passes through this model but trains another one. An example is the
+        generator of a GAN, whose loss passes through the discriminator. Clear these gradients
+        (`zero_grad()`) before the next step.
         """
         for _, update in self._updates:
             update.resting = True
@@ -134,7 +134,7 @@ def gradient_release(
 class _Update:
     """The hook of one weight."""
 
-    optimizer: Callable[[], LoRAPreOptimizer | None]  # weak: a cycle through hooks is not collected
+    optimizer: Callable[[], LoRAPreOptimizer | None]  # weak: Python frees no cycle through a hook
     name: str
     max_norm: float | None
     resting: bool = False

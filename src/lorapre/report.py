@@ -1,4 +1,4 @@
-"""What an optimizer made of a model: route, rank and bytes of state of every parameter."""
+"""Route, rank and bytes of state of every parameter of an optimizer, and what its steps do."""
 
 import math
 import re
@@ -52,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Rows of `coverage`; `str()` is a table of at most 80 columns, a line for alike layers."""
+    """Rows of `coverage`; `str()` is a table of at most 80 columns. Layers alike share a line."""
 
     rows: tuple[Row, ...]
 
@@ -80,7 +80,7 @@ class Coverage:
     def __str__(self) -> str:
         column = "state_bytes" if self.state_bytes else "planned_bytes"
         total = getattr(self, column)
-        alike: dict[tuple[object, ...], list[Row]] = {}  # a weight of every layer; all vectors
+        alike: dict[tuple[object, ...], list[Row]] = {}  # a weight of all layers is one line
         for row in self.rows:
             kind = (_INDEX.sub("#", row.name), row.shape) if len(row.shape) > 1 else ()
             alike.setdefault((kind, row.rank, row.note), []).append(row)
@@ -93,7 +93,7 @@ class Coverage:
 
     def _remarks(self, total: int) -> Iterator[str]:
         sizes = [math.prod(row.shape) for row in self.rows if row.route == "low-rank"]
-        # Weights can be empty, and AdamW holds nothing where everything is frozen.
+        # Neither may be zero: all weights can be empty, or all frozen.
         share = sum(sizes) / max(1, sum(math.prod(row.shape) for row in self.rows))
         ratio = total / max(1, self.adamw_bytes)
         yield f"{len(sizes)} low-rank weights hold {share:.1%} of the parameters."
@@ -225,7 +225,7 @@ def _ranges(numbers: set[int]) -> str:
 
 
 def _table(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Header, body and total, aligned; the first column gives way to keep within the width."""
+    """Header, body and total, aligned. Names are shortened where a line would be too wide."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * len(widths[1:]))
     text = []
@@ -237,7 +237,7 @@ def _table(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _shorten(name: str, width: int) -> str:
-    """Leading parts of a name give way to their first letters, then the middle to dots."""
+    """Cut the leading parts of a name to their first letters, then replace its middle by dots."""
     name = name.removesuffix(".weight")
     parts = name.split(".")
     for i, part in enumerate(parts[:-1]):
