@@ -1,4 +1,4 @@
-"""The constructors' options: plain types for what is given, an error for what is wrong."""
+"""The options of the constructors: conversion to plain types, and an error for a wrong value."""
 
 import numbers
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ INTEGERS = ("rank", "seed", "ns_steps")
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with sequences of numbers as tuples and integers of other libraries as int.
+    """The options, with tuples for sequences of numbers, and int for integers of other libraries.
 
-    Libraries of configurations have types of their own, which a checkpoint would keep.
+    Libraries for configurations have their own types, which must not get into checkpoints.
     """
     result = dict(options)
     for name, value in options.items():
@@ -32,7 +32,7 @@ def check(group: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first option out of range."""
     muon, rank = group["algorithm"] == "muon", group["rank"]
     _require_numbers(group, "lr", "weight_decay", "eps")
-    least = int(group["variant"] == "paper")  # which would keep nothing at rank 0
+    least = int(group["variant"] == "paper")  # at rank 0 it would keep no state
     dense = f"an integer >= {least}, or None for dense"
     _require(group, "rank", rank is None or _is_integer(rank, least), dense)
     _require(group, "seed", _is_integer(group["seed"], 0, 2**62), "an integer >= 0 and < 2**62")
@@ -88,7 +88,7 @@ def lr(group: Mapping[str, Any]) -> float | Tensor:
 
 
 def dense(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of dense weights in a group of Muon, in AdamW's names."""
+    """The options of a group of Muon for its dense weights, under AdamW's names."""
     weight_decay = group["weight_decay"]
     if group["rank"] is not None and group["adamw_weight_decay"] is not None:
         weight_decay = group["adamw_weight_decay"]

@@ -1,4 +1,4 @@
-"""LoRA-Pre for registries: made from a name, and handed nameless parameters."""
+"""LoRA-Pre for registries, which make an optimizer by its name and hand it nameless parameters."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""LoRA-Pre in `transformers.Trainer` and what derives from it, `trl.SFTTrainer` for one.
+"""LoRA-Pre in `transformers.Trainer` and its subclasses, such as `trl.SFTTrainer`.
 
 Since transformers 5.2 the Trainer calls a factory of optimizers with the model
 (`Trainer.create_optimizer`, `trainer_optimizer.is_optimizer_factory`). A class would get two groups
@@ -72,8 +72,8 @@ def lorapre_muon(args: TrainingArguments, **options: Any) -> tuple[Any, dict[str
 
     Of `args`, learning_rate and weight_decay reach both routes, as lr, adamw_lr, weight_decay and
     adamw_weight_decay; adam_beta1, adam_beta2 and adam_epsilon reach the dense weights, which take
-    AdamW. Muon's momentum is none of them: give `momentum`. One learning rate serves both routes
-    with `adjust_lr_fn="match_rms_adamw"`; without it Muon usually wants a larger one than AdamW:
+    AdamW. `args` have no momentum for Muon: give `momentum`. With `adjust_lr_fn="match_rms_adamw"`
+    one learning rate serves both routes. Without it Muon usually needs a larger one than AdamW:
     give `lr`, and the dense weights stay at learning_rate.
 
     Args:
