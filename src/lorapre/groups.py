@@ -27,7 +27,6 @@ OPTIONS = {  # of a group
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-_TABLES = nn.Embedding, nn.EmbeddingBag
 _PIXEL_CHANNELS = 4  # a convolution with at most so many inputs reads pixels: grey, RGB, RGBA
 _NORM = re.compile(r"[Nn]orm(\dd)?$")  # LlamaRMSNorm, BatchNorm2d, but not a fused LayerNormLinear
 
@@ -178,6 +177,11 @@ class _Routed(NamedTuple):
     doubt: str  # why a matrix goes dense although nobody asked: "unknown", "lost", or empty
     rule: int | None  # index of the rule that matched
 
+    @property
+    def low_rank(self) -> bool:
+        flatten = self.options.get("flatten", False)
+        return is_low_rank(self.parameter.shape, self.options["rank"], flatten)
+
 
 _ParsedRule: TypeAlias = tuple[re.Pattern[str], dict[str, Any]]
 
@@ -234,21 +238,16 @@ def _route(
 def _problems(routed: Sequence[_Routed], rank: int | None, strict: bool) -> Iterator[str]:
     """Messages about matrices that stay dense although nobody asked for it."""
     trainable = [item for item in routed if item.parameter.requires_grad]
-    low_rank, not_smaller = [], []
-    for name, parameter, options, _, _ in trainable:
-        if is_low_rank(parameter.shape, options["rank"], options.get("flatten", False)):
-            low_rank.append(name)
-        elif options["rank"] is not None:
-            not_smaller.append(name)
-    if strict and not_smaller:
-        yield f"rank: factors would not be smaller than the matrix for {_listed(not_smaller)}"
+    ranked = [item for item in trainable if item.options["rank"] is not None]
+    if strict and (names := [item.name for item in ranked if not item.low_rank]):
+        yield f"rank: factors would not be smaller than the matrix for {_listed(names)}"
     for doubt, which in (
         ("unknown", "of unknown use"),
         ("lost", "whose use is not known after scripting, tracing or export"),
     ):
         if names := [item.name for item in trainable if item.doubt == doubt]:
             yield f"matrices {which} go dense, give a rule for them: {_listed(names)}"
-    if rank is not None and trainable and not low_rank:
+    if rank is not None and trainable and not any(item.low_rank for item in ranked):
         yield (
             f"no trainable parameter gets low-rank momenta at rank {rank}: all state is AdamW's. A "
             "matrix (p, q) needs rank (p + q) < p q; the factors of a LoRA adapter, for one, are "
@@ -332,14 +331,14 @@ def _ends(
     def layers(*kinds: type[nn.Module]) -> list[Any]:
         return [module for module, cls in classes.items() if issubclass(cls, kinds)]
 
-    tables, convolutions, linears = layers(*_TABLES), layers(*_CONVOLUTIONS), layers(nn.Linear)
+    tables, linears = layers(nn.Embedding, nn.EmbeddingBag), layers(nn.Linear)
+    convolutions = layers(*_CONVOLUTIONS)
     ends: list[nn.Module] = [*tables]
     doubtful: list[nn.Module] = []
     for layer in convolutions:
-        if hasattr(layer, "in_channels"):
-            ends += [layer] if layer.in_channels <= _PIXEL_CHANNELS else []
-        elif layer.weight.shape[1] <= _PIXEL_CHANNELS:  # of the input, or of one group of it
-            (ends if layer is convolutions[0] else doubtful).append(layer)
+        known = hasattr(layer, "in_channels")  # shape[1] is less where there are groups
+        if (layer.in_channels if known else layer.weight.shape[1]) <= _PIXEL_CHANNELS:
+            (ends if known or layer is convolutions[0] else doubtful).append(layer)
     for module in classes:  # all of them: the root may be a wrapper
         ends += _transformers_ends(module)
     # A hidden layer of a small model can have the shape of a table by chance, but lies in a list.
@@ -348,10 +347,8 @@ def _ends(
     lost = any(type(module) is not cls for module, cls in classes.items())
     for layer in linears:
         last, alike = layer is linears[-1], any(p.shape in shapes for p in layer.parameters())
-        if last and alike and layer not in listed:
-            ends.append(layer)
-        elif lost and (last or alike) and layer not in listed:
-            doubtful.append(layer)
+        if layer not in listed and (last or alike) and (lost or (last and alike)):
+            (ends if last and alike else doubtful).append(layer)
     found, rows = _parameters(ends), {shape[0] for shape in shapes}
     wide = {p for p in found if p.ndim == 2 and p.shape[0] in rows and is_low_rank(p.shape, rank)}
     return found - wide, _parameters(doubtful) - found
