@@ -30,7 +30,7 @@ class StatsCallback(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
-    def on_log(self, *_: Any, logs: Any = None, optimizer: Any = None, **__: Any) -> None:
+    def on_log(self, *args: Any, logs: Any = None, optimizer: Any = None, **more: Any) -> None:
         """Log the numbers behind a loss."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         stats = optimizer.stats() if isinstance(optimizer, LoRAPreOptimizer) else {}
