@@ -174,7 +174,7 @@ class _Routed(NamedTuple):
     name: str
     parameter: nn.Parameter
     options: dict[str, Any]  # of its group
-    doubt: str  # why a matrix goes dense although nobody asked: "unknown", "lost", or empty
+    unknown: bool  # whether it would have factors, but goes dense because its use is not known
     rule: int | None  # index of the rule that matched
 
     @property
@@ -218,7 +218,7 @@ def _route(
         if use != "vector" and parameter in ends:
             use = "dense"
         elif use == "matrix" and parameter in doubtful:
-            use = "lost"
+            use = "unknown"
         options: dict[str, Any] = {"rank": rank if use == "matrix" else None}
         if use == "vector":
             options["weight_decay"] = 0.0
@@ -230,9 +230,8 @@ def _route(
         flatten = parameter.ndim == 3 and issubclass(classes[owner], _CONVOLUTIONS)
         if options["rank"] is not None and flatten:
             options["flatten"] = True
-        in_doubt = use in ("unknown", "lost") and rule is None
-        doubt = use if in_doubt and is_low_rank(parameter.shape, rank, flatten) else ""
-        yield _Routed(name, parameter, options, doubt, rule)
+        unknown = use == "unknown" and rule is None and is_low_rank(parameter.shape, rank, flatten)
+        yield _Routed(name, parameter, options, unknown, rule)
 
 
 def _problems(routed: Sequence[_Routed], rank: int | None, strict: bool) -> Iterator[str]:
@@ -241,12 +240,11 @@ def _problems(routed: Sequence[_Routed], rank: int | None, strict: bool) -> Iter
     ranked = [item for item in trainable if item.options["rank"] is not None]
     if strict and (names := [item.name for item in ranked if not item.low_rank]):
         yield f"rank: factors would not be smaller than the matrix for {_listed(names)}"
-    for doubt, which in (
-        ("unknown", "of unknown use"),
-        ("lost", "whose use is not known after scripting, tracing or export"),
-    ):
-        if names := [item.name for item in trainable if item.doubt == doubt]:
-            yield f"matrices {which} go dense, give a rule for them: {_listed(names)}"
+    if names := [item.name for item in trainable if item.unknown]:
+        yield (
+            "matrices of unknown use go dense (the use is often not known after scripting, tracing "
+            f"or export), give a rule for them: {_listed(names)}"
+        )
     if rank is not None and trainable and not any(item.low_rank for item in ranked):
         yield (
             f"no trainable parameter gets low-rank momenta at rank {rank}: all state is AdamW's. A "
@@ -299,7 +297,7 @@ def _classes(modules: Mapping[str, nn.Module]) -> dict[nn.Module, type[nn.Module
 
 
 def _use(owner: Any, cls: type[nn.Module], attribute: str, parameter: nn.Parameter) -> str:
-    """What a module does with a parameter: "matrix", "vector", "dense", "unknown" or "lost"."""
+    """What a module does with a parameter: "matrix", "vector", "dense" or "unknown"."""
     if parameter.ndim < 2 or _NORM.search(cls.__name__) or attribute.endswith("bias"):
         return "vector"
     convolution = issubclass(cls, _CONVOLUTIONS)
@@ -311,11 +309,9 @@ def _use(owner: Any, cls: type[nn.Module], attribute: str, parameter: nn.Paramet
         depthwise = 1 < owner.groups == owner.in_channels if hasattr(owner, "groups") else one
     if token or thin or depthwise:
         return "dense"
-    if issubclass(cls, _Lost):
-        return "lost"
     weight = attribute.startswith("weight") or attribute.endswith("weight")
     experts = parameter.ndim == 3 and not issubclass(cls, ParametrizationList)
-    return "matrix" if weight or experts else "unknown"
+    return "matrix" if (weight or experts) and not issubclass(cls, _Lost) else "unknown"
 
 
 def _ends(
