@@ -109,7 +109,7 @@ def dense(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_number(value: Any, least: float = -math.inf, below: float = math.inf) -> bool:
     # Not "1e-3", which YAML reads as a string.
-    return isinstance(value, numbers.Real) and least <= value < below
+    return isinstance(value, numbers.Real) and least <= float(value) < below
 
 
 def _are_numbers(value: Any, count: int, *limits: float) -> bool:
