@@ -15,11 +15,11 @@ from lorapre import LoRAPreAdamW, LoRAPreMuon
 
 RANK = 3
 
-# Three of one shape, which are stepped as one batch, its transpose, two sets of fused experts, a convolution;
-# then what goes dense: a matrix too small for the rank, a column, a row, a vector, a scalar.
+# Three weights of one shape, which are one batch, its transpose, two sets of fused experts, a convolution.
+# The others go dense at RANK: a matrix too small for it, a column, a row, a vector, a scalar.
 SHAPES = [(12, 20)] * 3 + [(20, 12), *[(3, 10, 14)] * 2, (8, 3, 3, 3), (4, 5), (9, 1), (1, 9), (7,), ()]
-LOW_RANK = 7  # of them
-RANK_0 = 10  # of them, which have two dimensions: it is too large for none
+LOW_RANK = 7  # so many of SHAPES get factors of RANK
+RANK_0 = 10  # and of rank 0: all with two or more dimensions
 
 
 class Case(NamedTuple):
@@ -34,13 +34,13 @@ class Case(NamedTuple):
 
     @property
     def rank(self) -> int | None:
-        """Of the momenta."""
+        """The rank of the momenta."""
         rank: int | None = self.options.get("rank", RANK)
         return rank
 
     @property
     def low_rank(self) -> int:
-        """How many of `SHAPES` have momenta of this rank."""
+        """How many of `SHAPES` take the low-rank route."""
         return 0 if self.rank is None else LOW_RANK if self.rank else RANK_0
 
     @property
@@ -65,7 +65,7 @@ ADAM = [name for name in CASES if name.startswith("adam")]
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 factorised = pytest.mark.parametrize("case", [CASES[name] for name in FACTORISED], ids=FACTORISED)
-SHAPED = [name for name in CASES if name != "muon-rank-0"]  # it keeps the number of the step alone
+SHAPED = [name for name in CASES if name != "muon-rank-0"]  # whose only state is the number of the step
 shaped = pytest.mark.parametrize("case", [CASES[name] for name in SHAPED], ids=SHAPED)
 
 
@@ -95,7 +95,7 @@ def set_gradients(params: Sequence[Tensor], step: int) -> None:
 def train(
     optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: int, *, start: int = 0
 ) -> list[Tensor]:
-    """Take steps `start` to `start + steps` along `gradient`; the weights after them."""
+    """Take steps `start` to `start + steps` along `gradient`; return the weights after them."""
     for step in range(start, start + steps):
         set_gradients(params, step)
         optimizer.step()

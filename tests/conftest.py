@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # its counter of allocations
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # for the counter of allocations in it
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch loads: its profiler talks on stderr
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # set before torch is imported: its profiler prints to stderr
 
 import torch
 
 from lorapre.gradient import Gradient
 
-# Before anything imports Triton: without a GPU its kernels run in its interpreter.
+# Set before Triton is imported: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -28,24 +28,24 @@ torch.set_num_threads(1)
 def seed() -> None:
     """Every test starts from the same random state and precision, alone or in the suite."""
     torch.manual_seed(0)
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # which a Trainer in bfloat16 leaves behind
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # a Trainer in bfloat16 sets it and leaves it
 
 
 @pytest.fixture(autouse=True, scope="module")
 def imported() -> None:
-    """What a file has imported is never garbage; transformers' Trainer has it searched in every run."""
+    """Take imported modules out of garbage collection, which transformers' Trainer starts in every run."""
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenizers and token files go where all tests of a session find them, not into the user's cache."""
+    """Keep tokenizers and token files in a folder of the test session, not in the user's cache."""
     monkeypatch.setenv("LORAPRE_CACHE", str(tmp_path_factory.getbasetemp() / "lorapre-cache"))
 
 
 @pytest.fixture
 def compiler() -> None:
-    """The test is skipped where there is no C compiler, and fails where the kernels do not compile."""
+    """Skip the test if there is no C compiler. Fail it if the kernels do not compile."""
     from lorapre.backends import library
 
     reason = library.prepare()
@@ -56,7 +56,7 @@ def compiler() -> None:
 
 @pytest.fixture
 def torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No kernels for CPUs, and no look at numbers: what is done then is done on other devices too."""
+    """Step as on other devices: without the kernels for CPUs, and without branches on values."""
     monkeypatch.setattr("lorapre.batch.backend", lambda *_, **__: (Gradient, None))
     monkeypatch.setattr("lorapre.linalg._everywhere", lambda _: False)
     monkeypatch.setattr("lorapre.gradient.at_hand", lambda _: False)
@@ -64,7 +64,7 @@ def torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["compiler", "torch_operations"], ids=["compiled", "torch"])
 def arithmetic(request: pytest.FixtureRequest) -> None:
-    """The test is run twice: with the kernels for CPUs, and with torch's operations in their place."""
+    """Run the test twice: with the kernels for CPUs, and with torch's operations instead."""
     request.getfixturevalue(request.param)
 
 

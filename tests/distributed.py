@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = 1800  # a hang is a failure, a busy machine is none
+SECONDS = 1800  # long, so that a busy machine does not count as a hang
 PRELOAD = [
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
@@ -27,7 +27,7 @@ PRELOAD = [
 
 
 def run(function: Callable[..., None], world: int, *args: Any) -> None:
-    """Call `function(*args)` on `world` processes; an exception in one of them ends all and fails the test.
+    """Call `function(*args)` on `world` processes. An exception in one of them ends all and fails the test.
 
     The processes are forked from a server that has imported torch once, so each costs little.
     """
@@ -43,7 +43,7 @@ def run(function: Callable[..., None], world: int, *args: Any) -> None:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{function.__name__} on {world} processes did not end")
         except mp.ProcessRaisedException as error:
-            # The first to fail is the cause; others may have failed for having lost it.
+            # The first failure is the cause. Others may have failed because they lost contact with it.
             times = [(path.read_text(), path.name) for path in Path(folder).glob("failed-*")]
             message = min(times)[0].partition("\n")[2] if times else str(error)
             raise AssertionError(f"{function.__name__} on {world} processes:\n{message}") from None
@@ -55,10 +55,11 @@ def run(function: Callable[..., None], world: int, *args: Any) -> None:
 
 
 def _enter(rank: int, world: int, folder: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    faulthandler.enable()  # where a process dies of a signal, the log says where it was
+    faulthandler.enable()  # if a signal kills a process, the log shows its stack
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", module="triton")  # the oldest
-    # torch's own: DTensor and the checkpoints use what torch has deprecated, and Python's forks of threads.
+    # The oldest triton.
+    warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", module="triton")
+    # Warnings of torch about itself: DTensor and the checkpoints use deprecated functions, and fork.
     for message in ("torch.distributed", "TypedStorage", "Profiler"):
         warnings.filterwarnings("ignore", message=rf".*{message}.*", module=r"torch\.")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -70,7 +71,7 @@ def _enter(rank: int, world: int, folder: str, function: Callable[..., None], ar
     )  # fmt: skip
     try:
         function(*args)
-        dist.barrier()  # nobody leaves while another one still talks
+        dist.barrier()  # no process leaves while another one still communicates
     except Exception:
         failed = Path(folder, f"failed-{rank}")
         failed.write_text(f"{time.monotonic():020.6f} on process {rank}\n{traceback.format_exc()}")

@@ -19,12 +19,12 @@ def damped_solve(G: Tensor, R: Tensor, damping: float) -> Tensor:
 
 
 def relative_damping(G: Tensor) -> float:
-    """Departure b: 1e-6 of the trace, and just enough for the all-zero Gram of the first step."""
+    """Departure b: 1e-6 of the trace; plus the least positive number, for a Gram matrix of zeros."""
     return 1e-6 * G.trace().item() + torch.finfo(torch.float32).tiny
 
 
 def gauged(B: Tensor, A: Tensor, A_before: Tensor) -> tuple[Tensor, Tensor]:
-    """Departure c: the same product with ||A||_F = sqrt(r); where A is zero, product zero and the old A."""
+    """Departure c: the same product with ||A||_F = sqrt(r). Where A is zero: B zero, A the old one."""
     size = A.norm().item() / math.sqrt(max(1, len(A)))  # rank 0 has no rows
     if size == 0:
         return torch.zeros_like(B), A_before
@@ -32,14 +32,14 @@ def gauged(B: Tensor, A: Tensor, A_before: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def track_printed(B: Tensor, A: Tensor, T: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Theorem 3.1: both factors from the old ones, absolute damping."""
+    """Theorem 3.1: both new factors are made of the old ones, with absolute damping."""
     new_B = (1 - gamma) * B + gamma * damped_solve(A @ A.T, (T @ A.T).T, 1e-6).T
     new_A = (1 - gamma) * A + gamma * damped_solve(B.T @ B, B.T @ T, 1e-6)
     return new_B, new_A
 
 
 def track_subspace(B: Tensor, A: Tensor, T: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """The EMA beta B A + (1 - beta) T, projected on the columns that the rows of A see of it."""
+    """The EMA E = beta B A + (1 - beta) T, projected on the columns of E A^T."""
     ema = beta * (B @ A) + (1 - beta) * T
     Q = torch.linalg.qr(ema @ A.T).Q
     return gauged(Q, Q.T @ ema, A)
@@ -52,22 +52,22 @@ def in_row_space(g: Tensor, A: Tensor) -> Tensor:
 
 
 def unit_scale(A: Tensor) -> Tensor:
-    """A at the scale of the gauge."""
+    """A, scaled to ||A||_F = sqrt(r)."""
     return A * (math.sqrt(len(A)) / A.norm().item()) if len(A) else A
 
 
 def first_A(variant: str, random: Tensor) -> Tensor:
-    """The A (r, q) a momentum starts from, of a standard normal draw."""
+    """The A (r, q) with which a momentum starts, made of a standard normal draw."""
     return 0.02 * random.double() if variant == "paper" else unit_scale(random.double())
 
 
 def debiased(beta: float, t: int) -> float:
-    """beta_t, with which an EMA estimates the mean from its first step."""
+    """beta_t: an EMA with this rate has no bias, from its first step on."""
     return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
 
 
 def rank_one(rows: Tensor, columns: Tensor) -> Tensor:
-    """The outer product with these means over rows and columns, what is negative of them taken as zero."""
+    """The outer product that has these means over rows and columns; negative means count as zero."""
     rows, columns = rows.clamp(min=0), columns.clamp(min=0)
     return torch.outer(rows, columns) / rows.mean() if rows.any() else torch.outer(rows, columns)
 

@@ -1,4 +1,4 @@
-"""What the tests of the registries of optimizers share: a model, and what must be true of every factory."""
+"""Checks that every factory of a registry of optimizers must pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ def check_routes(optimizer: Any, model: nn.Module, groups: list[dict[str, Any]])
 def check_equals_own(
     made: Any, model: nn.Module, own: nn.Module, loss: Callable[[nn.Module], Tensor], **options: Any
 ) -> None:
-    """A few steps of `made` are those of the class itself on a copy of the model."""
+    """`made` takes the same steps as the class itself does on a copy of the model."""
     cls = next(cls for cls in NAMES.values() if isinstance(made, cls))
     optimizer = cls(param_groups(own, rank=3), **options)
     losses = []

@@ -50,7 +50,7 @@ SECONDS = 900  # a hang is a failure
 
 
 class Runs:
-    """A folder of runs on one small corpus; each command runs in a fresh process that has all imported."""
+    """A folder of runs on one small corpus. Each command runs in a new process with all imports done."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -62,10 +62,10 @@ class Runs:
         self.seconds = time.monotonic() - start
 
     def arguments(self, out: str, *more: str) -> tuple[str, ...]:
-        """The command that begins a run, or goes on with it."""
+        """The arguments that begin a run, or resume it."""
         if (run := self.folder / out).is_dir() and last_checkpoint(run) is not None:
             return ("--resume", out)
-        shutil.rmtree(run, ignore_errors=True)  # nothing to go on from
+        shutil.rmtree(run, ignore_errors=True)  # there is no checkpoint to resume from
         return ("--preset", "tiny", "--data", "corpus.jsonl", "--out", out, *more)
 
     def start(self, *arguments: str, **limits: Any) -> multiprocessing.process.BaseProcess:
@@ -85,7 +85,7 @@ class Runs:
         return (self.folder / "log.txt").read_text(encoding="utf-8")
 
     def assert_equals_whole(self, out: str) -> None:
-        """The losses and the weights are those of the run that nothing happened to, bit for bit."""
+        """Losses and weights equal those of the undisturbed run, bit for bit."""
         run, whole = self.folder / out, self.folder / "whole"
         assert losses(run) == losses(whole)
         one, two = (load_file(x / f"checkpoint-{STEPS}" / "model.safetensors") for x in (run, whole))
@@ -150,7 +150,7 @@ class Failing:
 
 
 def kill(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
-    """Kill runs `count` times, at any moment or in a checkpoint, and let them go on until they have ended."""
+    """Kill runs `count` times, at any moment or during a checkpoint, and resume them to their end."""
     counts: Counter[str] = Counter()
     number, before = 0, 0
     while True:
@@ -181,7 +181,7 @@ def kill(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
         assert all(damage(checkpoint) is None for checkpoint in checkpoints(run))
         last = last_checkpoint(run)
         step = 0 if last is None else checkpoint_step(last)
-        assert step >= before  # nothing is lost but the steps since the last checkpoint
+        assert step >= before  # only the steps since the last checkpoint are lost
         before = step
         if last is None:
             counts["killed before the first checkpoint was complete"] += 1
@@ -214,7 +214,7 @@ FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "
 
 
 def spoil(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
-    """Damage a file of the last checkpoint, `count` times; each time the run goes on from the one before."""
+    """Damage a file of the last checkpoint, `count` times. Each time the run resumes from the one before."""
     counts: Counter[str] = Counter()
     cut = runs.cut_off("cut")
     last = f"checkpoint-{STEPS - 3}"
@@ -232,7 +232,7 @@ def spoil(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
 
 
 def spoil_unread(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
-    """Damage any file of a checkpoint, the manifest too, `count` times; each time the damage is found."""
+    """Damage any file of a checkpoint or its manifest, `count` times. Each time the damage is found."""
     counts: Counter[str] = Counter()
     checkpoint = runs.folder / "whole" / f"checkpoint-{STEPS}"
     files = sorted(file for file in checkpoint.iterdir() if file.name != MANIFEST)
@@ -253,7 +253,7 @@ def spoil_unread(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
 
 
 def of_another_run(*options: str) -> Callable[[Runs, Path], None]:
-    """Put the checkpoint of a run with these options in place of one."""
+    """Replace a checkpoint by that of a run with these options."""
 
     def change(runs: Runs, checkpoint: Path) -> None:
         other = runs.folder / f"other{''.join(options)}"
@@ -275,7 +275,7 @@ def of_a_newer_version(_: Runs, checkpoint: Path) -> None:
     write_manifest(checkpoint)
 
 
-# What is put in place of the last checkpoint, and what the line says of it.
+# What replaces the last checkpoint, and what the error line says.
 OTHERS: dict[str, tuple[Callable[[Runs, Path], None], str]] = {
     "rank": (of_another_run("--rank", "2"), "saved was Adam (rank=2, variant='split')"),
     "variant": (of_another_run("--variant", "paper"), "saved was Adam (rank=4, variant='paper'"),
@@ -285,7 +285,7 @@ OTHERS: dict[str, tuple[Callable[[Runs, Path], None], str]] = {
 
 
 def exchange(runs: Runs, count: int, chance: random.Random, kinds: Iterable[str] = OTHERS) -> Counter[str]:
-    """Put the checkpoint of another run in place of the last one, `count` times; each time it is refused."""
+    """Replace the last checkpoint by that of another run, `count` times. Each time it is refused."""
     counts: Counter[str] = Counter()
     cut = runs.cut_off("cut-to-exchange")
     for number, kind in zip(range(count), itertools.cycle(kinds)):
@@ -322,7 +322,7 @@ OPTIONS = {
 
 
 def mistake(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
-    """Give options and data that are wrong, `count` times; each time it is one line, exit code 2."""
+    """Give wrong options and data, `count` times. Each time the answer is one line and exit code 2."""
     counts: Counter[str] = Counter()
     (runs.folder / "empty.txt").touch()
     (runs.folder / "bytes.txt").write_bytes(bytes(range(256)) * 40)
@@ -348,7 +348,7 @@ def mistake(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
 
 
 def fail(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
-    """Let the loader raise, at another batch each time; the run goes on afterwards."""
+    """Let the loader raise at a different batch each time. The run resumes afterwards."""
     counts: Counter[str] = Counter()
     for number in range(count):
         out = f"failed-{number}"
@@ -366,12 +366,12 @@ def fail(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
 
 
 def fill(runs: Runs, count: int, chance: random.Random) -> Counter[str]:
-    """Let the disk be full in a checkpoint, at another byte each time; the run goes on when there is room."""
+    """Fill the disk during a checkpoint, at another byte each time. The run resumes when there is room."""
     counts: Counter[str] = Counter()
     sizes = [(runs.folder / "whole" / f"checkpoint-{STEPS}" / name).stat().st_size for name in FILES[:2]]
     for number in range(count):
         out = f"full-{number}"
-        # Everything but weights and optimizer is smaller.
+        # All files but those of weights and optimizer are smaller.
         code = runs.run(*runs.arguments(out), file_size=chance.randrange(max(sizes) // 2, max(sizes)))
         assert_not_written(runs, out, code)
         runs.run(*runs.arguments(out))
@@ -407,7 +407,7 @@ def assert_not_written(runs: Runs, out: str, code: int | None) -> None:
     assert line.startswith("lorapre pretrain: checkpoint-"), runs.log()
     assert "could not be written" in line
     assert "Traceback" not in runs.log()
-    assert not (runs.folder / out / PARTIAL).exists()  # the room is free again
+    assert not (runs.folder / out / PARTIAL).exists()  # the partial files are gone
     there = last_checkpoint(runs.folder / out) is not None
     assert (f"go on with: lorapre pretrain --resume {out}" in line) == there
     assert all(damage(checkpoint) is None for checkpoint in checkpoints(runs.folder / out))
@@ -417,7 +417,7 @@ def assert_not_written(runs: Runs, out: str, code: int | None) -> None:
 
 
 def poison(name: str, chance: random.Random, *, steps: int = 40, start: int = 0) -> int:
-    """Put NaN and infinities into gradients at random; how many were, all skipped and counted.
+    """Put NaN and infinities into gradients at random. Each of them must be skipped and counted.
 
     The others step as if there had been no such gradient.
     """
@@ -437,7 +437,7 @@ def poison(name: str, chance: random.Random, *, steps: int = 40, start: int = 0)
         optimizer.step()
         reference.step()
     assert [int(own["skipped"]) for own in state(optimizer)] == skipped
-    # Batches of other members round in another way, and the printed tracker magnifies it.
+    # Other batches round differently, and the printed tracker magnifies the differences.
     assert_near(weights(params), weights(expected), 1e-2 if "paper" in name else 1e-3)
     return sum(skipped)
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("compiler")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 dtypes = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-# Below, at and above what a block holds, in every direction.
+# Smaller than a block, equal to one, and larger, in every dimension.
 SHAPES = [(1, 1), (1, 7), (7, 1), (8, 48), (13, 17), (65, 47), (130, 200), (257, 131), (300, 449)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
@@ -37,7 +37,7 @@ def operand(grads: list[Tensor], shape: tuple[int, int], **options: Any) -> CGra
 
 
 class CProblem(Problem):
-    """An update in C, and what it does in float64."""
+    """An update in C, and the same in float64."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,7 +119,7 @@ def test_of_a_masked_member_nothing_changes(dtype: torch.dtype, name: str) -> No
 
 @dtypes
 def test_a_column_of_a_wider_matrix(dtype: torch.dtype) -> None:
-    """Whose one column has a stride."""
+    """The one column has a stride."""
     problem = CProblem((131, 1), 2, dtype, products=2, rest=True)
     problem.T.grads = [x.repeat(1, 3)[:, ::2][:, 1:] for x in problem.grads]
     problem.weights = [x.repeat(1, 3)[:, ::2][:, 1:] for x in problem.weights]
@@ -179,7 +179,7 @@ class Part(Shards):
         return range(5, 5 + q)
 
 
-LATE = torch.full((2, 1, 1), 1e9)  # so late that a moment is its EMA
+LATE = torch.full((2, 1, 1), 1e9)  # so late a step that the bias correction is 1
 
 
 def stays(E: list[Tensor]) -> Ema:
@@ -190,7 +190,7 @@ def stays(E: list[Tensor]) -> Ema:
 @pytest.mark.parametrize("keyed", [False, True])
 @pytest.mark.parametrize("shards", [Shards(), Part()], ids=["whole", "part"])
 def test_bfloat16_weights_have_the_bits_of_torch_and_of_rounding(keyed: bool, shards: Shards) -> None:
-    """NaN and infinity, and what is next to the largest number, included."""
+    """NaN, infinity and the neighbours of the largest number too."""
     odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.4e38, -3.39e38, 0.0, 1e-40, 65504.0])
     wanted = torch.cat([odd, torch.randn(93)]).repeat(2, 37, 1)
     weights, grads = [torch.zeros(37, 101, dtype=BF16) for _ in range(2)], [torch.zeros(37, 101)] * 2
@@ -225,7 +225,7 @@ def test_float16_weights_are_rounded_as_torch_rounds(value: float) -> None:
 
 
 def everything(problem: CProblem) -> list[Tensor]:
-    """All that is computed of a problem."""
+    """All results of a problem."""
     factors = problem.factors[0]
     assert factors is not None
     products = [problem.T @ factors.A.mT, factors.B.mT @ problem.T]
@@ -282,7 +282,7 @@ def train(case: Case, kind: type[Gradient], dtype: torch.dtype, **options: Any) 
             if step == 1 and options.get("nonfinite") == "skip":
                 params[1].grad[3, 4] = torch.nan
             optimizer.step()
-    assert kinds == {CGradient}  # what a step takes of itself
+    assert kinds == {CGradient}  # the kind that a step chooses
     return [p.detach().double() for p in params]
 
 

@@ -1,4 +1,4 @@
-"""The compiled library: where it is kept, and what is said and done where there is none."""
+"""The compiled library: where it is kept, and the warnings and steps without one."""
 
 import copy
 import os
@@ -22,7 +22,7 @@ from lorapre.backends.library import _library as find
 
 @pytest.fixture(autouse=True)
 def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """As in a new process, with an empty cache."""
+    """Start as a new process with an empty cache does."""
     monkeypatch.setenv("LORAPRE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(library, "_loaded", None)
@@ -33,7 +33,7 @@ def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def cc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Make a script the compiler."""
+    """Use a script as the compiler."""
 
     def write(script: str) -> Path:
         path = tmp_path / "compiler"
@@ -46,7 +46,7 @@ def cc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]
 
 
 def said(make: type[Any] = LoRAPreAdamW, steps: int = 2) -> list[str]:
-    """What an optimizer warns of, in the name of a line of this file, while it is made and steps."""
+    """The warnings of an optimizer while it is made and steps. They must point to a line of this file."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         weight = nn.Parameter(torch.ones(30, 40))
@@ -140,7 +140,7 @@ def test_a_copy_of_an_optimizer_says_it_too(way: str, monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library that has been compiled, for compilers that need no time."""
+    """A compiled library, for fake compilers that copy it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAPRE_CACHE", str(tmp_path_factory.getbasetemp() / "lorapre-cache"))
         find.cache_clear()
@@ -153,7 +153,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestKept:
-    """What is compiled, by a command that takes what lies ready."""
+    """How the compiled library is kept. The compiler is a command that copies a finished one."""
 
     @pytest.fixture(autouse=True)
     def quick_cc(self, compiled: Path, anew: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ class TestKept:
     def test_a_copy_of_an_optimizer_loads_it(self) -> None:
         optimizer = LoRAPreAdamW([nn.Parameter(torch.ones(30, 40))], rank=4)
         data = pickle.dumps(optimizer)
-        library._loaded = None  # as in another process
+        library._loaded = None  # as if in another process
         pickle.loads(data)
         assert library.loaded() is not None
 
@@ -225,7 +225,7 @@ class TestKept:
         assert kept(tmp_path) == []
 
     def test_a_cache_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        folder, access = tmp_path / "cache", os.access  # root may write where it may not
+        folder, access = tmp_path / "cache", os.access  # a mode would not stop root from writing
         monkeypatch.setattr(os, "access", lambda path, mode: path != folder and access(path, mode))
         (message,) = said()
         assert message.endswith(f"the folder {folder} cannot be written")

@@ -325,8 +325,8 @@ ROUNDED: dict[str, Any] = {"nonfinite": "skip", "stochastic_rounding": True}
 def test_default_dtype_and_device_and_precision_of_products_change_nothing(
     case: Case, ambient: str, dtype: torch.dtype, options: dict[str, Any], since: int
 ) -> None:
-    """From the constructor on, or from the third step; "meta" stands for another device."""
-    shapes = [*SHAPES, (256, 192)]  # too small, and libraries would not look at the precision
+    """They hold from the constructor on, or from the third step. "meta" stands for another device."""
+    shapes = [*SHAPES, (256, 192)]  # large enough for libraries to follow the precision that is set
     params, expected = parameters(shapes, dtype), parameters(shapes, dtype)
     with AMBIENT[ambient]() if since == 0 else contextlib.nullcontext():
         optimizer = case.make(params, **options)
@@ -407,7 +407,7 @@ def test_an_all_zero_first_gradient_gives_no_nan_and_later_ones_are_followed(cas
 @every_case
 @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
 def test_a_first_step_of_zero_gradients_and_zero_lr_makes_the_state_alone(case: Case, lr: Any) -> None:
-    # torch.distributed.checkpoint and torchtitan make the state so, and load into it.
+    # torch.distributed.checkpoint and torchtitan make the state by such a step before they load it.
     params, stepped = parameters(dtype=torch.bfloat16), parameters(dtype=torch.bfloat16)
     initial = weights(params)
     for p in params:
@@ -471,7 +471,7 @@ def _stepped(case: Case, **options: Any) -> set[str]:
 
 
 @every_case
-@pytest.mark.filterwarnings("ignore:a step of weights.*without compiled kernels")  # for that memory
+@pytest.mark.filterwarnings("ignore:a step of weights.*without compiled kernels")  # channels_last
 @pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("grad_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_a_convolution_is_the_matrix_of_its_filters_in_any_memory_format(
@@ -488,7 +488,7 @@ def test_a_convolution_is_the_matrix_of_its_filters_in_any_memory_format(
         by_matrix.step()
     assert conv.is_contiguous(memory_format=weight_format)
     assert_near([conv.detach().flatten(1)], [matrix.detach()], 1e-6)
-    for name, value in by_matrix.state[matrix].items():  # in the order of the dimensions, whatever memory has
+    for name, value in by_matrix.state[matrix].items():  # not in the order of the memory
         assert_near([by_conv.state[conv][name].view_as(value)], [value], 1e-5)
 
 
@@ -551,7 +551,7 @@ LAYOUTS = {
 
 
 @every_case
-@pytest.mark.filterwarnings("ignore:.*without compiled kernels")  # for some of that memory
+@pytest.mark.filterwarnings("ignore:.*without compiled kernels")  # some layouts have none
 @pytest.mark.parametrize(
     ("weight_layout", "grad_layout", "dtype"),
     [
@@ -579,11 +579,11 @@ def test_weights_and_gradients_in_any_memory_give_the_same_result(
         optimizer.step()
         reference.step()
     assert [p.stride() for p in params] == strides
-    # A sum of as many terms in another order; bfloat16 weights may round the other way.
+    # Sums in another order; a bfloat16 weight may then round to its other neighbour.
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7
     assert_near(weights(params), weights(expected), tolerance)
     assert all(value.is_contiguous() for own in state(optimizer) for value in own.values())
-    if weight_layout in ("padded", "strided"):  # what lies between is somebody else's
+    if weight_layout in ("padded", "strided"):  # the memory between the rows belongs to others
         for p in params:
             whole = p.detach().as_strided((p.untyped_storage().nbytes() // p.element_size(),), (1,))
             assert (whole == 7).sum() == len(whole) - p.numel()
@@ -606,7 +606,7 @@ def test_the_stride_within_rows_of_one_number_means_nothing(case: Case, dtype: t
 
 
 @every_case
-@pytest.mark.usefixtures("torch_operations")  # other sums tell where the gradient is of rank one
+@pytest.mark.usefixtures("torch_operations")  # rank one would magnify another order of sums
 def test_a_broadcast_gradient_is_that_of_its_copy(case: Case) -> None:
     broadcast, plain = parameters([(12, 20)]), parameters([(12, 20)])
     by_broadcast, by_plain = case.make(broadcast), case.make(plain)
@@ -665,7 +665,7 @@ def test_two_runs_are_bitwise_equal(case: Case) -> None:
     one, two = parameters(), parameters()
     first, second = case.make(one), case.make(two)
     train(first, one, 3)
-    torch.manual_seed(7)  # the start does not come from here
+    torch.manual_seed(7)  # the random start must not depend on it
     train(second, two, 3)
     assert_same([weights(one), state(first)], [weights(two), state(second)])
 
@@ -713,7 +713,7 @@ def test_a_sparse_gradient_is_refused_by_name_before_anything_changes(case: Case
 
 
 class Forbid(TorchDispatchMode):
-    """Raises where the host would have to wait for the device."""
+    """Raise where the host would have to wait for the device."""
 
     waits = ("_local_scalar_dense", "item", "equal", "nonzero", "is_nonzero", "unique")
 
@@ -773,7 +773,7 @@ def test_skip_leaves_a_weight_and_its_state_alone_and_counts(
             assert_same(after[index], expected[index].detach())
             assert_same(after_state[index], reference.state[expected[index]])
     assert [row.skipped for row in coverage(optimizer)] == [int(i in poisoned) for i in range(len(params))]
-    # Then all go on, with their own step counts.
+    # Then all have gradients again, and each its own step count.
     assert finite(train(optimizer, params, 2, start=3))
     steps = [int(optimizer.state[p]["step"]) for p in params]
     assert steps == [4 if i in poisoned else 5 for i in range(len(params))]
@@ -942,7 +942,7 @@ def test_three_hundred_steps_hold_no_more_memory_than_ten(case: Case) -> None:
         held.append(holdings())
     (count, size, objects), (later_count, later_size, later_objects) = held
     assert (later_count, later_size) == (count, size)
-    assert later_objects <= objects + 100  # not one for ten steps
+    assert later_objects <= objects + 100  # fewer than one for each of 280 steps
 
 
 def holdings() -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Every code block in the documentation runs, or is held to what it names.
+"""Every code block in the documentation runs, or is compared with what it names.
 
 | fence                 | what a test does with it                                                         |
 |-----------------------|----------------------------------------------------------------------------------|
@@ -60,12 +60,12 @@ class Block(NamedTuple):
 
     @property
     def file(self) -> bool:
-        """Whether it is a file of the page; else a title is that of a source that the block quotes."""
+        """Whether the block is a file of the page. Other titles name a source that the block quotes."""
         return bool(self.title) and not self.title.startswith("src/")
 
 
 def blocks(page: Path) -> list[Block]:
-    """The fenced blocks of a page. Another fence than the table above has is an error."""
+    """The fenced blocks of a page. A fence that is not in the table above is an error."""
     found = []
     for _, language, title, rest, text in BLOCK.findall(page.read_text(encoding="utf-8")):
         assert language in ("python", "text", "bash", "console"), f"a block of {language!r}: how to check it?"
@@ -159,7 +159,7 @@ def test_links_between_pages_resolve(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-# The rule of a file format and the directives of mkdocstrings; what is code has a fence.
+# Pages with the directives of mkdocstrings, which are indented. Code has a fence on every page.
 INDENTED = {"optimizers.md", "internals.md", "integrations.md"}
 
 
@@ -224,7 +224,7 @@ def test_the_first_pages_have_no_figures_but_those_of_the_pages_they_link_to(pag
         known = {
             figure
             for source in sources
-            if source.name != "LOG.md"  # so many figures that it would prove nothing
+            if source.name != "LOG.md"  # which has so many figures that any number would be found
             for figure in FIGURE.findall(source.read_text(encoding="utf-8"))
         }
         unknown = {figure for figure in FIGURE.findall(LINK.sub("", part)) if not is_rounded(figure, known)}

@@ -1,4 +1,4 @@
-"""Gradients that no test would think of: never a NaN from finite ones, never an update above its bound.
+"""Random odd gradients: finite ones never make a NaN, and no update exceeds its bound.
 
 The bounds are derived in docs/maths.md, "How large an update can be".
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cases import CASES, Case
 from lorapre import LoRAPreAdamW
 
-LR = 2.0**-7  # exact, so that what the weights move by is too
+LR = 2.0**-7  # a power of two, so that the division by it is exact
 TINY, HUGE = -30, 20  # powers of ten that gradients stay within
 LARGEST = {torch.float16: 4, torch.bfloat16: HUGE, torch.float32: HUGE, torch.float64: HUGE}
 
@@ -111,7 +111,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step has done."""
+    """The results of a step."""
 
     update: Tensor  # what the weight moved by, over lr
     kept: Tensor | None  # B A of the first moment before the step, (E, p, q), zero before the first
@@ -119,7 +119,7 @@ class Step:
 
 
 def steps_of(case: Case, plan: Plan) -> list[Step]:
-    """Step from a weight of zero along each gradient; asserts that no NaN comes of it."""
+    """Step from a weight of zero along each gradient, and assert that no NaN appears."""
     adam = case.cls is LoRAPreAdamW
     rank = {"rank": plan.rank} if case.options.get("rank", plan.rank) is not None else {}
     p = nn.Parameter(torch.zeros(plan.shape, dtype=plan.dtype))
@@ -151,7 +151,7 @@ def dense_bound(betas: tuple[float, float], t: int) -> float:
 
 
 def split_bound(betas: tuple[float, float], t: int) -> float:
-    """The same where v' is known to hold shares of g**2 and of the square of what m' holds beside g."""
+    """The same for "split", whose v' contains a part of g**2 and of the square of the rest of m'."""
     beta1, beta2 = betas
     rate = beta1 * (1 - beta1 ** (t - 1)) / (1 - beta1**t)
     old = rate**2 / (beta2 * (1 - beta2 ** (t - 1))) * (1 / beta2 + 1 / (1 - beta2)) if t > 1 else 0

@@ -28,7 +28,7 @@ shapes = pytest.mark.parametrize(
 
 @pytest.fixture(params=["small", "tiles"], autouse=True)
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test takes its matrices whole, and in tiles of a few rows that do not divide them."""
+    """Run every test with whole matrices, and with tiles of a few rows that do not divide them."""
     if request.param == "tiles":
         monkeypatch.setattr(gradient, "SMALL", 6)
         monkeypatch.setattr(gradient, "TILE", 150)
@@ -478,7 +478,7 @@ def test_small_matrices_are_orthogonalised_together_and_large_ones_alone(
 
 
 class Doubled(gradient.Shards):
-    """As if another process held the same part of the other rows, and of the other columns."""
+    """As if other processes held the same numbers in the other rows and the other columns."""
 
     count = 4
 

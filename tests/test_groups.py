@@ -14,7 +14,7 @@ RANK = 4
 
 
 def routes(model, **options):
-    """Name -> group options without the parameters."""
+    """The options of its group for each name of a parameter."""
     routed, parameters = {}, dict(model.named_parameters())
     for group in param_groups(model, **{"rank": RANK, **options}):
         shared = {key: value for key, value in group.items() if key != "params"}
@@ -374,7 +374,7 @@ torch_warns = pytest.mark.filterwarnings(
 
 
 def taken(way, model, inputs):
-    """The model that has lost its classes, and the beginning of its names."""
+    """The model without its classes, and the prefix of its names."""
     return TAKEN[way](model, inputs), "inner." if way == "export, wrapped" else ""
 
 
@@ -437,7 +437,7 @@ def test_the_head_of_a_classifier_without_classes_stays_dense(way):
 
 
 class Table(nn.Embedding):
-    """A class of the user's own, of which a script keeps the name alone."""
+    """A class of the user. A script keeps only its name."""
 
 
 @torch_warns

@@ -1,4 +1,4 @@
-"""accelerate takes the optimizers as they are: its whole round, beside a loop without it."""
+"""accelerate takes the optimizers as they are: the same weights as a loop without it."""
 
 from pathlib import Path
 from typing import Any

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 
 from lorapre.integrations.lightning import CoverageLogger  # noqa: E402
 
-# Of Lightning about itself and this machine, none of which concerns the optimizer.
+# Warnings of Lightning about itself and this machine.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
     "ignore:.*LeafSpec.*is deprecated",
@@ -48,7 +48,7 @@ class Model(LightningModule):
 
 
 class Loader:
-    """Batches in order, from where it stood: PyTorch's loader starts the epoch anew after a checkpoint."""
+    """Batches in order, resumed at the saved position. PyTorch's loader starts the epoch anew."""
 
     def __init__(self, batches: Tensor) -> None:
         self.batches, self.position = batches, 0

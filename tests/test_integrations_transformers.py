@@ -121,7 +121,7 @@ def test_arguments_reach_both_routes_of_muon(tmp_path: Path) -> None:
     low_rank, dense, vectors = routes(optimizer)
     for group in (low_rank, dense, vectors):
         assert (group["lr"], group["adamw_betas"], group["adamw_eps"]) == (3e-3, (0.8, 0.97), 1e-5)
-        assert group["eps"] == 1e-7  # of Newton-Schulz: another thing than adam_epsilon
+        assert group["eps"] == 1e-7  # that of Newton-Schulz, not adam_epsilon
     assert low_rank["dense_ratio"] == 1
     assert (low_rank["weight_decay"], dense["weight_decay"], vectors["weight_decay"]) == (0.2, 0.2, 0.0)
     assert low_rank["adamw_weight_decay"] == 0.2  # of matrices of that group that stay dense
@@ -166,7 +166,7 @@ def test_an_option_that_is_none_is_refused_at_once(tmp_path: Path, factory: str)
 
 
 def test_arguments_are_read_when_the_optimizer_is_made(tmp_path: Path) -> None:
-    # Between the two, hyperparameter_search sets those of its trial.
+    # hyperparameter_search sets the arguments of its trial in between.
     late = trainer(tmp_path)
     late.args.learning_rate = 7e-4
     assert {group["lr"] for group in late.create_optimizer().param_groups} == {7e-4}
@@ -203,7 +203,7 @@ def test_the_trainer_does_what_a_loop_does(tmp_path: Path, factory: str) -> None
         tmp_path, factory, model=model, gradient_accumulation_steps=2, max_grad_norm=0.2, weight_decay=0.1,
         lr_scheduler_type="cosine", warmup_steps=2, adam_beta2=0.95,
     )  # fmt: skip
-    made.model_accepts_loss_kwargs = False  # the mean of means, and not over the tokens of all batches
+    made.model_accepts_loss_kwargs = False  # average the means of batches, not the tokens of all batches
     batches = list(made.get_train_dataloader())
     made.train()
     norms = [entry["grad_norm"] for entry in made.state.log_history if "grad_norm" in entry]
@@ -320,7 +320,7 @@ def test_coverage_is_logged_at_the_start(tmp_path: Path, level: str) -> None:
         made.train()
     finally:
         logger.removeHandler(records)
-    if level == "warning":  # what replicas have, by default
+    if level == "warning":  # the default of replicas
         assert records.messages == []
     else:
         (message,) = records.messages

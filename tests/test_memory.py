@@ -100,7 +100,7 @@ def test_every_variant_does(name: str, shape: tuple[int, int], dtype: torch.dtyp
 @pytest.mark.parametrize("name", ["adam-split", "adam-paper"])
 @pytest.mark.usefixtures("arithmetic")
 def test_a_whole_model_takes_no_more_than_one_weight(name: str) -> None:
-    """Llama-60M at the paper's rank; its tables are dense."""
+    """Llama-60M at the paper's rank. Embeddings and head are dense."""
     taken = transient(weights(LLAMA_60M), rank=128, **CASES[name].options)
     assert taken <= 8 * MIB + 3 * factors((1376, 512), 128), f"{taken / MIB:.2f} MiB"
 
@@ -115,7 +115,7 @@ def test_options_take_no_more(options: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("arithmetic")
 def test_gradients_of_lower_rank_take_no_more() -> None:
-    """The basis is completed then, as where a batch has fewer tokens than there are directions."""
+    """The basis must be completed then. A batch with fewer tokens than the rank has such gradients."""
     params = weights([(8192, 512)])
     params[0].grad = torch.randn(8192, 8) @ torch.randn(8, 512)
     check(transient(params, rank=128), [(8192, 512)], 128)
@@ -132,7 +132,7 @@ def test_the_first_step_takes_no_more_beside_the_state(name: str) -> None:
 
 
 def test_muon_takes_one_dense_matrix_at_a_time() -> None:
-    """With its bfloat16 image and what Newton-Schulz makes of it; of several, copies of factors."""
+    """Beside it a bfloat16 copy and the products of Newton-Schulz; of several weights, stacked factors."""
     one, four = (transient(weights([(1024, 768)] * n), LoRAPreMuon, rank=32) for n in (1, 4))
     assert four <= one + 5 * 4 * factors((1024, 768), 32)
     assert one <= 1024 * 768 * (4 + 3 * 2) + 2 * 2 * 768 * 768

@@ -40,7 +40,7 @@ both_moments = pytest.mark.parametrize("case", [CASES[name] for name in BOTH], i
 
 
 def line(shape: Sequence[int], index: int) -> Tensor:
-    """A direction for all gradients of a parameter: of rank one, each expert's with its own length."""
+    """A direction for all gradients of a parameter, of rank one; that of each expert has its own length."""
     generator = torch.Generator().manual_seed(index)
     E, p, q = matrix_shape(shape)
     matrices = torch.randn(E, p, 1, generator=generator) * torch.randn(E, 1, q, generator=generator)
@@ -65,7 +65,7 @@ def descend(
 
 
 def migrated(case: Case, params: Sequence[nn.Parameter], source: Optimizer, **options: Any) -> Any:
-    """The case's optimizer of a copy of the parameters, with the moments of `source`; and the copy."""
+    """A copy of the parameters, and the case's optimizer of it with the moments of `source`."""
     others = [nn.Parameter(p.detach().clone()) for p in params]
     optimizer = case.make(others, **options)
     from_adamw(optimizer, source.state_dict())
@@ -102,7 +102,7 @@ def test_split_takes_the_first_moment_and_the_means_of_the_second() -> None:
         torch.testing.assert_close(s["v_row"].view(shape[0], -1), v.mean(2))
         torch.testing.assert_close(s["v_col"].view(shape[0], -1), v.mean(1))
         assert s["step"] == 4
-        # As the variant needs them: equally long, orthogonal columns, and A in the gauge.
+        # The variant needs orthogonal, equally long columns in B, and A in the gauge.
         lengths = B.square().sum(1)
         torch.testing.assert_close(
             B.mT @ B, torch.diag_embed(lengths), rtol=0, atol=1e-4 * lengths.max().item()
@@ -134,7 +134,7 @@ def test_dense_weights_take_the_moments_as_they_are(dtype: torch.dtype) -> None:
                 assert_same(optimizer.state[other][name], adamw.state[p][name].to(wide))
             assert optimizer.state[other]["step"] == 3
         saved = copy.deepcopy(adamw.state_dict())
-        train(optimizer, others, 1, start=3)  # the moments are copies
+        train(optimizer, others, 1, start=3)  # which leaves the moments of adamw alone: ours are copies
         assert_same([*saved["state"].values()], [*adamw.state_dict()["state"].values()])
 
 
@@ -458,7 +458,7 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing() -> None:
     refused(optimizer, spoiled(4, exp_avg=torch.ones(3, 3)), r"parameter '2.weight' of shape \(24, 24\)")
     refused(optimizer, spoiled(4, exp_avg_sq=None), "parameter '2.weight' of shape")
     refused(optimizer, spoiled(4, step=None), "parameter '2.weight' of shape")
-    from_adamw(optimizer, spoiled(4, step=2))  # torch 1 kept a number
+    from_adamw(optimizer, spoiled(4, step=2))  # torch 1 saved a plain number
     others = nn.Sequential(nn.Linear(16, 24), nn.Linear(16, 24))
     foreign = AdamW([("1.bias", others[1].bias), ("other.weight", others[0].weight)])
     for p in others.parameters():

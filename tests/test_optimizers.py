@@ -88,7 +88,7 @@ def test_the_constructor_refuses_an_option_out_of_range_and_names_it(
 
 
 class Configured(Sequence[Any]):
-    """A list as configuration libraries have them, neither list nor tuple."""
+    """A sequence of a configuration library, neither list nor tuple."""
 
     def __init__(self, values: Any) -> None:
         self.values = values
@@ -245,7 +245,7 @@ def test_hooks_around_a_step_run(name: str) -> None:
 
 
 def adamw_pair(dtype: torch.dtype) -> tuple[list[nn.Parameter], list[nn.Parameter], torch.optim.AdamW]:
-    """Weights, the same again, and a torch.optim.AdamW of the second."""
+    """Two equal lists of weights, and a torch.optim.AdamW of the second."""
     ours, theirs = parameters(dtype=dtype), parameters(dtype=dtype)
     reference = torch.optim.AdamW(
         theirs, lr=0.02, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.3, maximize=True, foreach=False
@@ -416,8 +416,8 @@ def test_scale_multiplies_the_update_of_factorised_weights_but_not_their_decay(n
 def test_the_first_step_of_muon_is_that_of_torch(
     shape: tuple[int, int], adjust: str | None, nesterov: bool
 ) -> None:
-    # Both start from no momentum at all; torch weighs the first gradient by 1 - momentum, which
-    # Newton-Schulz takes out again.
+    # Both start without momentum. torch multiplies the first gradient by 1 - momentum, but Newton-Schulz
+    # does not depend on its size.
     ours, theirs = parameters([shape]), parameters([shape])
     options = {"lr": 0.1, "weight_decay": 0.3, "nesterov": nesterov, "adjust_lr_fn": adjust}
     optimizer = LoRAPreMuon(ours, rank=3, **options)  # type: ignore[arg-type]
@@ -533,7 +533,7 @@ def test_rows_of_a_table_that_are_idle_in_most_steps_move_as_far_as_with_dense_m
 
 
 def test_rows_of_a_table_without_gradients_stay_where_gradients_almost_lack_rank() -> None:
-    """Rounding errors have entries in all rows: eps hides them where gradients are small."""
+    """Rounding errors reach all rows, but eps is larger where gradients are small."""
     table = Table(8, size=1e-5, fall=0.1)
     assert (table.path[-1] - table.path[0])[table.never].abs().max() < 0.5
     assert table.steps.abs().max() <= 6.2

@@ -1,4 +1,4 @@
-"""What rounding the factors to bfloat16, for products with bfloat16 gradients, does to tracking.
+"""How tracking changes when factors are rounded to bfloat16 for products with bfloat16 gradients.
 
 Kernels for processors with units for such products round them; here it is written out.
 

@@ -87,8 +87,8 @@ def test_weights_and_state_are_those_of_the_ordinary_loop(case: Case, tied: bool
     one, two = Model(tied), Model(tied)
     expected, optimizer = make(case, one), make(case, two)
     gradient_release(two, optimizer)
-    # Weights of a shape are one batch in the one and single in the other: sums in another order, which the
-    # bfloat16 of Newton-Schulz magnifies, and the absolute damping of the printed tracker a little.
+    # The ordinary loop stacks weights of one shape, release steps them one by one. Sums have another order,
+    # which the bfloat16 of Newton-Schulz magnifies, and the printed tracker's damping a little.
     tolerance = 1e-3 if case.cls is LoRAPreMuon and case.options.get("rank", 3) else 1e-4
     assert_near(fit(two, optimizer, 4), fit(one, expected, 4), tolerance)
     assert [int(own["step"]) for own in state(optimizer)] == [4] * len(state(optimizer))
@@ -181,7 +181,7 @@ def test_one_gradient_is_alive_at_a_time() -> None:
     handle.remove()
     alive.clear()
     fit(model, optimizer, 1)
-    assert max(alive) == sum(sizes)  # what the ordinary loop holds
+    assert max(alive) == sum(sizes)  # the ordinary loop holds them all
 
 
 def test_what_is_left_in_grad_has_no_memory_and_goes_with_zero_grad() -> None:
@@ -267,7 +267,7 @@ def test_a_checkpoint_is_one_of_the_ordinary_loop_and_resumes(name: str) -> None
     fit(resumed, other, 1)
     resumed.load_state_dict(saved[0])
     other.load_state_dict(saved[1])
-    other.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]  # of the groups that loading has made
+    other.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]  # loading has made new groups
     assert_same(fit(resumed, other, 2, start=2), after)
     assert_same(state(other), state(optimizer))
     assert coverage(other).rows == coverage(optimizer).rows
@@ -503,10 +503,12 @@ def test_wrong_arguments_are_refused_by_name_and_register_nothing() -> None:
     for bad in (0, 0.0, -1.0, math.inf, math.nan, "1"):
         with pytest.raises(ValueError, match="max_norm must be a finite number > 0 or None, but is"):
             gradient_release(model, optimizer, bad)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"optimizer: parameter 0 of group 0, of shape .*not one of model's"):
+    with pytest.raises(
+        ValueError, match=r"optimizer: parameter 'embed.weight', of shape .*not one of model's"
+    ):
         gradient_release(Model(), optimizer)
     some = LoRAPreAdamW([*model.blocks[0].parameters(), nn.Parameter(torch.ones(3))])
-    with pytest.raises(ValueError, match=r"optimizer: parameter 4 of group 0, of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"optimizer: parameter 4 of its group, of shape \(3,\)"):
         gradient_release(model, some)
     fit(model, optimizer, 1)
     loss(model, 0).backward()

@@ -31,7 +31,7 @@ ONE = torch.tensor(1.0)
 
 
 def specified(index: int, key: int) -> int:
-    """The noise of an element, in Python's integers."""
+    """The noise of an element, computed with Python's integers."""
     x = (index * 0x9E3779B1) % 2**32 ^ key
     x = (x ^ x >> 16) * 0x7FEB352D % 2**32
     x = (x ^ x >> 15) * 0x846CA68B % 2**32
@@ -169,7 +169,7 @@ def test_keys_are_those_of_the_weight_and_of_the_expert_wherever_they_are_steppe
 
 def test_neither_keys_nor_rounding_wait_for_the_device() -> None:
     class ForbidCopies(Forbid):
-        waits = (*Forbid.waits, "lift_fresh")  # of a tensor made of Python's numbers
+        waits = (*Forbid.waits, "lift_fresh")  # a tensor made of Python numbers would wait too
 
     x, steps, experts, rows = (
         torch.randn(4, 3, 3),

@@ -1,4 +1,4 @@
-"""State that survives: its names and sizes, checkpoints, and what a checkpoint must not do."""
+"""State: its names and sizes, checkpoints, what is refused, and what users may change in a run."""
 
 import contextlib
 import copy
@@ -180,7 +180,7 @@ def test_loading_does_not_round_the_float32_state_of_bfloat16_weights(case: Case
     assert_same(state(resumed), state(optimizer))
     values = [v for own in state(resumed) for v in own.values() if v.ndim]
     assert all(v.dtype == torch.float32 for v in values)
-    assert any(not torch.equal(v, v.bfloat16().float()) for v in values)  # else this test shows nothing
+    assert any(not torch.equal(v, v.bfloat16().float()) for v in values)  # or the test would show nothing
 
 
 @every_case
@@ -299,9 +299,9 @@ OTHERS: Others = {
 
 
 def differing() -> list[Any]:
-    """(row, what differs in the checkpoint, what the message says, stepped) for every pair that does not fit.
+    """(case, what differs in the checkpoint, parts of the message, stepped) for every pair that does not fit.
 
-    A checkpoint of an optimizer that has not been stepped has options but no shapes.
+    An optimizer that has not been stepped saves options but no state.
     """
     pairs = []
     for name in FACTORISED:
@@ -405,7 +405,7 @@ def test_a_state_dict_of_torch_adamw_continues_in_the_dense_groups(cls: Any, dty
         lr=0.01, betas=(0.7, 0.8), eps=1e-3, weight_decay=0.3, maximize=True, foreach=False,
     )  # fmt: skip
     train(reference, theirs, 3)
-    # Nothing here but the checkpoint knows the options.
+    # The options come from the checkpoint alone.
     optimizer = cls([{"params": ours[:4]}, {"params": ours[4:]}], rank=None)
     for p, q in zip(ours, theirs, strict=True):
         p.data = q.detach().clone()
@@ -542,7 +542,7 @@ def test_state_that_was_cast_is_cast_back(case: Case, dtype: torch.dtype) -> Non
     train(same, others, 3)
     for own in optimizer.state.values():
         own.update({name: value.to(dtype) for name, value in own.items()})
-    if dtype == torch.bfloat16:  # what is left of them
+    if dtype == torch.bfloat16:  # the same values, rounded
         for own in same.state.values():
             for value in own.values():
                 value.copy_(value.bfloat16())
@@ -553,7 +553,7 @@ def test_state_that_was_cast_is_cast_back(case: Case, dtype: torch.dtype) -> Non
 @every_case
 @pytest.mark.usefixtures("arithmetic")
 def test_two_parameters_that_share_storage_both_move_it(case: Case) -> None:
-    """As if each of them were stepped by itself, one after the other, in every run."""
+    """The result is as if each of them were stepped alone, one after the other."""
     for shape in ((48, 40), (5,)):
         (whole,) = parameters([shape])
         expected = nn.Parameter(whole.detach().clone())
@@ -583,7 +583,7 @@ def test_an_expanded_weight_is_refused_by_name(case: Case, shape: tuple[int, ...
 def test_tensors_that_a_wrapper_keeps_in_the_state_are_carried_saved_and_loaded(case: Case) -> None:
     params, others, plain = parameters(), parameters(), parameters()
     optimizer, resumed = case.make(params), case.make(others)
-    for p in params:  # before there is any state of ours, as after it
+    for p in params:  # before there is any state of ours
         optimizer.state[p]["slow"] = p.detach().clone()
     assert_same(train(optimizer, params, 2), train(case.make(plain), plain, 2))
     resumed.load_state_dict(through_a_file(optimizer.state_dict()))
@@ -642,7 +642,7 @@ def test_options_that_are_edited_in_a_run_are_refused_at_the_next_step(
 
 @pytest.mark.parametrize("release", [False, True], ids=["step", "release"])
 def test_an_edited_variant_is_refused_where_a_weight_has_the_state_of_another(release: bool) -> None:
-    """A weight without state starts with the new variant; one that has state is met at its next gradient."""
+    """A weight without state starts with the new variant. One with state is refused at its next gradient."""
     params = parameters([(12, 20), (12, 20), (7,)])
     optimizer = LoRAPreAdamW(named(params), rank=RANK)
     handle = gradient_release(nn.ParameterList(params), optimizer) if release else None
@@ -684,7 +684,7 @@ def test_the_variant_of_muon_may_be_edited_in_a_run(names: tuple[str, str]) -> N
 @every_case
 @pytest.mark.parametrize("release", [False, True], ids=["step", "release"])
 def test_groups_may_lose_gain_and_exchange_parameters(case: Case, release: bool) -> None:
-    """What counts is the parameter, its state and the group that it is in now, not where it was."""
+    """A parameter keeps its state and takes the options of its present group."""
     params, others = parameters(), parameters()
     optimizer = case.make([{"params": named(params)[:5]}, {"params": named(params)[5:], "lr": 0.0}])
     one_by_one = [case.make([q], lr=0.0 if i >= 5 else 0.01) for i, q in enumerate(others)]
@@ -709,7 +709,7 @@ def test_groups_may_lose_gain_and_exchange_parameters(case: Case, release: bool)
     optimizer.param_groups.reverse()  # the first has lr 0 now
     step(1)
     slow, fast = optimizer.param_groups
-    moved = fast["params"].pop(0)  # and its name stays behind, as in torch
+    moved = fast["params"].pop(0)  # its name stays in the old group, as in torch
     slow["params"].insert(0, moved)
     one_by_one[0].param_groups[0]["lr"] = 0.0
     step(2)
@@ -785,7 +785,7 @@ def test_names_in_other_groups_are_refused(case: Case) -> None:
 
 @every_case
 def test_the_generator_of_a_gan_leaves_the_discriminator_alone(case: Case) -> None:
-    """Its loss goes through the discriminator, whose released updates rest meanwhile."""
+    """Its loss passes through the discriminator, whose updates are paused meanwhile."""
 
     def run(release: bool) -> list[Tensor]:
         torch.manual_seed(0)

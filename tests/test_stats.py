@@ -25,7 +25,7 @@ Reference = AdamReference | MuonReference
 
 
 def references(name: str, weight: Tensor) -> list[Reference]:
-    """Those of the matrices of a weight, which start as the optimizer does."""
+    """A reference for each matrix of a weight, with the same start as the optimizer."""
     case, (p, q) = CASES[name], weight.shape[-2:]
     cls = MuonReference if case.cls is LoRAPreMuon else AdamReference
     options = {"variant": case.make([nn.Parameter(weight)]).param_groups[0]["variant"], **case.options}
@@ -38,7 +38,7 @@ def references(name: str, weight: Tensor) -> list[Reference]:
 
 
 def sums(r: Reference, g: Tensor) -> Tensor:
-    """||g W^T||**2, ||g||**2, ||m||**2 and the sum of v at a step along g, which this takes."""
+    """Take a step along g; return ||g W^T||**2, ||g||**2, ||m||**2 and the sum of v in it."""
     A, g = r.m_A, g.double()
     damping = 1e-6 if r.variant == "paper" else relative_damping(A @ A.T)
     held = ((g @ A.T) * damped_solve(A @ A.T, A @ g.T, damping).T).sum()
@@ -52,7 +52,7 @@ def sums(r: Reference, g: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_numbers_are_those_of_the_reference(name: str) -> None:
-    """Averages of sums over the experts of a weight, each step 0.95 of the one after it."""
+    """They are averages of sums over the experts of a weight; a step counts 0.95 of the next one."""
     params = parameters([(12, 20), (3, 10, 14)])
     optimizer = CASES[name].make(params)
     every = [references(name, p.detach().clone()) for p in params]
@@ -82,7 +82,7 @@ def test_what_has_no_factors_of_the_momentum_has_no_numbers(name: str) -> None:
 
 
 def test_a_gradient_of_low_rank_is_captured_and_noise_is_not() -> None:
-    """Once the rows of A have found it; of noise they hold about rank / columns."""
+    """The rows of A find the signal after some steps. Of noise they hold about rank / columns."""
     p, noisy = parameters([(40, 60), (40, 60)])
     optimizer = CASES["adam-split"].make([p, noisy])
     signal = torch.randn(40, 2) @ torch.randn(2, 60)
@@ -96,7 +96,7 @@ def test_a_gradient_of_low_rank_is_captured_and_noise_is_not() -> None:
 
 
 def test_the_update_is_near_its_rms() -> None:
-    """It is sqrt(mean m**2 / mean v) instead of sqrt(mean (m**2 / v))."""
+    """`update_max` is sqrt(mean m**2 / mean v); the RMS is sqrt(mean (m**2 / v))."""
     (p,) = parameters([(40, 60)])
     optimizer = LoRAPreAdamW([p], lr=0.01, rank=4)
     for step in range(40):
@@ -117,7 +117,7 @@ def test_steps_without_a_gradient_or_a_finite_one_do_not_count(name: str) -> Non
     assert optimizer.stats()["captured_min"].isnan()
     assert [row.captured for row in coverage(optimizer)] == [None, None]
     params[0].grad = gradient((12, 20), 0, 0)
-    optimizer.step()  # the second weight has had no gradient yet
+    optimizer.step()  # the second weight has had no gradient but zero
     before = {k: float(x) for k, x in optimizer.stats().items()}
     assert 0 < before["captured_min"] == before["captured_mean"] < 1
     for bad in (math.nan, math.inf):
@@ -139,7 +139,7 @@ def test_numbers_are_no_state_and_come_back_after_a_copy_takes_a_step(name: str)
     clone.step()
     assert clone.stats().keys() == optimizer.stats().keys()
     optimizer.load_state_dict(saved)
-    assert optimizer.stats() == {}  # of another run
+    assert optimizer.stats() == {}  # they belong to another run
 
 
 @pytest.mark.parametrize("name", ["adam-split", "muon-subspace"])
@@ -160,7 +160,7 @@ def test_released_gradients_give_the_same_numbers(name: str) -> None:
 
 
 def check_sharded() -> None:
-    """On all processes the numbers of one."""
+    """Every process reports the numbers of a single process."""
     shapes = [(13, 21), (13, 21), (3, 10, 14), (2, 9)]
     mesh = init_device_mesh("cpu", (2, 2))
     layouts = [(Replicate(), Shard(0)), (Shard(0), Shard(1)), (Shard(1), Shard(1))]

@@ -43,13 +43,13 @@ def newton_step(X: Tensor, loss: Callable[[Tensor], Tensor], gamma: float) -> Te
 
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The resolution of float64 in place of float32's, for claims that hold to rounding."""
+    """Use the resolution of float64 instead of float32's, for claims that are exact but for rounding."""
     monkeypatch.setattr(linalg, "EPS", torch.finfo(torch.float64).eps)
 
 
 @pytest.fixture
 def undamped(double: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exact solves: what the theory is about. The floor under the damping is far below 1e-9."""
+    """Solve exactly, as the theory does: the damping goes far below 1e-9."""
     monkeypatch.setattr(linalg, "DAMPING", 0.0)
     monkeypatch.setattr(variants, "DAMPING", 0.0)
 
@@ -103,13 +103,13 @@ def test_product_does_not_depend_on_the_gauge_of_the_factors(name: str) -> None:
     one = follow(name, B, A, T, DECAY)
     other = follow(name, B @ S, torch.linalg.solve(S, A), T, DECAY)
     assert close(other.product, one.product, 1e-9)
-    if name == "printed":  # and the factors themselves carry the gauge along
+    if name == "printed":  # here the factors change with the gauge too, not their product alone
         assert close(other[0], one[0] @ S, 1e-9)
         assert close(S @ other[1], one[1], 1e-9)
 
 
 def transposed(name: str) -> tuple[Tensor, Tensor]:
-    """The product after a step, and after the same step on the transposed problem, turned back."""
+    """The product after a step, and after a step of the transposed problem, transposed back."""
     B, A, T = (torch.randn(shape, dtype=torch.float64) for shape in ((20, 4), (4, 30), (20, 30)))
     straight = follow(name, B, A, T, DECAY).product
     across = follow(name, A.T, B.T, T.T, DECAY).product.T
@@ -122,14 +122,14 @@ def test_printed_tracker_commutes_with_transposition() -> None:
 
 
 def test_subspace_iteration_does_not_commute_with_transposition() -> None:
-    """It projects on columns: the left factor moves first and the right one then answers it."""
+    """It projects on columns: the right factor is made from the new left one."""
     straight, across = transposed("subspace")
     assert not close(across, straight, 1e-2)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-12, 1e-7, 1e-3, 1e4, 1e17, 1e20, 1e25])
 def test_product_scales_with_the_gradients(size: float) -> None:
-    """25 steps in float32. A power of two would be exact; these sizes leave the rounding errors."""
+    """25 steps in float32. The sizes are no powers of two, so that rounding errors differ."""
     targets = torch.randn(40, 5) @ torch.randn(5, 60) + torch.randn(25, 40, 60)
     B, A = begin("subspace", targets[0], 8)
     b, a = B, A
@@ -157,7 +157,7 @@ def test_printed_tracker_loses_small_gradients() -> None:
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999])
 def test_ramp_is_the_scalar_recursion(beta: float) -> None:
-    """The tracker on 1 x 1 matrices with target one, whatever A starts from."""
+    """The recursion is the tracker on 1 x 1 matrices with target one, for any start of A."""
     gamma = 1 - beta**0.5
     a, b = 0.37, 0.0
     assert variants.debias(beta, torch.tensor(0.0)) == 0

@@ -1,4 +1,4 @@
-"""The parts of the algorithms, each at the edges of its domain; test_reference.py has the whole."""
+"""The parts of the algorithms at the edges of their domains. test_reference.py tests the whole."""
 
 import math
 from typing import Any
@@ -86,7 +86,7 @@ def test_others_start_at_the_scale_of_the_gauge(variant: str) -> None:
 
 
 class Told:
-    """An `apply` that keeps what it is told, in float64, and returns the means of g**2."""
+    """An `apply` that keeps the moments it gets, in float64, and returns the means of g**2."""
 
     def __init__(self, g: Tensor) -> None:
         self.g = g
@@ -107,7 +107,7 @@ class Told:
 
 
 def random_state(variant: str, N: int, p: int, q: int, r: int) -> variants.State:
-    """A state as it is some steps into a run."""
+    """A state such as a run has after some steps."""
     s = variants.State()
     g = torch.randn(N, p, 3) @ torch.randn(N, 3, q)
     m = begin("subspace", g, r)

@@ -27,7 +27,6 @@ OPTIONS = {  # of a group
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-_TABLES = nn.Embedding, nn.EmbeddingBag
 _PIXEL_CHANNELS = 4  # a convolution with at most so many inputs reads pixels: grey, RGB, RGBA
 _NORM = re.compile(r"[Nn]orm(\dd)?$")  # LlamaRMSNorm, BatchNorm2d, but not a fused LayerNormLinear
 
@@ -175,8 +174,13 @@ class _Routed(NamedTuple):
     name: str
     parameter: nn.Parameter
     options: dict[str, Any]  # of its group
-    doubt: str  # "unknown" or "lost" where a matrix goes dense for want of knowledge
+    unknown: bool  # whether it would have factors, but goes dense because its use is not known
     rule: int | None  # index of the rule that matched
+
+    @property
+    def low_rank(self) -> bool:
+        flatten = self.options.get("flatten", False)
+        return is_low_rank(self.parameter.shape, self.options["rank"], flatten)
 
 
 _ParsedRule: TypeAlias = tuple[re.Pattern[str], dict[str, Any]]
@@ -214,7 +218,7 @@ def _route(
         if use != "vector" and parameter in ends:
             use = "dense"
         elif use == "matrix" and parameter in doubtful:
-            use = "lost"
+            use = "unknown"
         options: dict[str, Any] = {"rank": rank if use == "matrix" else None}
         if use == "vector":
             options["weight_decay"] = 0.0
@@ -226,29 +230,22 @@ def _route(
         flatten = parameter.ndim == 3 and issubclass(classes[owner], _CONVOLUTIONS)
         if options["rank"] is not None and flatten:
             options["flatten"] = True
-        in_doubt = use in ("unknown", "lost") and rule is None
-        doubt = use if in_doubt and is_low_rank(parameter.shape, rank, flatten) else ""
-        yield _Routed(name, parameter, options, doubt, rule)
+        unknown = use == "unknown" and rule is None and is_low_rank(parameter.shape, rank, flatten)
+        yield _Routed(name, parameter, options, unknown, rule)
 
 
 def _problems(routed: Sequence[_Routed], rank: int | None, strict: bool) -> Iterator[str]:
-    """What stays dense although nobody asked for it."""
+    """Messages about matrices that stay dense although nobody asked for it."""
     trainable = [item for item in routed if item.parameter.requires_grad]
-    low_rank, not_smaller = [], []
-    for name, parameter, options, _, _ in trainable:
-        if is_low_rank(parameter.shape, options["rank"], options.get("flatten", False)):
-            low_rank.append(name)
-        elif options["rank"] is not None:
-            not_smaller.append(name)
-    if strict and not_smaller:
-        yield f"rank: factors would not be smaller than the matrix for {_listed(not_smaller)}"
-    for doubt, which in (
-        ("unknown", "of unknown use"),
-        ("lost", "whose use is not known after scripting, tracing or export"),
-    ):
-        if names := [item.name for item in trainable if item.doubt == doubt]:
-            yield f"matrices {which} go dense, give a rule for them: {_listed(names)}"
-    if rank is not None and trainable and not low_rank:
+    ranked = [item for item in trainable if item.options["rank"] is not None]
+    if strict and (names := [item.name for item in ranked if not item.low_rank]):
+        yield f"rank: factors would not be smaller than the matrix for {_listed(names)}"
+    if names := [item.name for item in trainable if item.unknown]:
+        yield (
+            "matrices of unknown use go dense (the use is often not known after scripting, tracing "
+            f"or export), give a rule for them: {_listed(names)}"
+        )
+    if rank is not None and trainable and not any(item.low_rank for item in ranked):
         yield (
             f"no trainable parameter gets low-rank momenta at rank {rank}: all state is AdamW's. A "
             "matrix (p, q) needs rank (p + q) < p q; the factors of a LoRA adapter, for one, are "
@@ -261,17 +258,18 @@ def _listed(names: Sequence[str]) -> str:
 
 
 class _Lost(nn.Module):
-    """Base of the classes that are not known any more, after scripting, tracing or export."""
+    """Base of the stand-ins for classes that scripting, tracing or export has removed."""
 
 
 def _classes(modules: Mapping[str, nn.Module]) -> dict[nn.Module, type[nn.Module]]:
-    """The class of every module, or a subclass of `_Lost` where only its name is left, or nothing.
+    """The class that every module had in the eager model; a subclass of `_Lost` if it is unknown.
 
-    A script module knows the name of its former class. The modules of an exported model are bare,
-    but the nodes of its graph record the paths and classes of the modules that they come from.
+    A script module knows the name of its former class. The modules of an exported model are plain
+    `nn.Module`s, but each node of its graph records the path and class of the module that it comes
+    from.
     """
     recorded: dict[str, Any] = {}
-    root = None  # with a dot at its end: where the paths of a graph and of graphs inside it begin
+    root = None  # path of the outermost module with a graph, and a dot: its graphs count from there
     classes = {}
     for path, module in modules.items():
         cls: Any = type(module)
@@ -286,10 +284,10 @@ def _classes(modules: Mapping[str, nn.Module]) -> dict[nn.Module, type[nn.Module
         if scripted:
             cls = f"torch.nn.{module.original_name}"
         elif isinstance(graph, fx.Graph) or (root is not None and cls is nn.Module):
-            # A list is not called, so that no node comes from it.
+            # No node comes from a ModuleList, because it is never called.
             numbered = [name.isdigit() for name, _ in module.named_children()]
             cls = recorded.get(path, nn.ModuleList if numbered and all(numbered) else "")
-        if isinstance(cls, str):  # looked up and not imported: a file can name anything
+        if isinstance(cls, str):  # not imported: a file can name any module
             where, _, name = cls.rpartition(".")
             cls = getattr(sys.modules.get(where), name, None)
             if cls is nn.Module or not isinstance(cls, type) or not issubclass(cls, nn.Module):
@@ -299,7 +297,7 @@ def _classes(modules: Mapping[str, nn.Module]) -> dict[nn.Module, type[nn.Module
 
 
 def _use(owner: Any, cls: type[nn.Module], attribute: str, parameter: nn.Parameter) -> str:
-    """What a module does with a parameter: "matrix", "vector", "dense", "unknown" or "lost"."""
+    """What a module does with a parameter: "matrix", "vector", "dense" or "unknown"."""
     if parameter.ndim < 2 or _NORM.search(cls.__name__) or attribute.endswith("bias"):
         return "vector"
     convolution = issubclass(cls, _CONVOLUTIONS)
@@ -311,34 +309,33 @@ def _use(owner: Any, cls: type[nn.Module], attribute: str, parameter: nn.Paramet
         depthwise = 1 < owner.groups == owner.in_channels if hasattr(owner, "groups") else one
     if token or thin or depthwise:
         return "dense"
-    if issubclass(cls, _Lost):
-        return "lost"
     weight = attribute.startswith("weight") or attribute.endswith("weight")
     experts = parameter.ndim == 3 and not issubclass(cls, ParametrizationList)
-    return "matrix" if weight or experts else "unknown"
+    return "matrix" if (weight or experts) and not issubclass(cls, _Lost) else "unknown"
 
 
 def _ends(
     classes: Mapping[Any, type[nn.Module]], rank: int | None
 ) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
-    """Dense parameters of layers that read the input or write the output, and of those that may.
+    """Parameters of the ends of the network that stay dense, and those that may be ends.
 
-    The latter: modules that have lost their classes know neither which of them is the head nor the
-    channels of a convolution. With a rank, tables are not dense, nor is a head with as many rows.
+    Ends read the input or write the output. Some cannot be told in a model that has lost its
+    classes: its head, and a convolution of which only the channels of a group are known. With a
+    rank, tables get factors, and so does a head with as many rows as a table.
     """
 
     def layers(*kinds: type[nn.Module]) -> list[Any]:
         return [module for module, cls in classes.items() if issubclass(cls, kinds)]
 
-    tables, convolutions, linears = layers(*_TABLES), layers(*_CONVOLUTIONS), layers(nn.Linear)
+    tables, linears = layers(nn.Embedding, nn.EmbeddingBag), layers(nn.Linear)
+    convolutions = layers(*_CONVOLUTIONS)
     ends: list[nn.Module] = [*tables]
     doubtful: list[nn.Module] = []
     for layer in convolutions:
-        if hasattr(layer, "in_channels"):
-            ends += [layer] if layer.in_channels <= _PIXEL_CHANNELS else []
-        elif layer.weight.shape[1] <= _PIXEL_CHANNELS:  # or these are the channels of a group
-            (ends if layer is convolutions[0] else doubtful).append(layer)
-    for module in classes:  # not the root alone, which may be a wrapper
+        known = hasattr(layer, "in_channels")  # shape[1] is less where there are groups
+        if (layer.in_channels if known else layer.weight.shape[1]) <= _PIXEL_CHANNELS:
+            (ends if known or layer is convolutions[0] else doubtful).append(layer)
+    for module in classes:  # all of them: the root may be a wrapper
         ends += _transformers_ends(module)
     # A hidden layer of a small model can have the shape of a table by chance, but lies in a list.
     listed = {layer for container in layers(nn.ModuleList) for layer in container.modules()}
@@ -346,10 +343,8 @@ def _ends(
     lost = any(type(module) is not cls for module, cls in classes.items())
     for layer in linears:
         last, alike = layer is linears[-1], any(p.shape in shapes for p in layer.parameters())
-        if last and alike and layer not in listed:
-            ends.append(layer)
-        elif lost and (last or alike) and layer not in listed:
-            doubtful.append(layer)
+        if layer not in listed and (last or alike) and (lost or (last and alike)):
+            (ends if last and alike else doubtful).append(layer)
     found, rows = _parameters(ends), {shape[0] for shape in shapes}
     wide = {p for p in found if p.ndim == 2 and p.shape[0] in rows and is_low_rank(p.shape, rank)}
     return found - wide, _parameters(doubtful) - found
@@ -379,7 +374,7 @@ def _transformers_ends(module: nn.Module) -> Iterator[nn.Module]:
 def _routers(classes: Mapping[nn.Module, type[nn.Module]]) -> set[nn.Parameter]:
     """Layers beside the experts of a block that hold one matrix with one row per expert.
 
-    One matrix, because a shared expert can be as wide as there are experts, but it holds several.
+    A shared expert can have as many rows by chance, but it holds several matrices.
     """
     routers = set()
     for block in classes:

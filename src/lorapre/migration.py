@@ -21,7 +21,7 @@ from lorapre.variants import finite_or_zero, first_A, follow_ema, positive
 __all__ = ["from_adamw", "to_adamw"]
 
 SWEEPS = 8  # of subspace iteration
-FIRST = ("exp_avg", "momentum_buffer", "m_B")  # what a first moment is kept under
+FIRST = ("exp_avg", "momentum_buffer", "m_B")  # names under which a first moment is kept
 SECOND = ("exp_avg_sq", "v_row", "v_col", "v_B")
 
 
@@ -39,8 +39,8 @@ def from_adamw(
         optimizer: a `LoRAPreAdamW` or `LoRAPreMuon`.
         state_dict: of torch.optim.AdamW, of torch.optim.Muon, or of ours with any rank and variant.
             Its parameters are matched by names where both sides have them, else by order.
-        like: an optimizer of the same parameters, made as the saved one was. It tells whose each
-            state is where `state_dict` has no names and another order. It needs no state itself.
+        like: an optimizer of the same parameters, made as the saved one was. Its order is that of
+            a `state_dict` without names. It needs no state itself.
 
     Returns:
         The parameters of which `state_dict` has no state, by name. They keep what they have, so a
@@ -208,7 +208,7 @@ def _second(s: Mapping[str, Tensor], k: float) -> Tensor:
 
 
 def _share(key: str, group: Mapping[str, Any], t: float) -> float:
-    """What a moment shows of a constant gradient of one after t steps: less where it is biased."""
+    """The value that a moment has after t steps in which every gradient was one."""
     if key == "momentum_buffer":  # torch's Muon keeps no step
         return 1.0
     if key == "m_B" and group["algorithm"] == "muon":
@@ -221,9 +221,10 @@ def _share(key: str, group: Mapping[str, Any], t: float) -> float:
 
 
 def _factors(M: Tensor, r: int) -> Factors:
-    """B (N, p, r) and A (N, r, q) in the gauge: about the best approximation of M (N, p, q).
+    """B (N, p, r) and A (N, r, q), whose product is close to the best approximation of M (N, p, q).
 
-    Subspace iteration from a random A. B has orthogonal columns of one length.
+    They come from subspace iteration with a random start, and are in the gauge: the columns of B
+    are orthogonal and equally long.
     """
     T = Gradient(M.float().unbind(), (M.shape[-2], M.shape[-1]), M.device)
     A = first_A("split", T, r, seed=0)

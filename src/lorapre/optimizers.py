@@ -188,16 +188,15 @@ class LoRAPreOptimizer(Optimizer):
                 newer lorapre has written it. The message names the parameter and what was found and
                 expected, and the optimizer is as it was.
         """
-        loaded: list[checkpoints.Saved] = []
+        loaded: dict[Tensor, Any] = {}
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             state_dict, found = checkpoints.checked(state_dict, self.param_groups)
-            loaded.extend(found)
+            loaded.update(found)
             return state_dict
 
         def restore(_: Optimizer) -> None:
-            for saved in loaded:
-                self.state[saved.p] = checkpoints.restored(saved, self.state[saved.p])
+            checkpoints.restore(self.state, self.param_groups, loaded)
 
         # Between the hooks of users, who may adapt a checkpoint before and look at the state after.
         hooks = (

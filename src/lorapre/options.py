@@ -1,5 +1,6 @@
-"""The constructors' options: plain types for what is given, an error for what is wrong."""
+"""The options of the constructors: conversion to plain types, and an error for a wrong value."""
 
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,14 +16,14 @@ INTEGERS = ("rank", "seed", "ns_steps")
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with sequences of numbers as tuples and integers of other libraries as int.
+    """The options, with tuples for sequences of numbers, and int for integers of other libraries.
 
-    Libraries of configurations have types of their own, which a checkpoint would keep.
+    Libraries for configurations have their own types, which must not get into checkpoints.
     """
     result = dict(options)
     for name, value in options.items():
         if name in SEQUENCES and isinstance(value, Sequence) and not isinstance(value, str):
-            result[name] = tuple(float(x) if _is_number(x) else x for x in value)
+            result[name] = tuple(float(x) if isinstance(x, numbers.Real) else x for x in value)
         elif name in INTEGERS and isinstance(value, numbers.Integral):
             result[name] = value if isinstance(value, bool) else int(value)
     return result
@@ -31,27 +32,37 @@ def plain(options: Mapping[str, Any]) -> dict[str, Any]:
 def check(group: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first option out of range."""
     muon, rank = group["algorithm"] == "muon", group["rank"]
-    _require_numbers(group, "lr", "weight_decay", "eps")
-    least = int(group["variant"] == "paper")  # which would keep nothing at rank 0
-    dense = f"an integer >= {least}, or None for dense"
-    _require(group, "rank", rank is None or _is_integer(rank, least), dense)
-    _require(group, "seed", _is_integer(group["seed"], 0, 2**62), "an integer >= 0 and < 2**62")
-    _require_choice(group, "nonfinite", "propagate", "skip")
-    _require_choice(group, "stochastic_rounding", False, True)
-    _require_choice(group, "variant", *(FOLLOW if muon else ADAM))
-    _require_betas(group, "adamw_betas" if muon else "betas")
-    if not muon:
-        _require_numbers(group, "scale")
-        return
-    momentum, steps = group["momentum"], group["ns_steps"]
-    _require(group, "momentum", _is_number(momentum) and 0 <= momentum < 1, "a number in [0, 1)")
-    _require(group, "ns_coefficients", _are_numbers(group["ns_coefficients"], 3), "three numbers")
-    _require(group, "ns_steps", _is_integer(steps, 1, 100), "1 to 99")
-    _require_choice(group, "adjust_lr_fn", None, "original", "match_rms_adamw")
-    given = [name for name in ("adamw_lr", "adamw_weight_decay") if group[name] is not None]
-    _require_numbers(group, "adamw_eps", *given)
-    if rank is not None and group["adamw_lr"] is not None:
-        _require(group, "lr", float(group["lr"]) > 0, "above 0 where adamw_lr is given")
+    rate = group["lr"]
+    given = {**group, "lr": rate.item() if isinstance(rate, Tensor) and rate.numel() == 1 else rate}
+    sizes = ["lr", "weight_decay", "eps", "adamw_eps" if muon else "scale"]
+    sizes += [x for x in ("adamw_lr", "adamw_weight_decay") if group.get(x) is not None]
+    betas = "adamw_betas" if muon else "betas"
+    least = int(group["variant"] == "paper")  # at rank 0 it would keep no state
+    ranks = f"an integer >= {least}, or None for dense"
+    checks = [(name, _is_number(given[name], 0), "a finite number >= 0") for name in sizes]
+    checks += [
+        ("rank", rank is None or _is_integer(rank, least), ranks),
+        ("seed", _is_integer(group["seed"], 0, 2**62), "an integer >= 0 and < 2**62"),
+        (betas, _are_numbers(group[betas], 2, 0, 1), "two numbers in [0, 1)"),
+    ]
+    choices: dict[str, Sequence[Any]] = {
+        "variant": [*(FOLLOW if muon else ADAM)],
+        "nonfinite": ["propagate", "skip"],
+        "stochastic_rounding": [False, True],
+    }
+    if muon:
+        choices["adjust_lr_fn"] = [None, "original", "match_rms_adamw"]
+        zero = None not in (rank, group["adamw_lr"]) and given["lr"] == 0
+        checks += [
+            ("momentum", _is_number(group["momentum"], 0, 1), "a number in [0, 1)"),
+            ("ns_coefficients", _are_numbers(group["ns_coefficients"], 3), "three numbers"),
+            ("ns_steps", _is_integer(group["ns_steps"], 1, 100), "1 to 99"),
+            ("lr", not zero, "above 0 where adamw_lr is given"),
+        ]
+    checks += [(x, group[x] in some, f"one of {str(some)[1:-1]}") for x, some in choices.items()]
+    for name, valid, wanted in checks:
+        if not valid:
+            raise ValueError(f"{name} must be {wanted}, but is {group[name]!r}")
 
 
 def checked_params(group: Mapping[str, Any]) -> Any:
@@ -88,7 +99,7 @@ def lr(group: Mapping[str, Any]) -> float | Tensor:
 
 
 def dense(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of dense weights in a group of Muon, in AdamW's names."""
+    """The options of a group of Muon for its dense weights, under AdamW's names."""
     weight_decay = group["weight_decay"]
     if group["rank"] is not None and group["adamw_weight_decay"] is not None:
         weight_decay = group["adamw_weight_decay"]
@@ -96,36 +107,15 @@ def dense(group: Mapping[str, Any]) -> dict[str, Any]:
     return {**group, **own, "betas": group["adamw_betas"], "eps": group["adamw_eps"]}
 
 
-def _require(group: Mapping[str, Any], name: str, condition: bool, wanted: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {wanted}, but is {group[name]!r}")
+def _is_number(value: Any, least: float = -math.inf, below: float = math.inf) -> bool:
+    # Not "1e-3", which YAML reads as a string.
+    return isinstance(value, numbers.Real) and least <= float(value) < below
 
 
-def _require_choice(group: Mapping[str, Any], name: str, *choices: str | bool | None) -> None:
-    _require(group, name, group[name] in choices, f"one of {', '.join(map(repr, choices))}")
+def _are_numbers(value: Any, count: int, *limits: float) -> bool:
+    fits = isinstance(value, tuple) and len(value) == count
+    return fits and all(_is_number(x, *limits) for x in value)
 
 
-def _require_betas(group: Mapping[str, Any], name: str) -> None:
-    betas = group[name]
-    valid = _are_numbers(betas, 2) and all(0 <= beta < 1 for beta in betas)
-    _require(group, name, valid, "two numbers in [0, 1)")
-
-
-def _require_numbers(group: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        value = group[name]
-        if name == "lr" and isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        _require(group, name, _is_number(value) and value >= 0, "a number >= 0")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real)  # not "1e-3", which YAML reads as a string
-
-
-def _are_numbers(value: Any, count: int) -> bool:
-    return isinstance(value, tuple) and len(value) == count and all(map(_is_number, value))
-
-
-def _is_integer(value: Any, least: int, below: float = float("inf")) -> bool:
+def _is_integer(value: Any, least: int, below: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < below

@@ -1,11 +1,10 @@
-"""The update inside the backward pass, which uses each gradient at once and frees it.
+"""Update each weight inside the backward pass, once its gradient is complete, and free that.
 
-A tensor without memory takes its place until `zero_grad()`. It refuses to be used: code that needs
-all gradients together, or those of several backward passes, fails at once and not silently.
+A tensor without memory takes the gradient's place until `zero_grad()`. It raises when it is used:
+code that needs all gradients together, or those of several backward passes, fails at once.
 """
 
 import contextlib
-import itertools
 import math
 import numbers
 import weakref
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lorapre import sharding
+from lorapre.groups import names_of
 from lorapre.linalg import exact_products
 from lorapre.optimizers import LoRAPreOptimizer
 
@@ -49,9 +49,9 @@ class GradientRelease:
     def paused(self) -> Iterator[None]:
         """Within this context backward passes update nothing and leave gradients as usual.
 
-        For the loss of another optimizer that passes through this model, as that of a GAN's
-        generator passes through the discriminator. Clear these gradients (`zero_grad()`) before the
-        next step.
+        Use it for a loss that passes through this model but trains another one. An example is the
+        generator of a GAN, whose loss passes through the discriminator. Clear these gradients
+        (`zero_grad()`) before the next step.
         """
         for _, update in self._updates:
             update.resting = True
@@ -116,18 +116,17 @@ def gradient_release(
         )
     name_of = {p: name for name, p in model.named_parameters()}
     updates: list[tuple[Tensor, _Update]] = []
-    for number, group in enumerate(optimizer.param_groups):
-        for index, p in enumerate(group["params"]):
+    for group in optimizer.param_groups:
+        for p, called in zip(group["params"], names_of(group), strict=True):
             if p not in name_of:
-                where = f"parameter {index} of group {number}, of shape {tuple(p.shape)},"
-                raise ValueError(f"optimizer: {where} is not one of model's")
+                shape = tuple(p.shape)
+                raise ValueError(f"optimizer: {called}, of shape {shape}, is not one of model's")
             name, hooks = name_of[p], p._post_accumulate_grad_hooks or {}
             if any(isinstance(hook, _Update) for hook in hooks.values()):
                 what = f"optimizer: {name!r} is updated in the backward pass already"
                 raise ValueError(f"{what}; remove() that handle first")
             if p.requires_grad:
-                update = _Update(weakref.ref(optimizer), (number, index), name, max_norm)
-                updates.append((p, update))
+                updates.append((p, _Update(weakref.ref(optimizer), name, max_norm)))
     return GradientRelease(optimizer, updates)
 
 
@@ -135,8 +134,7 @@ def gradient_release(
 class _Update:
     """The hook of one weight."""
 
-    optimizer: Callable[[], LoRAPreOptimizer | None]  # weak: a cycle through hooks is not collected
-    place: tuple[int, int]  # number of its group and index in it, at the last update
+    optimizer: Callable[[], LoRAPreOptimizer | None]  # weak: Python frees no cycle through a hook
     name: str
     max_norm: float | None
     resting: bool = False
@@ -155,20 +153,15 @@ class _Update:
             raise RuntimeError(
                 f"gradient_release: {self.name!r} must be on this process alone, but has {what}"
             )
-        groups = optimizer.param_groups
-        # Groups can be added, removed and reordered in a run: look at the last place first.
-        places = ((k, i) for k, group in enumerate(groups) for i in range(len(group["params"])))
-        for number, index in itertools.chain([self.place], places):
-            params = groups[number]["params"] if number < len(groups) else []
-            if index < len(params) and params[index] is p:
-                break
-        else:  # it has been taken out, and trains no longer
+        # Groups can be added, removed and reordered in a run.
+        places = ((group, q) for group in optimizer.param_groups for q in group["params"])
+        found = next(((i, group) for i, (group, q) in enumerate(places) if q is p), None)
+        if found is None:  # it has been taken out, and trains no longer
             return
-        self.place = number, index
         if self.max_norm is not None:
             nn.utils.clip_grad_norm_([p], self.max_norm)
-        position = sum(len(group["params"]) for group in groups[:number]) + index
-        group = {**groups[number], "params": [p], "param_names": [self.name], "matrices": False}
+        position, group = found
+        group = {**group, "params": [p], "param_names": [self.name], "matrices": False}
         with torch.no_grad(), exact_products(p.device):
             for batch in optimizer._batches([(group, [position])]):
                 optimizer._update(batch)

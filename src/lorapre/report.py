@@ -1,9 +1,9 @@
-"""What an optimizer made of a model: route, rank and bytes of state of every parameter."""
+"""Route, rank and bytes of state of every parameter of an optimizer, and what its steps do."""
 
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Rows of `coverage`; `str()` is a table of at most 80 columns, a line for alike layers."""
+    """Rows of `coverage`; `str()` is a table of at most 80 columns. Layers alike share a line."""
 
     rows: tuple[Row, ...]
 
@@ -77,17 +77,10 @@ class Coverage:
         """Bytes that `torch.optim.AdamW` would hold for the same parameters."""
         return sum(row.adamw_bytes for row in self.rows)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Totals and rows as plain values, for JSON."""
-        totals = {
-            name: getattr(self, name) for name in ("state_bytes", "planned_bytes", "adamw_bytes")
-        }
-        return totals | {"rows": [asdict(row) for row in self.rows]}
-
     def __str__(self) -> str:
         column = "state_bytes" if self.state_bytes else "planned_bytes"
         total = getattr(self, column)
-        alike: dict[tuple[object, ...], list[Row]] = {}  # a weight of every layer; all vectors
+        alike: dict[tuple[object, ...], list[Row]] = {}  # a weight of all layers is one line
         for row in self.rows:
             kind = (_INDEX.sub("#", row.name), row.shape) if len(row.shape) > 1 else ()
             alike.setdefault((kind, row.rank, row.note), []).append(row)
@@ -100,7 +93,7 @@ class Coverage:
 
     def _remarks(self, total: int) -> Iterator[str]:
         sizes = [math.prod(row.shape) for row in self.rows if row.route == "low-rank"]
-        # Weights can be empty, and AdamW holds nothing where everything is frozen.
+        # Neither may be zero: all weights can be empty, or all frozen.
         share = sum(sizes) / max(1, sum(math.prod(row.shape) for row in self.rows))
         ratio = total / max(1, self.adamw_bytes)
         yield f"{len(sizes)} low-rank weights hold {share:.1%} of the parameters."
@@ -140,13 +133,9 @@ def coverage(optimizer: torch.optim.Optimizer) -> Coverage:
         names = group.get("param_names") or ()
         if len(names) != len(group["params"]):  # there are none, or a parameter has been taken out
             names = [f"{number}.{index}" for index in range(len(group["params"]))]
-        for name, weight in zip(names, group["params"], strict=True):
-            values = optimizer.state.get(weight, {}).items()
-            tensors = {k: sharding.local(v.detach()) for k, v in values if isinstance(v, Tensor)}
-            found = stats([recent[weight]] if weight in recent else [])
-            seen = {k: float(x) for k, x in found.items() if not x.isnan()}
-            row, captured = _row(name, weight, group, tensors), seen.get("captured_mean")
-            rows.append(replace(row, captured=captured, update=seen.get("update_mean")))
+        for name, p in zip(names, group["params"], strict=True):
+            found = stats([recent[p]] if p in recent else [])
+            rows.append(_row(name, p, group, optimizer.state.get(p, {}), found))
     return Coverage(tuple(rows))
 
 
@@ -172,33 +161,37 @@ def stats(sums: Sequence[Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _row(name: str, weight: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor]) -> Row:
+def _row(
+    name: str, p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any],
+    found: Mapping[str, Tensor],
+) -> Row:  # fmt: skip
     rank, flatten = group.get("rank"), group.get("flatten", False)
-    low_rank = is_low_rank(weight.shape, rank, flatten)
-    note = _NOT_SMALLER if rank is not None and weight.ndim > 1 and not low_rank else ""
+    low_rank = is_low_rank(p.shape, rank, flatten)
+    note = _NOT_SMALLER if rank is not None and p.ndim > 1 and not low_rank else ""
     if "step" in state and "algorithm" in group:  # options may have been edited since
         low_rank = "exp_avg" not in state
         rank = state["m_B"].shape[-1] if "m_B" in state else 0
-    trainable = weight.requires_grad
-    local = sharding.local(weight.detach())
+    size = sharding.local(p.detach()).numel()
     # All state is float32, but for the dense moments of a float64 weight.
-    moment = local.numel() * (8 if weight.dtype == torch.float64 else 4)
-    planned = 0
-    for key, shape in state_shapes(group, weight.shape).items():
-        here = (
-            sharding.held(weight, flatten, key, shape) if shape else ()
-        )  # a counter is not spread
-        planned += moment if "exp_avg" in key else 4 * math.prod(here)
+    wide = 8 if p.dtype == torch.float64 else 4
+    planned = sum(
+        math.prod(sharding.held(p, flatten, key, shape)) * (wide if "exp_avg" in key else 4)
+        for key, shape in state_shapes(group, p.shape).items()
+    )
+    tensors = [sharding.local(x.detach()) for x in state.values() if isinstance(x, Tensor)]
+    known = {key: float(x) for key, x in found.items() if not x.isnan()}
     return Row(
         name=name,
-        shape=tuple(weight.shape),
+        shape=tuple(p.shape),
         route="low-rank" if low_rank else "dense",
         rank=rank if low_rank else None,
-        state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
-        planned_bytes=planned if trainable else 0,
-        adamw_bytes=2 * local.numel() * local.element_size() + 4 if trainable else 0,
-        note=note if trainable else "frozen",
+        state_bytes=sum(x.numel() * x.element_size() for x in tensors),
+        planned_bytes=planned if p.requires_grad else 0,
+        adamw_bytes=2 * size * p.element_size() + 4 if p.requires_grad else 0,
+        note=note if p.requires_grad else "frozen",
         skipped=int(state["skipped"]) if "skipped" in state else None,
+        captured=known.get("captured_mean"),
+        update=known.get("update_mean"),
     )
 
 
@@ -232,7 +225,7 @@ def _ranges(numbers: set[int]) -> str:
 
 
 def _table(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Header, body and total, aligned; the first column gives way to keep within the width."""
+    """Header, body and total, aligned. Names are shortened where a line would be too wide."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * len(widths[1:]))
     text = []
@@ -244,7 +237,7 @@ def _table(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _shorten(name: str, width: int) -> str:
-    """Leading parts of a name give way to their first letters, then the middle to dots."""
+    """Cut the leading parts of a name to their first letters, then replace its middle by dots."""
     name = name.removesuffix(".weight")
     parts = name.split(".")
     for i, part in enumerate(parts[:-1]):

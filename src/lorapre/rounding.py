@@ -1,9 +1,9 @@
-"""Stochastic rounding of float32 to bfloat16, with which the smallest updates count.
+"""Stochastic rounding of float32 to bfloat16: updates below its precision count on average.
 
 The noise is a hash of the element and a key. It needs no generator, no state and no wait for the
 device, and it is the same on every device, for every sharding and after every resume. All
-arithmetic is that of 32-bit integers, modulo 2**32. torch has it for int32, where only the right
-shift differs: it copies the sign, which is masked away.
+arithmetic is on unsigned 32-bit integers, modulo 2**32. torch's int32 gives the same bits, except
+that its right shift copies the sign bit; the copies are masked away.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ def keys(seed: int, positions: Sequence[int], steps: Sequence[Tensor], experts: 
     Args:
         seed: the group's.
         positions: of the n weights among all parameters of the optimizer.
-        steps: n scalars on the device, the steps counted in the state, this one included.
-        experts: (E,), which matrices of a weight are held here; zero for an ordinary weight.
+        steps: n scalars on the device: the steps of each weight so far, with this one.
+        experts: (E,), indices of the matrices held here of a weight; one zero for a plain weight.
     """
     t = torch.stack(list(steps)).to(torch.int32)
     # A tensor made of a list waits for the copy to the device; scalars of a kernel do not.
@@ -52,19 +52,19 @@ def round_(x: Tensor, key: Tensor, rows: Tensor, columns: Tensor, width: int) ->
     """Round x (N, rows, columns), float32, in place to a neighbour among the bfloat16 numbers.
 
     A number goes up with the probability that makes the mean x. A bfloat16 number, infinity and NaN
-    stay. What is finite stays finite: beyond the largest bfloat16 it becomes that.
+    stay as they are. A finite number stays finite: above the largest bfloat16 it becomes that one.
 
-    The other arguments are those of `noise`. Indices in the whole matrix make the rounding of a
-    shard or a tile that of the whole.
+    The other arguments are those of `noise`. Rows and columns count in the whole matrix, so a shard
+    or a tile is rounded as it would be as a part of the whole.
     """
     sums = noise(key, rows, columns, width).add_(x.view(torch.int32)).bitwise_and_(-0x10000)
-    # By a carry a finite number can become infinite here, and NaN anything.
+    # The addition can carry: a finite number becomes infinite, and NaN becomes any number.
     rounded = sums.view(torch.float32).clamp_(-LARGEST, LARGEST)
     return torch.where(x.isfinite(), rounded, x, out=x)
 
 
 def indices(places: range | Tensor, device: torch.device) -> Tensor:
-    """Rows or columns, which a gradient holds, for `round_`."""
+    """The rows or columns that a gradient holds, as `round_` takes them."""
     if isinstance(places, Tensor):
         return places.to(device)
     return torch.arange(places.start, places.stop, device=device)

@@ -1,4 +1,4 @@
-"""LoRA-Pre for registries: made from a name, and handed nameless parameters."""
+"""LoRA-Pre for registries, which make an optimizer by its name and hand it nameless parameters."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,7 +12,14 @@ __all__ = ["RoutedAdamW", "RoutedMuon"]
 _Groups = Iterable[dict[str, Any]]
 
 
-class RoutedAdamW(LoRAPreAdamW):
+class _Routed:
+    def __init__(
+        self, params: Iterable[Any], *, groups: _Groups | None = None, **options: Any
+    ) -> None:
+        super().__init__(_routed(list(params), groups), **options)  # type: ignore[call-arg]
+
+
+class RoutedAdamW(_Routed, LoRAPreAdamW):
     """`LoRAPreAdamW` that finds the routes of its parameters in `groups`.
 
     The groups of a registry have weight decay and learning rates, but do not say what a parameter
@@ -29,13 +36,8 @@ class RoutedAdamW(LoRAPreAdamW):
         ValueError: there are no `groups`, or a parameter is not in them.
     """
 
-    def __init__(
-        self, params: Iterable[Any], *, groups: _Groups | None = None, **options: Any
-    ) -> None:
-        super().__init__(_routed(list(params), groups), **options)
 
-
-class RoutedMuon(LoRAPreMuon):
+class RoutedMuon(_Routed, LoRAPreMuon):
     """`LoRAPreMuon` that finds the routes of its parameters in `groups`, as `RoutedAdamW` does.
 
     Args:
@@ -46,11 +48,6 @@ class RoutedMuon(LoRAPreMuon):
     Raises:
         ValueError: as in `RoutedAdamW`.
     """
-
-    def __init__(
-        self, params: Iterable[Any], *, groups: _Groups | None = None, **options: Any
-    ) -> None:
-        super().__init__(_routed(list(params), groups), **options)
 
 
 def _routed(params: Sequence[Any], groups: _Groups | None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""LoRA-Pre in `transformers.Trainer` and what derives from it, `trl.SFTTrainer` for one.
+"""LoRA-Pre in `transformers.Trainer` and its subclasses, such as `trl.SFTTrainer`.
 
 Since transformers 5.2 the Trainer calls a factory of optimizers with the model
 (`Trainer.create_optimizer`, `trainer_optimizer.is_optimizer_factory`). A class would get two groups
@@ -7,14 +7,14 @@ of nameless parameters.
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from lorapre.groups import Rule, param_groups
+from lorapre.groups import param_groups
 from lorapre.optimizers import LoRAPreAdamW, LoRAPreMuon, LoRAPreOptimizer
 from lorapre.report import coverage
 
@@ -30,16 +30,7 @@ class StatsCallback(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
-    def on_log(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        *,
-        logs: Any = None,
-        optimizer: Any = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, *args: Any, logs: Any = None, optimizer: Any = None, **more: Any) -> None:
         """Log the numbers behind a loss."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         stats = optimizer.stats() if isinstance(optimizer, LoRAPreOptimizer) else {}
@@ -47,15 +38,7 @@ class StatsCallback(TrainerCallback):
             self.trainer.log({f"lorapre/{name}": float(x) for name, x in stats.items()})
 
 
-def lorapre_adamw(
-    args: TrainingArguments,
-    *,
-    rank: int | None = 128,
-    ends: Literal["dense", "low-rank"] = "dense",
-    rules: Sequence[Rule] = (),
-    strict: bool = False,
-    **options: Any,
-) -> tuple[Any, dict[str, Any]]:
+def lorapre_adamw(args: TrainingArguments, **options: Any) -> tuple[Any, dict[str, Any]]:
     """`LoRAPreAdamW` for the Trainer: `optimizer_cls_and_kwargs=lorapre_adamw(args, rank=8)`.
 
     Of `args`, both the factorised weights and the dense ones take learning_rate, adam_beta1,
@@ -67,12 +50,8 @@ def lorapre_adamw(
     Args:
         args: the Trainer's. `optim`, `optim_args` and `optim_target_modules` have no effect, as
             with any `optimizer_cls_and_kwargs`.
-        rank: as in `lorapre.param_groups`.
-        ends: as in `lorapre.param_groups`.
-        rules: as in `lorapre.param_groups`.
-        strict: as in `lorapre.param_groups`; an error, for instance, where LoRA adapters are the
-            only trainable weights.
-        options: of `LoRAPreAdamW` (scale, variant, lr, betas, ...); they override `args`.
+        options: of `lorapre.param_groups` (rank, ends, rules, strict), and of `LoRAPreAdamW`
+            (scale, variant, lr, betas, ...); the latter override `args`.
 
     Returns:
         The value for the Trainer's `optimizer_cls_and_kwargs`.
@@ -83,45 +62,23 @@ def lorapre_adamw(
 
     Warns:
         UserWarning: as in `lorapre.param_groups`; or the Trainer has a loss with parameters of its
-            own, as in sentence-transformers, which are left out.
+            own, as in sentence-transformers, which are left out. With `strict` that is an error.
     """
-
-    def from_args() -> dict[str, Any]:
-        return dict(
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-        )
-
-    routes = dict(rank=rank, ends=ends, rules=rules, strict=strict)
-    return _for_trainer(LoRAPreAdamW, from_args, routes, options)
+    return _for_trainer(LoRAPreAdamW, lambda: _adam_options(args), options)
 
 
-def lorapre_muon(
-    args: TrainingArguments,
-    *,
-    rank: int | None = 128,
-    ends: Literal["dense", "low-rank"] = "dense",
-    rules: Sequence[Rule] = (),
-    strict: bool = False,
-    **options: Any,
-) -> tuple[Any, dict[str, Any]]:
+def lorapre_muon(args: TrainingArguments, **options: Any) -> tuple[Any, dict[str, Any]]:
     """`LoRAPreMuon` for the Trainer; warnings are those of `lorapre_adamw`.
 
     Of `args`, learning_rate and weight_decay reach both routes, as lr, adamw_lr, weight_decay and
     adamw_weight_decay; adam_beta1, adam_beta2 and adam_epsilon reach the dense weights, which take
-    AdamW. Muon's momentum is none of them: give `momentum`. One learning rate serves both routes
-    with `adjust_lr_fn="match_rms_adamw"`; without it Muon usually wants a larger one than AdamW:
+    AdamW. `args` have no momentum for Muon: give `momentum`. With `adjust_lr_fn="match_rms_adamw"`
+    one learning rate serves both routes. Without it Muon usually needs a larger one than AdamW:
     give `lr`, and the dense weights stay at learning_rate.
 
     Args:
         args: as in `lorapre_adamw`.
-        rank: as in `lorapre.param_groups`.
-        ends: as in `lorapre.param_groups`.
-        rules: as in `lorapre.param_groups`.
-        strict: as in `lorapre_adamw`.
-        options: of `LoRAPreMuon`; they override `args`.
+        options: of `lorapre.param_groups` and of `LoRAPreMuon`; the latter override `args`.
 
     Returns:
         The value for the Trainer's `optimizer_cls_and_kwargs`.
@@ -132,25 +89,29 @@ def lorapre_muon(
     """
 
     def from_args() -> dict[str, Any]:
-        return dict(
-            lr=args.learning_rate,
-            adamw_lr=args.learning_rate,
-            adamw_betas=(args.adam_beta1, args.adam_beta2),
-            adamw_eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-            adamw_weight_decay=args.weight_decay,
-        )
+        dense = _adam_options(args)
+        both = {name: dense[name] for name in ("lr", "weight_decay")}
+        return both | {f"adamw_{name}": value for name, value in dense.items()}
 
-    routes = dict(rank=rank, ends=ends, rules=rules, strict=strict)
-    return _for_trainer(LoRAPreMuon, from_args, routes, options)
+    return _for_trainer(LoRAPreMuon, from_args, options)
+
+
+def _adam_options(args: TrainingArguments) -> dict[str, Any]:
+    return dict(
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+    )
 
 
 def _for_trainer(
     cls: type[LoRAPreAdamW] | type[LoRAPreMuon],
     from_args: Callable[[], dict[str, Any]],
-    routes: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
+    names = options.keys() & inspect.signature(param_groups).parameters
+    routes = {name: options.pop(name) for name in names}
     inspect.signature(cls).bind([], **options)  # a mistyped option shows before data are loaded
 
     def build(model: nn.Module, **options: Any) -> LoRAPreOptimizer:
@@ -165,7 +126,7 @@ def _for_trainer(
                 f"{', '.join(names)}. Give the Trainer optimizers=({cls.__name__}(param_groups("
                 "loss, rank=...), ...), None) instead of optimizer_cls_and_kwargs"
             )
-            if routes["strict"]:
+            if routes.get("strict"):
                 raise ValueError(problem)
             warnings.warn(problem, stacklevel=2)
         return optimizer
