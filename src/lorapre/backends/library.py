@@ -28,7 +28,7 @@ FLAGS = (
     "-ffp-contract=fast -fno-strict-aliasing "
     "-fno-tree-loop-distribute-patterns"  # rows of a tile are too short for calls of memcpy
 )
-LIMIT = 60.0  # seconds for the compiler
+LIMIT = 180.0  # seconds for the compiler
 WITHOUT = "does without compiled kernels, slower"
 
 _loaded: Any = None
