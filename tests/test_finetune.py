@@ -605,7 +605,7 @@ def test_which_examples_are_taken(tiny: Tiny, base: Path, tmp_path: Path, capsys
         ),
         (["--data", "empty.jsonl"], "empty.jsonl: line 1: the field 'answer' is empty"),
         (["--data", "broken.jsonl"], "broken.jsonl: line 3 is not JSON"),
-        (["--data", "latin.jsonl"], "latin.jsonl: not UTF-8 text (byte 1)"),
+        (["--data", "latin.jsonl"], "latin.jsonl: line 1 is not JSON ('utf-8' codec"),
         (["--model", "no/model"], "--model no/model: no such folder, and not on the hub"),
         (["--model", "nope"], "--model nope: no such folder, and not on the hub"),
         (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets  # type: ignore[import-untyped]
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from lorapre_recipes.config import PretrainConfig, UserError
 from lorapre_recipes.data.corpus import Corpus, hash_documents, read_corpus, take_characters
+from lorapre_recipes.data.examples import spaced
 from lorapre_recipes.data.tokens import (
     Sequence,
     cached_sequences,
@@ -29,25 +28,13 @@ from lorapre_recipes.data.tokens import (
 TOKENIZER_CHARACTERS = 50_000_000  # of a large corpus: how much the tokenizer is trained on
 
 
-@dataclass(frozen=True)
-class TokenData:
+class TokenData(NamedTuple):
     """What the trainer needs: sequences of `sequence_length` tokens under the key `input_ids`."""
 
     tokenizer: PreTrainedTokenizerFast
     train: datasets.Dataset | TokenStream
     validation: datasets.Dataset
-    corpus: Corpus
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What must be the same when a run goes on, and how many records were skipped so far."""
-        count = len(self.train) if isinstance(self.train, datasets.Dataset) else None
-        return {
-            "sha256": self.corpus.fingerprint,
-            "train_sequences": count,
-            "validation_sequences": len(self.validation),
-            "skipped": self.corpus.skipped(),
-        }
+    facts: dict[str, Any]  # what must be the same when a run goes on
 
 
 class TokenStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
@@ -120,5 +107,10 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
         raise too_little
     # Evenly spaced, so that every held-out document has its say.
     count = config.evaluated(len(validation))
-    validation = validation.select(np.linspace(0, len(validation) - 1, count).astype(int))
-    return TokenData(tokenizer, train, validation, corpus)
+    validation = validation.select(spaced(range(len(validation)), count))
+    facts = {
+        "sha256": corpus.fingerprint,
+        "train_sequences": len(train) if isinstance(train, datasets.Dataset) else None,
+        "validation_sequences": len(validation),
+    }
+    return TokenData(tokenizer, train, validation, facts)
