@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -96,26 +95,8 @@ def read_metrics(path: Path) -> list[Metric]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """The mean of each value and of as many neighbours on either side, at most two.
-
-    So it does not lag, and keeps both ends. Where values are few they differ by more than noise:
-    fewer than 40 stay as they are, fewer than 80 have one neighbour.
-    """
-    last, most = len(values) - 1, min(2, len(values) // 40)
-    reaches = [min(most, i, last - i) for i in range(len(values))]
-    windows = (values[i - reach : i + reach + 1] for i, reach in enumerate(reaches))
-    return [sum(window) / len(window) for window in windows]
-
-
-def round_perplexities(low: float, high: float) -> list[int]:
-    """1, 2, 5, 10, 20, ... as far as their logarithms, the losses, lie in [low, high]."""
-    candidates = (digit * 10**power for power in range(10) for digit in (1, 2, 5))
-    return [candidate for candidate in candidates if low <= math.log(candidate) <= high]
-
-
 def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path: Path) -> None:
-    """Draw the losses over tokens, with perplexity on the right, and below what the steps did."""
+    """Draw the losses over tokens, and below what the steps did."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     known = [name for name in STATS if any(name in row for row in metrics)]
@@ -130,8 +111,7 @@ def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path:
         return [row["tokens"] / unit for row in rows], [row[name] for row in rows]
 
     tokens, losses = series("loss")
-    axes.plot(tokens, losses, color="C0", alpha=0.3, linewidth=1, label="training")
-    axes.plot(tokens, smooth(losses), color="C0", linewidth=1.8, label="training, smoothed")
+    axes.plot(tokens, losses, color="C0", label="training")
     tokens, losses = series("validation_loss")
     axes.plot(tokens, losses, "o-", color="C1", markersize=4.5, label="validation, held out")
     place: dict[str, Any] = {"xytext": (0, -16), "textcoords": "offset points", "ha": "right"}
@@ -149,10 +129,6 @@ def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    ticks = round_perplexities(*axes.get_ylim())
-    right = axes.secondary_yaxis("right")
-    right.set_yticks([math.log(tick) for tick in ticks], [f"{tick:,}" for tick in ticks])
-    right.set_ylabel("perplexity")
     batch = f"{config.sequences_per_step} × {config.sequence_length} tokens"
     axes.set_title(
         f"{describe_optimizer(config)}: {short(parameters)} parameters on "
