@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from lorapre_recipes.config import OptimizerName, PretrainConfig, UserError, choices_of, user_errors
+from lorapre_recipes.config import (
+    OptimizerName,
+    PretrainConfig,
+    check_known,
+    choices_of,
+    user_errors,
+)
 from lorapre_recipes.files import read_json
 from lorapre_recipes.presets import PRETRAIN, get_preset
 
@@ -104,12 +110,6 @@ def numbers(text: str, separator: str, option: str) -> tuple[float, ...]:
     wrong = f"{option}: give numbers, one or several with {separator!r} between them"
     with user_errors(wrong, ValueError):
         return tuple(sorted({float(value) for value in text.split(separator)}))
-
-
-def check_known(option: str, name: str, known: Iterable[str]) -> None:
-    """Raises UserError where a name is none of those that are known."""
-    if name not in known:
-        raise UserError(f"{option}: there is no {name!r}; choose from {', '.join(known)}")
 
 
 def cell_config(comparison: Comparison, cell: Cell) -> PretrainConfig:

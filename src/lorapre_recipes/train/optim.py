@@ -7,7 +7,6 @@ an optimizer take.
 
 import importlib
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,7 +43,6 @@ ADJUST_LR = "match_rms_adamw"
 PACKAGED = {
     "adam8bit": ("torchao.optim", "AdamW8bit", "torchao"),
     "adam4bit": ("torchao.optim", "AdamW4bit", "torchao"),
-    "adam-mini": ("pytorch_optimizer", "AdamMini", "pytorch_optimizer"),
     "galore": ("pytorch_optimizer", "GaLore", "pytorch_optimizer"),
     "fira": ("pytorch_optimizer", "Fira", "pytorch_optimizer"),
     "conda": ("pytorch_optimizer", "Conda", "pytorch_optimizer"),
@@ -52,7 +50,7 @@ PACKAGED = {
     "muon-8bit": ("torchao.optim.subclass_8bit", "OptimState8bit", "torchao"),  # for its momentum
 }
 # By their authors for all weights, embeddings and norms too.
-FOR_ALL = ("adam8bit", "adam4bit", "adafactor", "adam-mini", "smmf")
+FOR_ALL = ("adam8bit", "adam4bit", "adafactor", "smmf")
 
 
 class WithAdamW(Optimizer):
@@ -159,43 +157,27 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
         torch.serialization.add_safe_globals([projector])
         own = {"update_proj_gap": config.refresh or 0, "scale": 1.0, "projection_type": "std"}
         matrices = [group | rank | own for group in matrices]
-    if name == "adam-mini":
-        chosen = adam_mini(make, model, matrices, adam)
-    else:
-        factored = {"state_precision": "factored", "stochastic_rounding": False}
-        table: dict[str, tuple[Any, dict[str, Any]]] = {
-            "smmf": (make, adam | factored),
-            "apollo": (Apollo, adam | projected),
-            "apollo-mini": (Apollo, adam | projected | {"mini": True}),
-            "mlorc": (MLorc, adam | rank),
-            "mofasgd": (MoFaSGD, momentum | rank),
-            "muon": (Muon, momentum | {"adjust_lr_fn": ADJUST_LR}),
-            "muon-8bit": (StoredMuon, momentum | {"store": "8bit"}),
-            "muon-bf16": (StoredMuon, momentum | {"store": "bf16"}),
-            "muon-no-momentum": (StoredMuon, decay | {"momentum": 0.0}),
-            "alice": (Alice, decay | projected),
-            "racs": (Racs, decay),
-            "scale": (Scale, decay),
-            "column-sgd": (Scale, decay),
-            "adafactor": (Adafactor, decay),
-            "sgd": (SGD, momentum),
-        }
-        make, options = table.get(name, (make, adam))
-        chosen = make(matrices, **options)
+    factored = {"state_precision": "factored", "stochastic_rounding": False}
+    table: dict[str, tuple[Any, dict[str, Any]]] = {
+        "smmf": (make, adam | factored),
+        "apollo": (Apollo, adam | projected),
+        "apollo-mini": (Apollo, adam | projected | {"mini": True}),
+        "mlorc": (MLorc, adam | rank),
+        "mofasgd": (MoFaSGD, momentum | rank),
+        "muon": (Muon, momentum | {"adjust_lr_fn": ADJUST_LR}),
+        "muon-8bit": (StoredMuon, momentum | {"store": "8bit"}),
+        "muon-bf16": (StoredMuon, momentum | {"store": "bf16"}),
+        "muon-no-momentum": (StoredMuon, decay | {"momentum": 0.0}),
+        "alice": (Alice, decay | projected),
+        "racs": (Racs, decay),
+        "scale": (Scale, decay),
+        "column-sgd": (Scale, decay),
+        "adafactor": (Adafactor, decay),
+        "sgd": (SGD, momentum),
+    }
+    make, options = table.get(name, (make, adam))
+    chosen = make(matrices, **options)
     return WithAdamW(chosen, AdamW(rest, **adam)) if rest else chosen
-
-
-def adam_mini(make: Any, model: nn.Module, groups: Groups, adam: dict[str, Any]) -> Optimizer:
-    """Adam-mini, which makes its own groups: the names say how second moments are shared."""
-    named = [pair for group in groups for pair in group["params"]]
-    rates = {name: group["lr"] for group in groups for name, _ in group["params"]}
-    shape: Any = model.config
-    source = SimpleNamespace(named_parameters=lambda: named)
-    width, heads = shape.hidden_size, shape.num_attention_heads
-    made: Optimizer = make(source, num_embeds=width, num_heads=heads, **adam)
-    for group in made.param_groups:
-        group |= {"lr": rates[group["name"]], "param_names": [group["name"]]}
-    return made
 
 
 def with_ends(model: Any, matrices: Groups, rest: Groups, momentum: float) -> tuple[Groups, Groups]:

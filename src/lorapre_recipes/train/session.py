@@ -168,8 +168,7 @@ def training_arguments(config: RunConfig, out: Path, **changes: Any) -> Training
         max_grad_norm=0,
         bf16=config.precision == "bf16",
         torch_compile=config.compile,
-        # Where there is no GPU either, bf16 would be refused.
-        use_cpu=config.device == "cpu" or not torch.accelerator.is_available(),
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 would be refused
         logging_steps=config.every(config.log_points),
         logging_nan_inf_filter=False,  # a loss that is no number must show
         eval_strategy="steps",
