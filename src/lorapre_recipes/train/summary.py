@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from lorapre_recipes.config import OptimizerConfig, RunConfig
-from lorapre_recipes.console import duration, mebibytes, short
+from lorapre_recipes.console import binary, duration, short
 
 Metric = dict[str, Any]  # one line of metrics.jsonl
 STATS = ("captured_mean", "captured_min", "update_mean", "update_max")  # of `optimizer.stats()`
@@ -60,11 +60,11 @@ def summary_table(summary: Summary, config: RunConfig) -> Table:
     loss, perplexity = summary.validation_loss, summary.validation_perplexity
     rows = [
         ("validation perplexity", f"{perplexity:.2f}", f"per token; {loss:.4f} nats"),
-        ("optimizer state", mebibytes(summary.state_bytes), f"{beside} {ratio:.2f}"),
-        ("AdamW's state, same model", mebibytes(summary.adamw_state_bytes), ""),
+        ("optimizer state", binary(summary.state_bytes), f"{beside} {ratio:.2f}"),
+        ("AdamW's state, same model", binary(summary.adamw_state_bytes), ""),
     ]
     if summary.adapter_bytes:
-        rows.append(("adapters", mebibytes(summary.adapter_bytes), "beside the model's weights"))
+        rows.append(("adapters", binary(summary.adapter_bytes), "beside the model's weights"))
     if summary.optimizer_share is not None:
         share = f"{summary.optimizer_share:.1%}"
         rows.append(("time in optimizer.step", share, "of the training steps' time"))
@@ -96,12 +96,11 @@ def read_metrics(path: Path) -> list[Metric]:
 
 
 def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path: Path) -> None:
-    """Draw the losses over tokens, and below what the steps did."""
+    """Draw the losses over tokens."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    known = [name for name in STATS if any(name in row for row in metrics)]
-    figure = Figure(figsize=(8, 7.2 if known else 4.8), layout="constrained")
-    axes, *below = figure.subplots(2 if known else 1, squeeze=False, sharex=True)[:, 0]
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.add_subplot()
     last = [row for row in metrics if "validation_loss" in row][-1]
     # In thousands or millions, so that the axis needs no power of ten.
     unit, word = (1e6, "millions") if last["tokens"] >= 1e6 else (1e3, "thousands")
@@ -119,13 +118,7 @@ def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path:
     axes.annotate(perplexity, (tokens[-1], losses[-1]), color="C1", **place)
     axes.margins(y=0.08)  # room for the line above
     axes.set_xlim(left=0)
-    for name in known:
-        color, style = f"C{2 + name.startswith('update')}", "-" if "mean" in name else ":"
-        below[0].plot(*series(name), style, color=color, label=name.replace("_", ", "))
-    for lower in below:
-        lower.set(ylim=(0, None), ylabel="of the gradient; of lr × scale")
-        lower.legend(frameon=False)
-    (below or [axes])[0].set_xlabel(f"tokens seen ({word})")
+    axes.set_xlabel(f"tokens seen ({word})")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
