@@ -435,7 +435,7 @@ def test_tokenizer_from_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("missing/folder", "neither a folder"), ("endless", "no token for the end")]
+    ("name", "message"), [("missing/folder", "no tokenizer here"), ("endless", "an end token")]
 )
 def test_bad_tokenizers(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

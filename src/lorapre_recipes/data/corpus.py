@@ -153,10 +153,12 @@ def looks_like_hub_name(name: str) -> bool:
     return bool(owner and rest) and "/" not in rest and not is_path
 
 
-def from_hub(data: str) -> AbstractContextManager[None]:
-    """Raises UserError where the hub has no such dataset, config or split, or does not answer."""
+def load_split(data: str, split: str, **options: Any) -> Any:
+    """A split of `owner/name:config`. Raises UserError where the hub has it not, or is silent."""
+    name, _, subset = data.partition(":")
     message = f"--data {data}: no such file here, nor a dataset found on the Hugging Face Hub"
-    return user_errors(message, OSError, ValueError)  # DatasetNotFoundError is an OSError
+    with user_errors(message, OSError, ValueError):  # DatasetNotFoundError is an OSError
+        return datasets.load_dataset(name, subset or None, split=split, **options)
 
 
 def read_hub(config: PretrainConfig) -> Corpus:
@@ -190,10 +192,8 @@ def read_hub(config: PretrainConfig) -> Corpus:
 
 def open_split(data: str, split: str) -> datasets.IterableDataset:
     """The column `text` of a split, as a stream. Raises UserError where there is none."""
-    name, _, subset = data.partition(":")
-    with from_hub(data):
-        stream = datasets.load_dataset(name, subset or None, split=split, streaming=True)
-        first = next(iter(stream), None)
+    stream = load_split(data, split, streaming=True)
+    first = next(iter(stream), None)
     if first is None or "text" not in first:
         columns = ", ".join(first) if first else "none"
         raise UserError(f"--data {data}: the dataset needs a column 'text' (it has: {columns})")

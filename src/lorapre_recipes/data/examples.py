@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from lorapre_recipes.config import FinetuneConfig, Template, UserError
 from lorapre_recipes.data.corpus import (
     JSONL_SUFFIX,
-    from_hub,
     hash_documents,
+    load_split,
     looks_like_hub_name,
     read_lines,
 )
@@ -163,10 +163,7 @@ def read_rows(data: str, split: str) -> Iterator[tuple[str, Any]]:
             raise UserError(f"--data {path}: must be a file of JSON lines, *{JSONL_SUFFIX}")
         yield from read_lines(path)
     elif looks_like_hub_name(data):
-        name, _, subset = data.partition(":")
-        with from_hub(data):
-            rows = datasets.load_dataset(name, subset or None, split=split)
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(load_split(data, split), start=1):
             yield f"row {number}", row
     else:
         hub = "a Hugging Face dataset (owner/name or owner/name:config, as openai/gsm8k:main)"

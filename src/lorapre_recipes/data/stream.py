@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import datasets  # type: ignore[import-untyped]
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorapre_recipes.config import PretrainConfig, UserError
 from lorapre_recipes.data.corpus import Corpus, hash_documents, read_corpus, take_characters
@@ -64,10 +64,10 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
     read, and not kept. The folder `run` of a run that goes on has its tokenizer.
     """
     corpus, length = read_corpus(config), config.sequence_length
-    if run is not None:  # not AutoTokenizer: it would take the run's config.json for a model's
-        tokenizer = load_tokenizer(str(run), length, PreTrainedTokenizerFast)
-    elif config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer, length)
+    own = config.tokenizer if run is None else str(run)
+    if own is not None:  # AutoTokenizer would take the run's config.json for a model's
+        kind = AutoTokenizer if run is None else PreTrainedTokenizerFast
+        tokenizer = load_tokenizer(f"--tokenizer {own}", own, kind, model_max_length=length)
     else:
         sample = take_characters(corpus.sample, TOKENIZER_CHARACTERS)
         trained = cached_tokenizer(sample, corpus.fingerprint, config.vocab_size)
