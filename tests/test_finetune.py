@@ -578,7 +578,7 @@ def test_which_examples_are_taken(tiny: Tiny, base: Path, tmp_path: Path, capsys
         (["--preset", "huge"], "--preset: there is no 'huge'; choose from metamath100k, 24gb"),
         (["--rank", "0", "--variant", "paper"], "--rank: must be at least 1 for variant paper, not 0"),
         (["--method", "lora", "--rank", "0"], "--rank: must be at least 1 for lora, not 0"),
-        (["--rank", "16"], "--rank 16: factors would not be smaller than this model's smallest matrix"),
+        (["--rank", "16"], "--rank: rank: factors would not be smaller than the matrix for model.layers.0"),
         (["--method", "adamw", "--rank", "4"], "--rank: adamw has no such option"),
         (["--method", "dora", "--variant", "paper"], "--variant: dora has no such option"),
         (["--method", "lora", "--release"], "--release: lora has no such option"),

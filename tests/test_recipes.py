@@ -343,7 +343,7 @@ def test_muon_with_adamw_is_both(tiny: Tiny) -> None:
         (["--rank", "four"], "--rank"),
         (
             ["--rank", "16"],
-            "--rank 16: factors would not be smaller than this model's smallest matrix; give at most 15",
+            "--rank: rank: factors would not be smaller than the matrix for model.layers.0.self_attn.q_proj",
         ),
         (["--optimizer", "adamw", "--rank", "4"], "--rank: adamw has no such option"),
         (["--optimizer", "adamw", "--variant", "paper"], "--variant: adamw has no such option"),

@@ -96,9 +96,9 @@ def test_split_by_document(count: int) -> None:
     [
         ("missing.txt", None, "no such file or folder"),
         ("missing", None, "no such file or folder"),
-        ("empty.txt", b"", "the corpus is empty"),
-        ("blank.txt", b" \n\n", "the corpus is empty"),
-        ("empty.jsonl", b"\n", "the corpus is empty"),
+        ("empty.txt", b"", "too little text"),
+        ("blank.txt", b" \n\n", "too little text"),
+        ("empty.jsonl", b"\n", "too little text"),
         ("short.txt", b"Too short.", "too little text"),
         ("latin.txt", "caf\u00e9".encode("latin-1"), "not readable as UTF-8"),
         ("broken.jsonl", b'{"text": "good"}\n{"text": \n', "line 2 is not JSON"),

@@ -197,6 +197,8 @@ class OptimizerConfig(Checked):
             raise UserError(f"--ends: variant {self.variant} {far}; take --variant split")
         if self.freeze and self.method in ADAPTERS:
             raise UserError(f"--freeze: {self.method} freezes the whole model; leave it out")
+        if self.release and getattr(self, "accumulation", 1) > 1:
+            raise UserError("--release: gradients cannot be accumulated; give --accumulation 1")
         parse_rules(self.rules)
         parse_patterns("freeze", self.freeze)
 
@@ -270,8 +272,6 @@ class RunConfig(OptimizerConfig):
         if self.stochastic_rounding and self.dtype != "bf16":
             needs = "float32 weights need none; give --dtype bf16 with it"
             raise UserError(f"--stochastic-rounding: {needs}")
-        if self.release and self.accumulation > 1:
-            raise UserError("--release: gradients cannot be accumulated; give --accumulation 1")
 
     @property
     def sequences_per_step(self) -> int:
