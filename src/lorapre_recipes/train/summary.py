@@ -28,7 +28,7 @@ class Summary:
     validation_loss: float  # nats per token
     validation_perplexity: float
     processes: int
-    state_bytes: int  # of the process that holds most
+    state_bytes: int  # of the first process, which holds most
     matrix_state_bytes: int  # that of attention and MLP matrices, in this process
     adamw_state_bytes: int  # what torch.optim.AdamW would hold there
     optimizer_share: float | None  # of a step's time, in optimizer.step; None in the backward pass
