@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -54,12 +55,8 @@ def read_corpus(config: PretrainConfig) -> Corpus:
             wanted = ", ".join("*" + suffix for suffix in SUFFIXES)
             raise UserError(f"--data {path}: no text in this folder; it should hold {wanted}")
         documents = Documents(lambda: read_files(paths))
-    elif looks_like_hub_name(config.data):
-        return read_hub(config)
     else:
-        hub = "the name of a Hugging Face dataset (owner/name or owner/name:config)"
-        wanted = f"give one, or {hub}, or sotu"
-        raise UserError(f"--data {config.data}: no such file or folder; {wanted}")
+        return read_hub(config)
     train, validation = split(documents, config.held_out_every)
     return Corpus(train, validation, train, hash_documents(train))
 
@@ -143,15 +140,11 @@ def split(documents: Iterable[str], every: int) -> tuple[Iterable[str], Iterable
     return train, Documents(lambda: itertools.islice(documents, every - 1, None, every))
 
 
-def looks_like_hub_name(name: str) -> bool:
-    """`owner/name` or `owner/name:config`, not a path."""
-    owner, _, rest = name.partition("/")
-    is_path = name.startswith((".", "/", "~")) or name.endswith(SUFFIXES)
-    return bool(owner and rest) and "/" not in rest and not is_path
-
-
 def load_split(data: str, split: str, **options: Any) -> Any:
     """A split of `owner/name:config`. Raises UserError where the hub has it not, or is silent."""
+    if not re.fullmatch(r"[^./~][^/]*/[^/]+", data) or data.endswith(SUFFIXES):
+        hub = "the name of a Hugging Face dataset (owner/name or owner/name:config)"
+        raise UserError(f"--data {data}: no such file or folder; give one, or {hub}")
     name, _, subset = data.partition(":")
     message = f"--data {data}: no such file here, nor a dataset found on the Hugging Face Hub"
     with user_errors(message, OSError, ValueError):  # DatasetNotFoundError is an OSError

@@ -10,13 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from lorapre_recipes.config import FinetuneConfig, Template, UserError
-from lorapre_recipes.data.corpus import (
-    JSONL_SUFFIX,
-    hash_documents,
-    load_split,
-    looks_like_hub_name,
-    read_lines,
-)
+from lorapre_recipes.data.corpus import JSONL_SUFFIX, hash_documents, load_split, read_lines
 
 IGNORED = -100  # a label that the loss leaves out
 # MetaMathQA's, GSM8K's and MATH's
@@ -162,13 +156,9 @@ def read_rows(data: str, split: str) -> Iterator[tuple[str, Any]]:
         if path.suffix != JSONL_SUFFIX:
             raise UserError(f"--data {path}: must be a file of JSON lines, *{JSONL_SUFFIX}")
         yield from read_lines(path)
-    elif looks_like_hub_name(data):
+    else:
         for number, row in enumerate(load_split(data, split), start=1):
             yield f"row {number}", row
-    else:
-        hub = "a Hugging Face dataset (owner/name or owner/name:config, as openai/gsm8k:main)"
-        wanted = f"give one of JSON lines, or the name of {hub}"
-        raise UserError(f"--data {data}: no such file; {wanted}")
 
 
 def example_of(row: Any, place: str) -> Example:

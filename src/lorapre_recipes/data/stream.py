@@ -79,9 +79,9 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
         packed=config.packed,
         vocab_size=config.vocab_size,
     )
-    under = f"under {length} tokens to train on or held out"
-    share = f"(one document in {config.held_out_every})"
-    too_little = UserError(f"--data {config.data}: too little text, {under} {share}")
+    needs = f"one step takes {config.sequences_per_step} sequences of {length} tokens"
+    share = f"one document in {config.held_out_every} is held out"
+    too_little = UserError(f"--data {config.data}: too little text; {needs}, and {share}")
     train: datasets.Dataset | TokenStream
     if corpus.set_epoch is not None:
         train = TokenStream(corpus, encode)
@@ -98,9 +98,7 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
             for part, fingerprint in zip((corpus.train, corpus.validation), sums, strict=True)
         )
         if len(train) < config.sequences_per_step:
-            few = f"{len(train)} sequences of {length} tokens"
-            step = f"one step takes {config.sequences_per_step}"
-            raise UserError(f"--data {config.data}: too little text, {few} where {step}")
+            raise too_little
         # An epoch has whole steps, all of one size.
         train = train.select(range(len(train) - len(train) % config.sequences_per_step))
     if len(validation) == 0:
