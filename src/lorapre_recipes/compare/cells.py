@@ -33,14 +33,11 @@ Grid = dict[str, Sequence[float]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contender:
-    """An optimizer with options of its own: `lorapre-adamw:variant=paper,rank=16,scale=0.1/0.2`.
-
-    Rules take several values too: `lorapre-adamw:rules=embed_tokens=8/lm_head=8`.
-    """
+    """An optimizer with options of its own: `lorapre-adamw:variant=paper,rank=16,scale=0.1/0.2`."""
 
     name: str
     optimizer: OptimizerName
-    choices: dict[str, Any]
+    choices: dict[str, str]
     grid: Grid  # its own values, in place of the comparison's
 
     @classmethod
@@ -48,16 +45,16 @@ class Contender:
         """Read a contender. Raises UserError for an unknown optimizer, option or number."""
         optimizer, _, rest = text.partition(":")
         check_known("--optimizers", optimizer, get_args(OptimizerName))
-        choices: dict[str, Any] = {}
+        choices: dict[str, str] = {}
         grid: Grid = {}
         option = f"--optimizers {text}"
         for part in rest.split(",") if rest else ():
             name, _, value = part.partition("=")
-            check_known(option, name, (*sorted(CHOICES), "rules", *SWEPT))
+            check_known(option, name, (*sorted(CHOICES), *SWEPT))
             if name in SWEPT:
                 grid[name] = numbers(value, "/", option)
             else:
-                choices[name] = tuple(value.split("/")) if name == "rules" else value
+                choices[name] = value
         return cls(name=text, optimizer=optimizer, choices=choices, grid=grid)  # type: ignore[arg-type]
 
 
