@@ -174,17 +174,17 @@ def test_processes_and_a_pipe(tmp_path: Path) -> None:
 def test_contenders_and_their_configs(tiny: Any) -> None:
     contender = Contender.parse("lorapre-adamw:variant=paper,rank=2,beta2=0.999,scale=0.2/0.1")
     assert contender.choices == {"variant": "paper"}
-    assert contender.grid == {"rank": (2.0,), "beta2": (0.999,), "scale": (0.1, 0.2)}
+    assert contender.grid == {"rank": (2,), "beta2": (0.999,), "scale": (0.1, 0.2)}
     comparison = Comparison(
         preset="tiny", contenders=(contender.name,), grid={}, seeds=1, changes={"steps": 3}
     )
-    cell = Cell(contender=contender, values={"rank": 2.0, "beta2": 0.999, "scale": 0.2}, seed=7)
+    cell = Cell(contender=contender, values={"rank": 2, "beta2": 0.999, "scale": 0.2}, seed=7)
     config = cell_config(comparison, cell)
     assert (config.variant, config.rank, config.betas, config.scale) == ("paper", 2, (0.9, 0.999), 0.2)
     assert (config.steps, config.seed) == (3, 7)
     assert read_sweep(["lr=0.02,0.01"]) == {"lr": (0.01, 0.02)}
     contender = Contender.parse("lorapre-muon:rank=0")
-    config = cell_config(comparison, Cell(contender=contender, values={"rank": 0.0}, seed=7))
+    config = cell_config(comparison, Cell(contender=contender, values={"rank": 0}, seed=7))
     assert build_optimizer(build_model(config, 0), config).defaults["rank"] == config.rank == 0
 
 
@@ -195,7 +195,7 @@ def test_ends_of_low_rank(optimizer: OptimizerName, tiny: Any) -> None:
     comparison = Comparison(
         preset="tiny", contenders=(contender.name,), grid={}, seeds=1, changes={"terms": "whole"}
     )
-    config = cell_config(comparison, Cell(contender=contender, values={"rank": 2.0}, seed=0))
+    config = cell_config(comparison, Cell(contender=contender, values={"rank": 2}, seed=0))
     model = build_model(config, 0)
     built = build_optimizer(model, config)
     ends = [group for group in built.param_groups if "lm_head.weight" in group["param_names"]]

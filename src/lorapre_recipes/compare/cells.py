@@ -106,7 +106,8 @@ def numbers(text: str, separator: str, option: str) -> tuple[float, ...]:
     """Numbers in order. Raises UserError."""
     wrong = f"{option}: give numbers, one or several with {separator!r} between them"
     with user_errors(wrong, ValueError):
-        return tuple(sorted({float(value) for value in text.split(separator)}))
+        values = {int(x) if x.isdecimal() else float(x) for x in text.split(separator)}
+        return tuple(sorted(values))
 
 
 def cell_config(comparison: Comparison, cell: Cell) -> PretrainConfig:
@@ -115,7 +116,4 @@ def cell_config(comparison: Comparison, cell: Cell) -> PretrainConfig:
     fields = comparison.changes | cell.contender.choices | cell.values | {"seed": cell.seed}
     beta1, beta2 = config.betas
     fields["betas"] = (fields.pop("beta1", beta1), fields.pop("beta2", beta2))
-    for name in ("rank", "batch_size", "refresh"):
-        if name in fields:
-            fields[name] = int(fields[name])
     return config.replace(**fields)
