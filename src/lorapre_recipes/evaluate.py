@@ -20,12 +20,13 @@ from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
 from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lorapre_recipes.config import EvaluateConfig, TaskName, Template, UserError
 from lorapre_recipes.console import duration
 from lorapre_recipes.data.examples import IGNORED, TEMPLATES, Example, encode, read_examples
 from lorapre_recipes.files import read_json, write_json, write_lines
-from lorapre_recipes.train.finetune import load_model, load_tokenizer
+from lorapre_recipes.train.finetune import collator, load_model, load_tokenizer
 from lorapre_recipes.train.runs import model_folder
 from lorapre_recipes.train.session import describe_device, versions
 from lorapre_recipes.train.summary import figures
@@ -72,14 +73,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     model.eval()  # type: ignore[no-untyped-call]
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of options that are ours
-    size = config.batch_size
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, softmax_dtype="float32")
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size)
     template = config.template or trained_template(config.model)
     longest = max(len(tokenizer(example.asked(template))["input_ids"]) for example in examples)
     max_new_tokens = answer_length(lm.max_length, longest, config.max_new_tokens)
     metrics, errors, texts = score(lm, config.task, examples, max_new_tokens, template)
     encoded = [encode(example, tokenizer, template) for example in examples]
-    right = answer_loss(lm, encoded)
+    right = answer_loss(model, tokenizer, encoded, config.batch_size, lm.max_length)
     pairs = zip(examples, texts, strict=True)
     result = {
         "model": config.model,
@@ -195,7 +195,10 @@ def score(
     return metrics, errors, [texts[number] for number in range(len(examples))]
 
 
-def answer_loss(lm: HFLM, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+@torch.no_grad()
+def answer_loss(
+    model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], batch_size: int, reads: int
+) -> dict[str, Any]:
     """The loss of the right answers, as `lorapre finetune` takes it.
 
     Returns:
@@ -203,15 +206,18 @@ def answer_loss(lm: HFLM, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         answer_tokens: how many these are.
         too_long: how many examples are left out because the model cannot read so much.
     """
-    requests = []
-    for row in rows:
-        tokens, start = row["input_ids"], row["labels"].count(IGNORED)
-        if len(tokens) <= lm.max_length:
-            requests.append((("", ""), tokens[:start], tokens[start:]))
-    count = sum(len(answer) for *_, answer in requests)
-    total = -sum(score for score, _ in lm._loglikelihood_tokens(requests))
+    fitting = [row for row in rows if len(row["input_ids"]) <= reads]
+    fitting.sort(key=lambda row: len(row["labels"]))
+    collate = collator(tokenizer, packing=False)
+    total, count = 0.0, 0
+    for first in tqdm(range(0, len(fitting), batch_size), desc="answer-token loss", leave=False):
+        rows_of_batch = collate(fitting[first : first + batch_size])
+        batch = {name: value.to(model.device) for name, value in rows_of_batch.items()}
+        labels = int((batch["labels"][:, 1:] != IGNORED).sum())
+        total += float(model(**batch).loss) * labels
+        count += labels
     loss = total / count if count else None
-    return {"answer_loss": loss, "answer_tokens": count, "too_long": len(rows) - len(requests)}
+    return {"answer_loss": loss, "answer_tokens": count, "too_long": len(rows) - len(fitting)}
 
 
 def result_table(result: dict[str, Any]) -> Table:
