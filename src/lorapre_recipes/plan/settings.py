@@ -84,6 +84,11 @@ class Settings(OptimizerConfig):
         return cls(**(own | given))
 
     @property
+    def passes(self) -> tuple[bool, bool]:
+        """The options that change what the forward and the backward pass allocate."""
+        return self.gradient_checkpointing, self.chunked_loss
+
+    @property
     def low_rank(self) -> bool:
         """Whether it is an optimizer of LoRA-Pre."""
         return self.optimizer in LOW_RANK

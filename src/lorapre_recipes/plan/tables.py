@@ -13,13 +13,14 @@ from lorapre_recipes.console import binary, short
 from lorapre_recipes.plan.memory import Memory, Weight, check_mesh, memory, moments, routed
 from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Model, Settings
 from lorapre_recipes.plan.shapes import meta_model
-from lorapre_recipes.plan.trace import trace
+from lorapre_recipes.plan.trace import Trace, trace
 from lorapre_recipes.train.optim import DTYPES
 
 GIB = 2**30
 MOST_MESHES = 3  # that fit into 80 columns
 
 Row = tuple[str, ...]
+Passes = tuple[bool, bool]  # `Settings.passes`
 
 
 def render(name: Model, settings: Settings, meshes: Sequence[Mesh] = ()) -> tuple[str, bool]:
@@ -42,17 +43,17 @@ def render(name: Model, settings: Settings, meshes: Sequence[Mesh] = ()) -> tupl
         check_mesh(model, weights, mesh)
     numel = short(sum(math.prod(weight.shape) for weight in weights))
     text = f"{name}, {numel} parameters in {settings.dtype}\n{settings}\n"
-    found = None
+    traces: dict[Passes, Trace] = {}
     settings.length(model.config)  # a wrong --sequence-length is no fault of the model
     if not meshes:
         try:
-            found = trace(model, settings)
+            traces[settings.passes] = found = trace(model, settings)
             text += f"a batch of {found.batch}, attention: {found.attention}\n"
         except UserError as error:
             if settings.budget:
                 raise
             text += f"activations are not counted: {error}\n"
-    if found is None:
+    if not traces:
         columns = [memory(weights, settings, mesh) for mesh in (ONE_GPU, *meshes)]
         names = [mesh.name for mesh in (ONE_GPU, *meshes)]
         body = rows(columns, weights, settings, "peak, no activations")
@@ -67,7 +68,7 @@ def render(name: Model, settings: Settings, meshes: Sequence[Mesh] = ()) -> tupl
     if peak <= budget:
         return f"{text}\nfits: {peak / GIB:.1f} of {budget / GIB:.4g} GiB", True
     much = f"does not fit: {(peak - budget) / GIB:.1f} GiB too much for {budget / GIB:.4g} GiB"
-    return "\n".join([text, much, *advice(name, settings, peak)]), False
+    return "\n".join([text, much, *advice(name, settings, peak, traces)]), False
 
 
 def rows(
@@ -113,8 +114,13 @@ def render_run(model: Model, config: RunConfig, budget: str) -> tuple[str, bool]
         return f"memory is not planned: {error}", True
 
 
-def advice(name: Model, settings: Settings, peak: int) -> Iterator[str]:
-    """What options that are not given would save, each and all together: planned anew with them."""
+def advice(
+    name: Model, settings: Settings, peak: int, traces: dict[Passes, Trace]
+) -> Iterator[str]:
+    """What options that are not given would save, each and all together: planned again with them.
+
+    `traces` are those at hand, by what the passes depend on.
+    """
     ways: dict[str, dict[str, Any]] = {
         "--gradient-checkpointing": {"gradient_checkpointing": True},
         "--chunked-loss": {"chunked_loss": True},
@@ -124,8 +130,10 @@ def advice(name: Model, settings: Settings, peak: int) -> Iterator[str]:
 
     def saved(changes: dict[str, Any]) -> int:
         model, changed = meta_model(name, DTYPES[settings.dtype]), settings.replace(**changes)
-        columns = moments(routed(model, changed), changed, trace(model, changed))
-        return peak - max(column.peak for column in columns)
+        weights, key = routed(model, changed), changed.passes
+        if key not in traces:
+            traces[key] = trace(model, changed)
+        return peak - max(each.peak for each in moments(weights, changed, traces[key]))
 
     possible: dict[str, dict[str, Any]] = {}
     for option, changes in ways.items():
