@@ -1,4 +1,4 @@
-"""`lorapre compare`: cells, seeds, resuming, records, tables and pictures, mistakes."""
+"""`lorapre compare`: cells, seeds, edges, resuming, records, progress, tables and pictures, mistakes."""
 
 import io
 import json
@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +18,10 @@ import pytest
 import torch
 
 from lorapre_recipes import presets
-from lorapre_recipes.compare import compare
+from lorapre_recipes.compare import compare, progress
 from lorapre_recipes.compare.cells import Cell, Comparison, Contender, cell_config, read_sweep
+from lorapre_recipes.compare.compare import Outcome, beyond_the_edge
+from lorapre_recipes.compare.progress import Progress
 from lorapre_recipes.compare.record import record
 from lorapre_recipes.compare.tables import Row, draw_state, draw_tokens, series_of
 from lorapre_recipes.config import ONLY_FOR, OptimizerName, PretrainConfig, Terms, UserError
@@ -149,7 +152,7 @@ def test_one_that_breaks_down_does_not_end_the_others(
 
 
 def test_processes_and_a_pipe(tmp_path: Path) -> None:
-    """Each cell has a process of its own, and is printed when it has ended, not at the end."""
+    """Each cell has a process of its own; plan and cells are printed at once, not at the end."""
     corpus, out = tmp_path / "corpus.txt", tmp_path / "out"
     corpus.write_text("".join(TEXTS) * 3)
     sizes = ["--data", corpus, "--steps", "2", "--batch-size", "2", "--vocab-size", "300", "--layers", "1"]
@@ -160,8 +163,11 @@ def test_processes_and_a_pipe(tmp_path: Path) -> None:
         list(map(str, command)), stdout=subprocess.PIPE, env=buffered, text=True
     ) as running:
         assert running.stdout is not None
+        assert running.stdout.readline() == "2 runs of 512 tokens, 1 at a time; no more\n"
+        assert not list(out.rglob("summary.json"))
+        assert running.stdout.readline().startswith("time: ")
         words = running.stdout.readline()
-        assert re.fullmatch(r"1/2  (adamw|sgd)/seed0  validation loss [\d.]+\n", words), words
+        assert re.fullmatch(r"1/2  (adamw|sgd)/seed0  validation loss [\d.]+; about .* left\n", words), words
         assert len(list(out.rglob("summary.json"))) == 1
         assert "Sorted by loss" in running.stdout.read()
     assert running.returncode == 0
@@ -171,12 +177,28 @@ def test_processes_and_a_pipe(tmp_path: Path) -> None:
 # Which cells
 
 
+def outcome(contender: Contender, loss: float, **values: float) -> Outcome:
+    return Outcome(cell=Cell(contender=contender, values=values, seed=0), loss=loss)
+
+
+def test_the_grid_goes_on_beyond_its_edge() -> None:
+    contender = Contender.parse("adamw")
+    rising = [outcome(contender, loss, scale=s, lr=0.01) for s, loss in ((0.1, 3.0), (0.2, 2.0), (0.4, 1.0))]
+    (cell,) = beyond_the_edge(rising)
+    assert cell.values == {"scale": 0.8, "lr": 0.01}  # of lr there is one value: no edge
+    inside = [*rising, outcome(contender, 1.5, scale=0.8, lr=0.01)]
+    assert list(beyond_the_edge(inside)) == []
+    falling = [outcome(contender, loss, scale=s) for s, loss in ((0.1, 1.0), (0.2, 2.0))]
+    assert [cell.values for cell in beyond_the_edge(falling)] == [{"scale": 0.05}]
+    assert list(beyond_the_edge([outcome(contender, math.inf, scale=0.1)])) == []
+
+
 def test_contenders_and_their_configs(tiny: Any) -> None:
     contender = Contender.parse("lorapre-adamw:variant=paper,rank=2,beta2=0.999,scale=0.2/0.1")
     assert contender.choices == {"variant": "paper"}
     assert contender.grid == {"rank": (2,), "beta2": (0.999,), "scale": (0.1, 0.2)}
     comparison = Comparison(
-        preset="tiny", contenders=(contender.name,), grid={}, seeds=1, changes={"steps": 3}
+        preset="tiny", contenders=(contender.name,), grid={}, seeds=1, extend=0, changes={"steps": 3}
     )
     cell = Cell(contender=contender, values={"rank": 2, "beta2": 0.999, "scale": 0.2}, seed=7)
     config = cell_config(comparison, cell)
@@ -193,7 +215,7 @@ def test_ends_of_low_rank(optimizer: OptimizerName, tiny: Any) -> None:
     contender = Contender.parse(f"{optimizer}:ends=low-rank,rank=2")
     assert contender.choices == {"ends": "low-rank"}
     comparison = Comparison(
-        preset="tiny", contenders=(contender.name,), grid={}, seeds=1, changes={"terms": "whole"}
+        preset="tiny", contenders=(contender.name,), grid={}, seeds=1, extend=0, changes={"terms": "whole"}
     )
     config = cell_config(comparison, Cell(contender=contender, values={"rank": 2}, seed=0))
     model = build_model(config, 0)
@@ -245,7 +267,7 @@ def test_mistakes(
     assert not list(tmp_path.iterdir())
 
 
-# Records
+# Records and progress
 
 
 def test_the_command_of_a_record_repeats_the_run(
@@ -292,6 +314,54 @@ def test_records_of_several_processes_and_of_failures(tiny: Any, tmp_path: Path)
     (runs[1] / "config.json").unlink()
     record(runs[1], tmp_path / "other.json")  # did not begin
     assert not (tmp_path / "other.json").exists()
+
+
+def test_progress(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setenv("LORAPRE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(progress, "MINUTE", 0.01)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    comparison = Comparison(preset="tiny", contenders=("a",), grid={}, seeds=2, extend=0, changes={})
+
+    def begun(planned: int) -> Progress:
+        watch = Progress(tmp_path, tiny(), jobs=2)
+        watch.planned = planned
+        watch.start(comparison)
+        return watch
+
+    watch = begun(4)
+    plan = capsys.readouterr().out
+    assert "4 runs of 384 tokens, 2 at a time; more for edges and seeds" in plan
+    assert "time: not known before a run has ended" in plan
+    cells = [Path("a", f"seed{seed}") for seed in range(2)]
+    for cell in cells:
+        watch.begin(cell)
+    (tmp_path / cells[1]).mkdir(parents=True)
+    (tmp_path / cells[1] / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n')
+    now += 60
+    watch.end(cells[0], "validation loss 3.0000", finished=True)
+    assert capsys.readouterr().out == "1/4  a/seed0  validation loss 3.0000; about 1 min 00 s left\n"
+    # Three are left, one of them for no more than a moment; two run at a time.
+    assert watch.left() == "about 1 min 00 s"
+    log = tmp_path / "progress.log"
+    for _ in range(500):
+        lines = log.read_text().splitlines() if log.is_file() else [""]
+        if "1/4" in lines[-1]:
+            break
+        time.sleep(0.01)
+    watch.stop()
+    assert re.fullmatch(r"[\d-]+ \d\d:\d\d  1/4 runs, about 1 min 00 s left;  a/seed1 4/6", lines[-1])
+
+    # The next comparison of this kind knows how long a run takes; one that went on does not count.
+    watch = begun(2)
+    assert "time: about 1 min 00 s" in capsys.readouterr().out
+    watch.begin(cells[0])
+    now += 1
+    watch.end(cells[0], "exit code 1", finished=False)
+    watch.stop()
+    assert watch.left() == "about 30 s"
 
 
 # Terms

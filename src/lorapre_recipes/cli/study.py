@@ -46,6 +46,7 @@ def compare(
     optimizers: list[str] | None = None,
     sweep: list[str] | None = None,
     seeds: int = 1,
+    extend: int = 0,
     jobs: int | None = None,
     out: Path | None = None,
     resume: Path | None = None,
@@ -65,6 +66,7 @@ def compare(
         sweep: values to try, such as lr=0.005,0.01 or scale=0.1,0.2,0.4 or beta2=0.95,0.999. May
             be repeated.
         seeds: how many for the best values of each.
+        extend: go on so many times where the best lr or scale lies at the edge of the sweep.
         jobs: runs at a time, each with its share of the cores. Default: one on each core.
         out: folder of the comparison, new or empty. Default: runs/compare-PRESET-TIME.
         resume: the folder of a comparison to go on with. It holds all other options but jobs and
@@ -97,6 +99,7 @@ def compare(
             contenders=optimizers or ("adamw", "lorapre-adamw", "muon", "lorapre-muon"),
             grid=read_sweep(sweep or ()),
             seeds=seeds,
+            extend=extend,
             changes=changes | settled(changes),
         )
     from lorapre_recipes.compare.compare import compare as recipe

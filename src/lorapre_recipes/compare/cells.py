@@ -66,6 +66,7 @@ class Comparison:
     contenders: Sequence[str]
     grid: Grid
     seeds: int
+    extend: int
     changes: dict[str, Any]  # to the preset, for all cells
 
     @classmethod

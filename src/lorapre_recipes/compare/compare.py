@@ -1,7 +1,8 @@
 """Compare optimizers on the same model, data, order and evaluation: `lorapre compare`.
 
-Every contender runs with every combination of the swept values on the first seed, and the best
-combination then on the other seeds. A cell that is cut off goes on from its last checkpoint.
+Every contender runs with every combination of the swept values on the first seed. If its best value
+lies at the edge of the grid, the grid goes on from there. The best combination then runs on the
+other seeds. A cell that is cut off goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm  # type: ignore[import-untyped]
-
-from lorapre_recipes.compare.cells import Cell, Comparison, Contender, cell_config
+from lorapre_recipes.compare.cells import Cell, Comparison, Contender, Values, cell_config
+from lorapre_recipes.compare.progress import Progress
 from lorapre_recipes.compare.record import record
 from lorapre_recipes.config import UserError
 from lorapre_recipes.files import read_json, write_json
@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
 def compare(
     comparison: Comparison, out: Path, *, jobs: int, files: Sequence[Path] = ()
 ) -> list[Outcome]:
-    """Run the cells of a comparison that have not ended; print a line for each cell.
+    """Run the cells of a comparison that have not ended; print the plan, and a line for each cell.
 
     Args:
         comparison: what to run.
@@ -50,36 +50,47 @@ def compare(
         UserError: before the first cell, where one of them could not run.
     """
     contenders = [Contender.parse(text) for text in dict.fromkeys(comparison.contenders)]
-    cells = [cell for contender in contenders for cell in first_cells(contender, comparison)]
-    for cell in cells:
-        cell_config(comparison, cell)
+    first = {contender.name: first_cells(contender, comparison) for contender in contenders}
+    configs = [cell_config(comparison, cell) for cell in itertools.chain(*first.values())]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "compare.json", comparison)
-    total = len(cells) + len(contenders) * (comparison.seeds - 1)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    progress = Progress(out, configs[0], jobs)
+    progress.planned = len(configs)
 
-    def run(cells: Iterable[Cell]) -> Iterator[Outcome]:
-        begun = [pool.submit(start_cell, cell, out, threads=threads) for cell in cells]
-        for outcome in map(Future.result, as_completed(begun)):
-            for file in files:
-                record(out / outcome.cell.path, file)
-            bar.update()
-            words = outcome.reason or f"validation loss {outcome.loss:.4f}"
-            with bar.external_write_mode():
-                print(f"{bar.n}/{total}  {outcome.cell.path}  {words}", flush=True)
-            yield outcome
+    def run(cell: Cell) -> Outcome:
+        new = not (out / cell.path).exists()
+        progress.begin(cell.path)
+        outcome = start_cell(cell, out, threads=max(1, (os.cpu_count() or 1) // jobs))
+        words = outcome.reason or f"validation loss {outcome.loss:.4f}"
+        progress.end(cell.path, words, finished=new and outcome.reason is None)
+        for file in files:
+            record(out / cell.path, file)
+        return outcome
 
-    # Threads that wait, one for the process of each cell.
-    with tqdm(total=total, unit="run") as bar, ThreadPoolExecutor(jobs) as pool:
-        try:
-            outcomes = list(run(cells))
-            best = [best_cell(contender, outcomes) for contender in contenders]
+    def run_more(cells: Iterable[Cell]) -> list[Outcome]:
+        progress.planned += len(cells := list(cells))
+        return list(pool.map(run, cells))
+
+    def run_contender(contender: Contender) -> list[Outcome]:
+        outcomes = list(pool.map(run, first[contender.name]))
+        for _ in range(comparison.extend):
+            outcomes += run_more(beyond_the_edge(outcomes))
+        if (best := best_values(outcomes)) is not None:
+            cell = Cell(contender=contender, values=best, seed=0)
             seeds = range(1, comparison.seeds)
-            more = (dataclasses.replace(x, seed=seed) for x in best if x for seed in seeds)
-            return [*outcomes, *run(more)]
+            outcomes += run_more(dataclasses.replace(cell, seed=seed) for seed in seeds)
+        return outcomes
+
+    progress.start(comparison)
+    # Threads that wait: one for each contender, and one for the process of each cell.
+    with ThreadPoolExecutor(len(contenders)) as drivers, ThreadPoolExecutor(jobs) as pool:
+        try:
+            return list(itertools.chain(*drivers.map(run_contender, contenders)))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        finally:
+            progress.stop()
 
 
 def first_cells(contender: Contender, comparison: Comparison) -> list[Cell]:
@@ -91,10 +102,25 @@ def first_cells(contender: Contender, comparison: Comparison) -> list[Cell]:
     ]
 
 
-def best_cell(contender: Contender, outcomes: Iterable[Outcome]) -> Cell | None:
-    """The contender's cell with the lowest loss; None where no run has one."""
-    mine = [x for x in outcomes if x.cell.contender is contender and math.isfinite(x.loss)]
-    return min(mine, key=lambda x: x.loss).cell if mine else None
+def best_values(outcomes: Iterable[Outcome]) -> Values | None:
+    """The values with the lowest loss on the first seed; None where no run has one."""
+    finished = [each for each in outcomes if each.cell.seed == 0 and math.isfinite(each.loss)]
+    return min(finished, key=lambda each: each.loss).cell.values if finished else None
+
+
+def beyond_the_edge(outcomes: Sequence[Outcome]) -> Iterator[Cell]:
+    """Cells one geometric step beyond the best one, where that lies at the edge of what was run."""
+    best = best_values(outcomes)
+    if best is None:
+        return
+    for name in ("lr", "scale"):
+        tried = sorted({each.cell.values[name] for each in outcomes if name in each.cell.values})
+        if len(tried) < 2 or best[name] not in (tried[0], tried[-1]):
+            continue
+        low = best[name] == tried[0]
+        ratio = tried[0] / tried[1] if low else tried[-1] / tried[-2]
+        values = best | {name: float(f"{best[name] * ratio:.4g}")}
+        yield dataclasses.replace(outcomes[0].cell, values=values)
 
 
 def start_cell(cell: Cell, out: Path, *, threads: int) -> Outcome:
