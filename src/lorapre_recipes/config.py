@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LowRank = Literal["lorapre-adamw", "lorapre-muon"]
 Projected = Literal["galore", "fira", "apollo", "apollo-mini", "conda", "alice"]
 Compressed = Literal["mlorc", "mofasgd"]
-Others = Literal["adamw", "muon", "adafactor", "sgd", "smmf"]
+Others = Literal["adamw", "muon", "adafactor", "sgd", "adam-mini", "smmf"]
 Quantised = Literal["adam8bit", "adam4bit", "muon-8bit", "muon-bf16"]
 Stateless = Literal["muon-no-momentum", "racs", "scale", "column-sgd"]  # or nearly
 OptimizerName = Literal[LowRank, Others, Quantised, Stateless, Projected, Compressed]

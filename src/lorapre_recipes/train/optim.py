@@ -7,6 +7,8 @@ an optimizer take.
 
 import importlib
 from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -43,6 +45,7 @@ ADJUST_LR = "match_rms_adamw"
 PACKAGED = {
     "adam8bit": ("torchao.optim", "AdamW8bit", "torchao"),
     "adam4bit": ("torchao.optim", "AdamW4bit", "torchao"),
+    "adam-mini": ("pytorch_optimizer", "AdamMini", "pytorch_optimizer"),
     "galore": ("pytorch_optimizer", "GaLore", "pytorch_optimizer"),
     "fira": ("pytorch_optimizer", "Fira", "pytorch_optimizer"),
     "conda": ("pytorch_optimizer", "Conda", "pytorch_optimizer"),
@@ -50,7 +53,7 @@ PACKAGED = {
     "muon-8bit": ("torchao.optim.subclass_8bit", "OptimState8bit", "torchao"),  # for its momentum
 }
 # By their authors for all weights, embeddings and norms too.
-FOR_ALL = ("adam8bit", "adam4bit", "adafactor", "smmf")
+FOR_ALL = ("adam8bit", "adam4bit", "adafactor", "adam-mini", "smmf")
 
 
 class WithAdamW(Optimizer):
@@ -170,10 +173,24 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
         "column-sgd": (Scale, decay),
         "adafactor": (Adafactor, decay),
         "sgd": (SGD, momentum),
+        "adam-mini": (partial(adam_mini, make, model), adam),
     }
     make, options = table.get(name, (make, adam))
     chosen = make(matrices, **options)
     return WithAdamW(chosen, AdamW(rest, **adam)) if rest else chosen
+
+
+def adam_mini(make: Any, model: nn.Module, groups: Groups, **adam: Any) -> Optimizer:
+    """Adam-mini, which makes its own groups: the names say how second moments are shared."""
+    named = [pair for group in groups for pair in group["params"]]
+    rates = {name: group["lr"] for group in groups for name, _ in group["params"]}
+    shape: Any = model.config
+    source = SimpleNamespace(named_parameters=lambda: named)
+    width, heads = shape.hidden_size, shape.num_attention_heads
+    made: Optimizer = make(source, num_embeds=width, num_heads=heads, **adam)
+    for group in made.param_groups:
+        group |= {"lr": rates[group["name"]], "param_names": [group["name"]]}
+    return made
 
 
 def with_ends(model: Any, matrices: Groups, rest: Groups, momentum: float) -> tuple[Groups, Groups]:

@@ -96,11 +96,12 @@ def read_metrics(path: Path) -> list[Metric]:
 
 
 def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path: Path) -> None:
-    """Draw the losses over tokens."""
+    """Draw the losses over tokens, and below what the steps did."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    axes = figure.add_subplot()
+    known = [name for name in STATS if any(name in row for row in metrics)]
+    figure = Figure(figsize=(8, 7.2 if known else 4.8), layout="constrained")
+    axes, *below = figure.subplots(2 if known else 1, squeeze=False, sharex=True)[:, 0]
     last = [row for row in metrics if "validation_loss" in row][-1]
     # In thousands or millions, so that the axis needs no power of ten.
     unit, word = (1e6, "millions") if last["tokens"] >= 1e6 else (1e3, "thousands")
@@ -118,7 +119,13 @@ def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path:
     axes.annotate(perplexity, (tokens[-1], losses[-1]), color="C1", **place)
     axes.margins(y=0.08)  # room for the line above
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"tokens seen ({word})")
+    for name in known:
+        color, style = f"C{2 + name.startswith('update')}", "-" if "mean" in name else ":"
+        below[0].plot(*series(name), style, color=color, label=name.replace("_", ", "))
+    for lower in below:
+        lower.set(ylim=(0, None), ylabel="of the gradient; of lr × scale")
+        lower.legend(frameon=False)
+    (below or [axes])[0].set_xlabel(f"tokens seen ({word})")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
