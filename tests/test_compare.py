@@ -24,7 +24,7 @@ from lorapre_recipes.compare.compare import Outcome, beyond_the_edge
 from lorapre_recipes.compare.progress import Progress
 from lorapre_recipes.compare.record import record
 from lorapre_recipes.compare.tables import Row, draw_state, draw_tokens, series_of
-from lorapre_recipes.config import ONLY_FOR, OptimizerName, PretrainConfig, Terms, UserError, parse_rules
+from lorapre_recipes.config import ONLY_FOR, OptimizerName, PretrainConfig, Terms, UserError
 from lorapre_recipes.console import one_line
 from lorapre_recipes.files import write_json
 from lorapre_recipes.train.optim import build_optimizer, state_bytes
@@ -196,30 +196,30 @@ def test_the_grid_goes_on_beyond_its_edge() -> None:
 def test_contenders_and_their_configs(tiny: Any) -> None:
     contender = Contender.parse("lorapre-adamw:variant=paper,rank=2,beta2=0.999,scale=0.2/0.1")
     assert contender.choices == {"variant": "paper"}
-    assert contender.grid == {"rank": (2.0,), "beta2": (0.999,), "scale": (0.1, 0.2)}
+    assert contender.grid == {"rank": (2,), "beta2": (0.999,), "scale": (0.1, 0.2)}
     comparison = Comparison(
         preset="tiny", contenders=(contender.name,), grid={}, seeds=1, extend=0, changes={"steps": 3}
     )
-    cell = Cell(contender=contender, values={"rank": 2.0, "beta2": 0.999, "scale": 0.2}, seed=7)
+    cell = Cell(contender=contender, values={"rank": 2, "beta2": 0.999, "scale": 0.2}, seed=7)
     config = cell_config(comparison, cell)
     assert (config.variant, config.rank, config.betas, config.scale) == ("paper", 2, (0.9, 0.999), 0.2)
     assert (config.steps, config.seed) == (3, 7)
     assert read_sweep(["lr=0.02,0.01"]) == {"lr": (0.01, 0.02)}
     contender = Contender.parse("lorapre-muon:rank=0")
-    config = cell_config(comparison, Cell(contender=contender, values={"rank": 0.0}, seed=7))
+    config = cell_config(comparison, Cell(contender=contender, values={"rank": 0}, seed=7))
     assert build_optimizer(build_model(config, 0), config).defaults["rank"] == config.rank == 0
 
 
 @pytest.mark.parametrize("optimizer", ["lorapre-adamw", "lorapre-muon"])
 def test_ends_of_low_rank(optimizer: OptimizerName, tiny: Any) -> None:
-    contender = Contender.parse(f"{optimizer}:rules=embed_tokens=2/lm_head=2,rank=2")
-    assert contender.choices == {"rules": ("embed_tokens=2", "lm_head=2")}
+    contender = Contender.parse(f"{optimizer}:ends=low-rank,rank=2")
+    assert contender.choices == {"ends": "low-rank"}
     comparison = Comparison(
         preset="tiny", contenders=(contender.name,), grid={}, seeds=1, extend=0, changes={"terms": "whole"}
     )
-    config = cell_config(comparison, Cell(contender=contender, values={"rank": 2.0}, seed=0))
+    config = cell_config(comparison, Cell(contender=contender, values={"rank": 2}, seed=0))
     model = build_model(config, 0)
-    built = build_optimizer(model, config, parse_rules(config.rules))
+    built = build_optimizer(model, config)
     ends = [group for group in built.param_groups if "lm_head.weight" in group["param_names"]]
     assert [sorted(group["param_names"]) for group in ends] == [
         ["lm_head.weight", "model.embed_tokens.weight"]
@@ -231,14 +231,14 @@ def test_ends_of_low_rank(optimizer: OptimizerName, tiny: Any) -> None:
     }
     assert rates["lm_head.weight"] == pytest.approx(config.lr)
     assert rates["model.layers.0.mlp.up_proj.weight"] == pytest.approx(config.lr * config.scale)
-    dense = build_optimizer(model, config)
+    dense = build_optimizer(model, config.replace(ends="dense"))
     tokens = torch.randint(0, 300, (4, 16))
     model(input_ids=tokens, labels=tokens).loss.backward()
     built.step(), dense.step()
     assert state_bytes(built) < state_bytes(dense)
     config = config.replace(terms="matrices")
     with pytest.raises(UserError, match="give --terms whole"):
-        build_optimizer(model, config, parse_rules(config.rules))
+        build_optimizer(model, config)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorapre_recipes.compare.peers import MatrixOptimizer
+from lorapre_recipes.compare.peers import MatrixOptimizer, gaussian
 from lorapre_recipes.compare.peers.alice import Alice, switched
-from lorapre_recipes.compare.peers.apollo import Apollo, projection
-from lorapre_recipes.compare.peers.mlorc import MLorc, directions
+from lorapre_recipes.compare.peers.apollo import Apollo
+from lorapre_recipes.compare.peers.mlorc import MLorc
 from lorapre_recipes.compare.peers.mofasgd import MoFaSGD
 from lorapre_recipes.compare.peers.muon import StoredMuon
 from lorapre_recipes.compare.peers.racs import Racs
@@ -151,7 +151,7 @@ def test_apollo(shape: tuple[int, int], mini: bool) -> None:
         last, updates = 0.0, []
         for t, given in enumerate(gradients, start=1):
             G = given.T if shape[0] > shape[1] else given
-            R = projection(G, r, (t - 1) // refresh) @ G
+            R = gaussian(r, len(G), (t - 1) // refresh, G) / r**0.5 @ G
             M, V = b1 * M + (1 - b1) * R, b2 * V + (1 - b2) * R**2
             A = (M / (1 - b1**t)) / ((V / (1 - b2**t)) ** 0.5 + eps)
             scaled = G @ torch.stack([a.norm() / x.norm() for a, x in zip(A.T, R.T, strict=True)]).diag()
@@ -171,7 +171,7 @@ def test_mlorc(shape: tuple[int, int], rank: int) -> None:
     b1, b2, eps = 0.9, 0.99, 1e-8
 
     def compressed(X: Tensor, t: int) -> Tensor:
-        Q = torch.linalg.qr(X @ directions(X, rank, t)).Q
+        Q = torch.linalg.qr(X @ gaussian(X.shape[1], min(rank, *X.shape), t, X)).Q
         U, S, Vt = torch.linalg.svd(Q.T @ X, full_matrices=False)
         return Q @ U @ S.diag() @ Vt
 

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
@@ -37,7 +37,6 @@ Method = Literal[LowRank, "adamw", "galore", Adapter]
 Variant = Literal["split", "subspace", "paper"]
 Ends = Literal["dense", "low-rank"]
 Precision = Literal["fp32", "bf16"]
-Device = Literal["auto", "cpu"]
 Terms = Literal["matrices", "whole"]
 TaskName = Literal["gsm8k", "math-500"]
 Template = Literal["question", "instruction"]
@@ -96,6 +95,12 @@ def user_errors(message: str, *kinds: type[Exception]) -> Iterator[None]:
         raise UserError(f"{message} ({reason})") from error
 
 
+def check_known(option: str, name: str, known: Iterable[str]) -> None:
+    """Raises UserError where a name is none of those that are known."""
+    if name not in known:
+        raise UserError(f"{option}: there is no {name!r}; choose from {', '.join(known)}")
+
+
 def flag(name: str) -> str:
     """The command-line spelling of a field: `batch_size` is `--batch-size`."""
     return "--" + name.replace("_", "-")
@@ -127,9 +132,8 @@ class Checked:
         choices = choices_of(config)
         for name, kinds in kinds_of(config).items():
             value = getattr(self, name)
-            if name in choices and value is not None and value not in choices[name]:
-                words = ", ".join(choices[name])
-                raise UserError(f"{flag(name)}: there is no {value!r}; choose from {words}")
+            if name in choices and value is not None:
+                check_known(flag(name), value, choices[name])
             for number in value if isinstance(value, tuple) else (value,):
                 if number is None or not (int in kinds or float in kinds):
                     continue
@@ -193,6 +197,8 @@ class OptimizerConfig(Checked):
             raise UserError(f"--ends: variant {self.variant} {far}; take --variant split")
         if self.freeze and self.method in ADAPTERS:
             raise UserError(f"--freeze: {self.method} freezes the whole model; leave it out")
+        if self.release and getattr(self, "accumulation", 1) > 1:
+            raise UserError("--release: gradients cannot be accumulated; give --accumulation 1")
         parse_rules(self.rules)
         parse_patterns("freeze", self.freeze)
 
@@ -247,7 +253,6 @@ class RunConfig(OptimizerConfig):
     held_out_every: Annotated[int, "one document or example in so many is held out."]
     checkpoints: Annotated[int, "how many checkpoints are written; the last two are kept."]
     precision: Annotated[Precision, "of matrix products, whatever the weights have."] = "fp32"
-    device: Annotated[Device, "auto takes a GPU where there is one."] = "auto"
     chunked_loss: Annotated[
         bool, "compute the loss in chunks: logits of a batch never exist. Not with FSDP."
     ] = True
@@ -267,8 +272,6 @@ class RunConfig(OptimizerConfig):
         if self.stochastic_rounding and self.dtype != "bf16":
             needs = "float32 weights need none; give --dtype bf16 with it"
             raise UserError(f"--stochastic-rounding: {needs}")
-        if self.release and self.accumulation > 1:
-            raise UserError("--release: gradients cannot be accumulated; give --accumulation 1")
 
     @property
     def sequences_per_step(self) -> int:
@@ -359,9 +362,7 @@ class FinetuneConfig(RunConfig):
     adapter: Adapter | None = None  # its weights train with AdamW, the model's own stay as they are
 
     def __post_init__(self) -> None:
-        if self.method not in self.METHODS:
-            choices = ", ".join(self.METHODS)
-            raise UserError(f"--method: there is no {self.method!r}; choose from {choices}")
+        check_known("--method", self.method, self.METHODS)
         super().__post_init__()
 
     @property

@@ -11,11 +11,6 @@ def short(number: float) -> str:
     return f"{number:g}"
 
 
-def mebibytes(count: int) -> str:
-    """Bytes in MiB, the unit of `coverage`."""
-    return f"{count / 2**20:.1f} MiB"
-
-
 def binary(count: float) -> str:
     """Bytes in three digits or fewer: 12.5 MiB."""
     unit = "B"

@@ -129,10 +129,8 @@ def task_examples(task: TaskName, data: str, limit: int | None) -> list[Example]
 def trained_template(model: str) -> Template:
     """How the questions were put that a run folder's model was trained on."""
     file = Path(model).expanduser() / "config.json"
-    trained: Template = (
-        read_json(file).get("template", "question") if file.is_file() else "question"
-    )
-    return trained
+    config: dict[str, Template] = read_json(file) if file.is_file() else {}
+    return config.get("template", "question")
 
 
 def answer_length(reads: int, longest: int, wanted: int | None) -> int:

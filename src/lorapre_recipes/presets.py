@@ -12,7 +12,7 @@ from lorapre_recipes.config import (
     OptimizerConfig,
     OptimizerName,
     PretrainConfig,
-    UserError,
+    check_known,
 )
 
 Preset = Callable[[OptimizerName], PretrainConfig]
@@ -192,6 +192,5 @@ BUDGETS = {"24gb": "24GiB", "llama-7b-24gb": "24GiB"}  # memory that a preset is
 
 def get_preset(presets: Mapping[str, T], name: str) -> T:
     """The preset of this name. Raises UserError listing those that exist."""
-    if name not in presets:
-        raise UserError(f"--preset: there is no {name!r}; choose from {', '.join(presets)}")
+    check_known("--preset", name, presets)
     return presets[name]

@@ -41,6 +41,8 @@ def main() -> int:
     # torch's threads sleep while they wait for each other. Threads that spin slow one another down
     # several times over when other programs want the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not sys.stderr.isatty():  # a log file needs no animation
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     try:
         options: Any = {"exit_on_error": False, "print_error": False}
         result = app(sys.argv[1:], **options, result_action="return_value")

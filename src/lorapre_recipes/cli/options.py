@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import itertools
-import sys
 from collections.abc import Callable, Container, Iterator
 from typing import Annotated, Any, get_type_hints
 
@@ -23,7 +21,7 @@ def options(
 
     The command gets the options that were given as a dict, its argument `changes`. With `preset`,
     what is not given comes from one, and what it switches on can be switched off. Help then shows
-    the values of the preset that the command line names, or else of this one.
+    this preset's values; `--dry-run` shows those of another.
     """
     added = {each.name: each for each in parameters(config, preset) if each.name not in without}
 
@@ -47,7 +45,8 @@ def parameters(config: type[Checked], preset: str | bool) -> Iterator[inspect.Pa
     """The fields with help as parameters of a function; those of derived classes come first."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     types, annotated = get_type_hints(config), get_type_hints(config, include_extras=True)
-    methods = getattr(config, "METHODS", ())
+    methods, presets = getattr(config, "METHODS", ()), dict[str, Any](PRETRAIN | FINETUNE)
+    usual = presets[preset]("lorapre-adamw") if isinstance(preset, str) else None
     for owner in config.__mro__:
         for name in inspect.get_annotations(owner):
             if name not in fields:
@@ -62,7 +61,7 @@ def parameters(config: type[Checked], preset: str | bool) -> Iterator[inspect.Pa
                     help=help,
                     group=getattr(owner, "GROUP", "Parameters"),
                     negative=None if preset and types[name] is bool else (),
-                    show_default=shown(preset, name) if isinstance(preset, str) else None,
+                    show_default=usual and functools.partial(shown, getattr(usual, name)),
                 )
                 yield inspect.Parameter(
                     name,
@@ -72,20 +71,7 @@ def parameters(config: type[Checked], preset: str | bool) -> Iterator[inspect.Pa
                 )
 
 
-def shown(preset: str, option: str) -> Callable[[Any], str]:
-    """What help shows for an option: the preset's value, as it is typed.
-
-    The command line may name another preset, an optimizer or a method.
-    """
-
-    def value_of(_: Any) -> str:
-        words = [word for each in sys.argv for word in each.split("=", 1)]
-        typed = dict(itertools.pairwise(words))
-        presets: Any = PRETRAIN | FINETUNE
-        make = presets.get(typed.get("--preset"), presets[preset])
-        method = typed.get("--optimizer") or typed.get("--method") or "lorapre-adamw"
-        value = getattr(make(method), option)
-        values = value if isinstance(value, tuple) else (value,)
-        return "none" if value in (None, ()) else " ".join(map(str, values))
-
-    return value_of
+def shown(value: Any, _: Any) -> str:
+    """What help shows for a value: as it is typed."""
+    values = value if isinstance(value, tuple) else (value,)
+    return "none" if value in (None, ()) else " ".join(map(str, values))

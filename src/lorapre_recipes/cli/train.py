@@ -7,7 +7,6 @@ from typing import Any
 from lorapre_recipes.cli.launch import launch, launched_with_fsdp
 from lorapre_recipes.cli.options import options
 from lorapre_recipes.config import FinetuneConfig, Method, PretrainConfig, RunConfig, UserError
-from lorapre_recipes.files import read_json
 from lorapre_recipes.presets import BUDGETS, FINETUNE, PRETRAIN, get_preset
 from lorapre_recipes.train.runs import model_folder
 
@@ -92,7 +91,6 @@ def finetune(
                 raise
             made = "make it (docs/finetuning-results.md) or give another"
             raise UserError(f"{error}; it is the model of preset {name}; {made}") from error
-        config = config if "sequence_length" in changes else shortened(config, Path(folder))
         if config.adapter is None:
             check_memory(folder, config)
         return config
@@ -121,13 +119,3 @@ def savings(config: RunConfig) -> str:
     words |= {"loss in chunks": config.chunked_loss}
     size = f"{config.batch_size} sequences of up to {config.sequence_length} tokens"
     return ", ".join([describe_optimizer(config), *(x for x in words if words[x]), size])
-
-
-def shortened(config: FinetuneConfig, folder: Path) -> FinetuneConfig:
-    """The config with sequences as long as the model in a folder reads, at most."""
-    file = folder / "config.json"
-    reads = read_json(file).get("max_position_embeddings") if file.is_file() else None
-    if reads is None or config.sequence_length <= reads:
-        return config
-    print(f"lorapre: --sequence-length is {reads}, as much as the model reads", file=sys.stderr)
-    return config.replace(sequence_length=reads)

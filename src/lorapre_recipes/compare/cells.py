@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from lorapre_recipes.config import OptimizerName, PretrainConfig, UserError, choices_of, user_errors
+from lorapre_recipes.config import (
+    OptimizerName,
+    PretrainConfig,
+    check_known,
+    choices_of,
+    user_errors,
+)
 from lorapre_recipes.files import read_json
 from lorapre_recipes.presets import PRETRAIN, get_preset
 
@@ -27,14 +33,11 @@ Grid = dict[str, Sequence[float]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contender:
-    """An optimizer with options of its own: `lorapre-adamw:variant=paper,rank=16,scale=0.1/0.2`.
-
-    Rules take several values too: `lorapre-adamw:rules=embed_tokens=8/lm_head=8`.
-    """
+    """An optimizer with options of its own: `lorapre-adamw:variant=paper,rank=16,scale=0.1/0.2`."""
 
     name: str
     optimizer: OptimizerName
-    choices: dict[str, Any]
+    choices: dict[str, str]
     grid: Grid  # its own values, in place of the comparison's
 
     @classmethod
@@ -42,16 +45,16 @@ class Contender:
         """Read a contender. Raises UserError for an unknown optimizer, option or number."""
         optimizer, _, rest = text.partition(":")
         check_known("--optimizers", optimizer, get_args(OptimizerName))
-        choices: dict[str, Any] = {}
+        choices: dict[str, str] = {}
         grid: Grid = {}
         option = f"--optimizers {text}"
         for part in rest.split(",") if rest else ():
             name, _, value = part.partition("=")
-            check_known(option, name, (*sorted(CHOICES), "rules", *SWEPT))
+            check_known(option, name, (*sorted(CHOICES), *SWEPT))
             if name in SWEPT:
                 grid[name] = numbers(value, "/", option)
             else:
-                choices[name] = tuple(value.split("/")) if name == "rules" else value
+                choices[name] = value
         return cls(name=text, optimizer=optimizer, choices=choices, grid=grid)  # type: ignore[arg-type]
 
 
@@ -104,13 +107,8 @@ def numbers(text: str, separator: str, option: str) -> tuple[float, ...]:
     """Numbers in order. Raises UserError."""
     wrong = f"{option}: give numbers, one or several with {separator!r} between them"
     with user_errors(wrong, ValueError):
-        return tuple(sorted({float(value) for value in text.split(separator)}))
-
-
-def check_known(option: str, name: str, known: Iterable[str]) -> None:
-    """Raises UserError where a name is none of those that are known."""
-    if name not in known:
-        raise UserError(f"{option}: there is no {name!r}; choose from {', '.join(known)}")
+        values = {int(x) if x.isdecimal() else float(x) for x in text.split(separator)}
+        return tuple(sorted(values))
 
 
 def cell_config(comparison: Comparison, cell: Cell) -> PretrainConfig:
@@ -119,7 +117,4 @@ def cell_config(comparison: Comparison, cell: Cell) -> PretrainConfig:
     fields = comparison.changes | cell.contender.choices | cell.values | {"seed": cell.seed}
     beta1, beta2 = config.betas
     fields["betas"] = (fields.pop("beta1", beta1), fields.pop("beta2", beta2))
-    for name in ("rank", "batch_size", "refresh"):
-        if name in fields:
-            fields[name] = int(fields[name])
     return config.replace(**fields)

@@ -1,6 +1,5 @@
 """From `--data` to examples to fine-tune on: read, hold out, put in a template, tokenize."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,13 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from lorapre_recipes.config import FinetuneConfig, Template, UserError
-from lorapre_recipes.data.corpus import (
-    JSONL_SUFFIX,
-    from_hub,
-    hash_documents,
-    looks_like_hub_name,
-    readable,
-)
+from lorapre_recipes.data.corpus import JSONL_SUFFIX, hash_documents, load_split, read_lines
 
 IGNORED = -100  # a label that the loss leaves out
 # MetaMathQA's, GSM8K's and MATH's
@@ -160,32 +153,12 @@ def read_rows(data: str, split: str) -> Iterator[tuple[str, Any]]:
     """The rows of a file or dataset, and where each stands. Raises UserError."""
     path = Path(data).expanduser()
     if path.is_file():
+        if path.suffix != JSONL_SUFFIX:
+            raise UserError(f"--data {path}: must be a file of JSON lines, *{JSONL_SUFFIX}")
         yield from read_lines(path)
-    elif looks_like_hub_name(data):
-        name, _, subset = data.partition(":")
-        with from_hub(data):
-            rows = datasets.load_dataset(name, subset or None, split=split)
-        for number, row in enumerate(rows, start=1):
-            yield f"row {number}", row
     else:
-        hub = "a Hugging Face dataset (owner/name or owner/name:config, as openai/gsm8k:main)"
-        wanted = f"give one of JSON lines, or the name of {hub}"
-        raise UserError(f"--data {data}: no such file; {wanted}")
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The JSON of each line that is not empty. Raises UserError naming the line."""
-    if path.suffix != JSONL_SUFFIX:
-        raise UserError(f"--data {path}: must be a file of JSON lines, *{JSONL_SUFFIX}")
-    with readable(path):
-        text = path.read_text(encoding="utf-8")
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() breaks at U+2028 too
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                wrong = f"line {number} is not JSON ({error.msg})"
-                raise UserError(f"--data {path}: {wrong}") from error
+        for number, row in enumerate(load_split(data, split), start=1):
+            yield f"row {number}", row
 
 
 def example_of(row: Any, place: str) -> Example:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets  # type: ignore[import-untyped]
-import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorapre_recipes.config import PretrainConfig, UserError
 from lorapre_recipes.data.corpus import Corpus, hash_documents, read_corpus, take_characters
+from lorapre_recipes.data.examples import spaced
 from lorapre_recipes.data.tokens import (
     Sequence,
     cached_sequences,
@@ -29,25 +28,13 @@ from lorapre_recipes.data.tokens import (
 TOKENIZER_CHARACTERS = 50_000_000  # of a large corpus: how much the tokenizer is trained on
 
 
-@dataclass(frozen=True)
-class TokenData:
+class TokenData(NamedTuple):
     """What the trainer needs: sequences of `sequence_length` tokens under the key `input_ids`."""
 
     tokenizer: PreTrainedTokenizerFast
     train: datasets.Dataset | TokenStream
     validation: datasets.Dataset
-    corpus: Corpus
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What must be the same when a run goes on, and how many records were skipped so far."""
-        count = len(self.train) if isinstance(self.train, datasets.Dataset) else None
-        return {
-            "sha256": self.corpus.fingerprint,
-            "train_sequences": count,
-            "validation_sequences": len(self.validation),
-            "skipped": self.corpus.skipped(),
-        }
+    facts: dict[str, Any]  # what must be the same when a run goes on
 
 
 class TokenStream(torch.utils.data.IterableDataset[dict[str, Sequence]]):
@@ -77,10 +64,10 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
     read, and not kept. The folder `run` of a run that goes on has its tokenizer.
     """
     corpus, length = read_corpus(config), config.sequence_length
-    if run is not None:  # not AutoTokenizer: it would take the run's config.json for a model's
-        tokenizer = load_tokenizer(str(run), length, PreTrainedTokenizerFast)
-    elif config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer, length)
+    own = config.tokenizer if run is None else str(run)
+    if own is not None:  # AutoTokenizer would take the run's config.json for a model's
+        kind = AutoTokenizer if run is None else PreTrainedTokenizerFast
+        tokenizer = load_tokenizer(f"--tokenizer {own}", own, kind, model_max_length=length)
     else:
         sample = take_characters(corpus.sample, TOKENIZER_CHARACTERS)
         trained = cached_tokenizer(sample, corpus.fingerprint, config.vocab_size)
@@ -92,9 +79,9 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
         packed=config.packed,
         vocab_size=config.vocab_size,
     )
-    under = f"under {length} tokens to train on or held out"
-    share = f"(one document in {config.held_out_every})"
-    too_little = UserError(f"--data {config.data}: too little text, {under} {share}")
+    needs = f"one step takes {config.sequences_per_step} sequences of {length} tokens"
+    share = f"one document in {config.held_out_every} is held out"
+    too_little = UserError(f"--data {config.data}: too little text; {needs}, and {share}")
     train: datasets.Dataset | TokenStream
     if corpus.set_epoch is not None:
         train = TokenStream(corpus, encode)
@@ -111,14 +98,17 @@ def load_data(config: PretrainConfig, run: Path | None = None) -> TokenData:
             for part, fingerprint in zip((corpus.train, corpus.validation), sums, strict=True)
         )
         if len(train) < config.sequences_per_step:
-            few = f"{len(train)} sequences of {length} tokens"
-            step = f"one step takes {config.sequences_per_step}"
-            raise UserError(f"--data {config.data}: too little text, {few} where {step}")
+            raise too_little
         # An epoch has whole steps, all of one size.
         train = train.select(range(len(train) - len(train) % config.sequences_per_step))
     if len(validation) == 0:
         raise too_little
     # Evenly spaced, so that every held-out document has its say.
     count = config.evaluated(len(validation))
-    validation = validation.select(np.linspace(0, len(validation) - 1, count).astype(int))
-    return TokenData(tokenizer, train, validation, corpus)
+    validation = validation.select(spaced(range(len(validation)), count))
+    facts = {
+        "sha256": corpus.fingerprint,
+        "train_sequences": len(train) if isinstance(train, datasets.Dataset) else None,
+        "validation_sequences": len(validation),
+    }
+    return TokenData(tokenizer, train, validation, facts)

@@ -22,15 +22,14 @@ PADDING = -100  # in place of a token; it is what losses of torch and transforme
 Sequence = npt.NDArray[np.int32]
 
 
-def load_tokenizer(name: str, length: int, kind: Any = AutoTokenizer) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    option: str, name: str, kind: Any = AutoTokenizer, **options: Any
+) -> PreTrainedTokenizerFast:
     """A tokenizer from a folder or the Hugging Face Hub. Raises UserError where it cannot serve."""
-    missing = "neither a folder with a tokenizer nor found on the Hugging Face Hub"
-    with user_errors(f"--tokenizer {name}: {missing}", *NOT_LOADED):
-        tokenizer = kind.from_pretrained(name, model_max_length=length)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"--tokenizer {name}: needs one of the tokenizers package (tokenizer.json)")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"--tokenizer {name}: has no token for the end of a document (eos_token)")
+    with user_errors(f"{option}: no tokenizer here, nor on the Hugging Face Hub", *NOT_LOADED):
+        tokenizer = kind.from_pretrained(name, **options)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
+        raise UserError(f"{option}: needs a tokenizer with a tokenizer.json and an end token")
     tokenizer.backend_tokenizer.no_truncation()  # what its file may ask for is `sequences`' to do
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer

@@ -52,8 +52,6 @@ class Settings(OptimizerConfig):
         defaults = self.fitting(self.optimizer, rank=0, refresh=0)
         object.__setattr__(self, "variant", self.variant or defaults["variant"])
         super().__post_init__()
-        if self.release and self.accumulation > 1:
-            raise UserError("--release: gradients cannot be accumulated; give --accumulation 1")
         self.budget_bytes()
 
     def budget_bytes(self) -> int | None:

@@ -91,14 +91,6 @@ def anyone(here: bool) -> bool:
     return bool(flag)
 
 
-def largest(*numbers: int) -> tuple[int, ...]:
-    """The numbers of the process whose first is the largest."""
-    everyone = [numbers] * processes()
-    if dist.is_initialized():
-        dist.all_gather_object(everyone, numbers)
-    return max(everyone)
-
-
 def is_lost_contact(error: BaseException) -> bool:
     """Whether `error` says that another process has gone or does not answer."""
     if not dist.is_initialized() or processes() == 1:

@@ -19,7 +19,6 @@ from torch.optim import AdamW, Optimizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     PreTrainedModel,
@@ -28,6 +27,7 @@ from transformers import (
 )
 
 from lorapre_recipes.config import NOT_LOADED, FinetuneConfig, UserError, parse_rules, user_errors
+from lorapre_recipes.data import tokens
 from lorapre_recipes.data.examples import labels_per_batch, load_examples
 from lorapre_recipes.train import distributed
 from lorapre_recipes.train.optim import DTYPES, build_optimizer, freeze
@@ -89,10 +89,7 @@ def no_model(name: str) -> AbstractContextManager[None]:
 
 def load_tokenizer(name: str, folder: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a model, with a token to pad with. Raises UserError."""
-    with user_errors(f"--model {name}: has no tokenizer here", *NOT_LOADED):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
-        raise UserError(f"--model {name}: needs a tokenizer with a tokenizer.json and an end token")
+    tokenizer = tokens.load_tokenizer(f"--model {name}", folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # the mask and the labels say what is padding
     return tokenizer

@@ -7,6 +7,7 @@ an optimizer take.
 
 import importlib
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,7 +88,7 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
     factorised, the rank or a rule does not fit, or a package is not installed.
     """
     ours = config.optimizer in LOW_RANK
-    matrices, rest = grouped(model, 1, option="--rank", strict=ours)
+    matrices, rest = grouped(model, 1, strict=ours)
     # Where only the matrices are compared, no sweep changes the betas of the rest.
     betas = BETAS if config.terms == "matrices" else config.betas
     if not ours:
@@ -96,18 +97,14 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
         rest = [{"params": group["params"]} | own for group in rest]
         return peer(model, matrices, rest, config)
     assert config.rank is not None
-    # A larger rank would leave some matrices dense: no run of the rank that it is named after.
-    weights = [weight for group in matrices for _, weight in group["params"]]
-    largest = min((weight.numel() - 1) // sum(weight.shape) for weight in weights)
-    if config.rank > largest:
-        larger = "factors would not be smaller than this model's smallest matrix"
-        raise UserError(f"--rank {config.rank}: {larger}; give at most {largest}")
+    known = {weight for group in matrices for _, weight in group["params"]}
+    # Not strict, a large rank would leave some matrices dense: no run of the rank in its name.
     routes: dict[str, Any] = {"rules": rules, "ends": config.ends}
-    matrices, rest = grouped(model, config.rank, option="--rules", strict=True, **routes)
+    matrices, rest = grouped(model, config.rank, strict=True, **routes)
     # Embeddings and head may have a rank: their rate is that of the rest.
     adam = config.optimizer == "lorapre-adamw"
     full_rate: dict[str, Any] = {"scale": 1.0} if adam else {"lr": config.lr}
-    known, ends, inner = {*weights}, Groups(), Groups()
+    ends, inner = Groups(), Groups()
     for group in matrices:
         for part, own, wanted in ((ends, full_rate, False), (inner, {}, True)):
             if params := [pair for pair in group["params"] if (pair[1] in known) == wanted]:
@@ -159,33 +156,31 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
         torch.serialization.add_safe_globals([projector])
         own = {"update_proj_gap": config.refresh or 0, "scale": 1.0, "projection_type": "std"}
         matrices = [group | rank | own for group in matrices]
-    if name == "adam-mini":
-        chosen = adam_mini(make, model, matrices, adam)
-    else:
-        factored = {"state_precision": "factored", "stochastic_rounding": False}
-        table: dict[str, tuple[Any, dict[str, Any]]] = {
-            "smmf": (make, adam | factored),
-            "apollo": (Apollo, adam | projected),
-            "apollo-mini": (Apollo, adam | projected | {"mini": True}),
-            "mlorc": (MLorc, adam | rank),
-            "mofasgd": (MoFaSGD, momentum | rank),
-            "muon": (Muon, momentum | {"adjust_lr_fn": ADJUST_LR}),
-            "muon-8bit": (StoredMuon, momentum | {"store": "8bit"}),
-            "muon-bf16": (StoredMuon, momentum | {"store": "bf16"}),
-            "muon-no-momentum": (StoredMuon, decay | {"momentum": 0.0}),
-            "alice": (Alice, decay | projected),
-            "racs": (Racs, decay),
-            "scale": (Scale, decay),
-            "column-sgd": (Scale, decay),
-            "adafactor": (Adafactor, decay),
-            "sgd": (SGD, momentum),
-        }
-        make, options = table.get(name, (make, adam))
-        chosen = make(matrices, **options)
+    factored = {"state_precision": "factored", "stochastic_rounding": False}
+    table: dict[str, tuple[Any, dict[str, Any]]] = {
+        "smmf": (make, adam | factored),
+        "apollo": (Apollo, adam | projected),
+        "apollo-mini": (Apollo, adam | projected | {"mini": True}),
+        "mlorc": (MLorc, adam | rank),
+        "mofasgd": (MoFaSGD, momentum | rank),
+        "muon": (Muon, momentum | {"adjust_lr_fn": ADJUST_LR}),
+        "muon-8bit": (StoredMuon, momentum | {"store": "8bit"}),
+        "muon-bf16": (StoredMuon, momentum | {"store": "bf16"}),
+        "muon-no-momentum": (StoredMuon, decay | {"momentum": 0.0}),
+        "alice": (Alice, decay | projected),
+        "racs": (Racs, decay),
+        "scale": (Scale, decay),
+        "column-sgd": (Scale, decay),
+        "adafactor": (Adafactor, decay),
+        "sgd": (SGD, momentum),
+        "adam-mini": (partial(adam_mini, make, model), adam),
+    }
+    make, options = table.get(name, (make, adam))
+    chosen = make(matrices, **options)
     return WithAdamW(chosen, AdamW(rest, **adam)) if rest else chosen
 
 
-def adam_mini(make: Any, model: nn.Module, groups: Groups, adam: dict[str, Any]) -> Optimizer:
+def adam_mini(make: Any, model: nn.Module, groups: Groups, **adam: Any) -> Optimizer:
     """Adam-mini, which makes its own groups: the names say how second moments are shared."""
     named = [pair for group in groups for pair in group["params"]]
     rates = {name: group["lr"] for group in groups for name, _ in group["params"]}
@@ -227,11 +222,12 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         raise UserError("--freeze: leaves nothing to train")
 
 
-def grouped(model: nn.Module, rank: int, *, option: str, **routes: Any) -> tuple[Groups, Groups]:
+def grouped(model: nn.Module, rank: int, **routes: Any) -> tuple[Groups, Groups]:
     """Groups with a rank, and those without. Raises UserError naming the option at fault."""
     try:
         groups = param_groups(model, rank=rank, **routes)
     except ValueError as error:
+        option = "--rules" if str(error).startswith("rules:") else "--rank"
         raise UserError(f"{option}: {error}") from error
     matrices = [group for group in groups if group["rank"] is not None]
     return matrices, [group for group in groups if group["rank"] is None]
@@ -239,7 +235,7 @@ def grouped(model: nn.Module, rank: int, *, option: str, **routes: Any) -> tuple
 
 def matrices_of(model: nn.Module) -> list[nn.Parameter]:
     """The attention and MLP matrices that train."""
-    matrices, _ = grouped(model, 1, option="--rank", strict=False)
+    matrices, _ = grouped(model, 1)
     return [p for group in matrices for _, p in group["params"]]
 
 

@@ -12,7 +12,6 @@ from lorapre_recipes.data.stream import load_data
 from lorapre_recipes.data.tokens import PADDING
 from lorapre_recipes.train import distributed
 from lorapre_recipes.train.optim import DTYPES, build_optimizer, freeze
-from lorapre_recipes.train.runs import record_data
 from lorapre_recipes.train.session import check_machine, train
 from lorapre_recipes.train.summary import Summary
 
@@ -30,7 +29,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, **sessi
     set_seed(config.seed)
     model = build_model(config, data.tokenizer.eos_token_id)
     freeze(model, config.freeze)
-    summary = train(
+    return train(
         config,
         out,
         model=model,
@@ -41,10 +40,6 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False, **sessi
         resume=resume,
         **session,
     )
-    if distributed.is_main() and (skipped := data.facts["skipped"]):
-        record_data(data.facts, out / "data.json")
-        print(f"Skipped {skipped:,} corrupt records of --data {config.data}: they hold no text")
-    return summary
 
 
 def build_model(config: PretrainConfig, end_of_document: int) -> LlamaForCausalLM:

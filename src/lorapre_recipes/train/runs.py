@@ -1,7 +1,7 @@
 """The run folder: what a run leaves, and how it goes on.
 
 config.json, command.txt    the complete config; the command, one line per session
-data.json                   sha256 of the text, sizes of the two splits, records skipped
+data.json                   sha256 of the text, sizes of the two splits
 tokenizer.json, tokenizer_config.json
 metrics.jsonl               one line per logged training loss and per evaluation
 coverage.txt                which parameter took which route, and its bytes
@@ -180,8 +180,7 @@ def load_run(run: Path, kind: type[C], steps: int | None = None) -> C:
 
 def record_data(facts: dict[str, Any], file: Path) -> None:
     """Write which data a run sees, or raise UserError where it does not see the same again."""
-    grows = {"skipped": None}  # as a stream is read
-    if file.is_file() and read_json(file) | grows != facts | grows:
+    if file.is_file() and read_json(file) != facts:
         changed = "the data have changed since this run began; start a new run"
         raise UserError(f"--resume {file.parent}: {changed}")
     write_json(file, facts)

@@ -117,7 +117,6 @@ def train(
     adamw_bytes = dense if adapters else state.adamw_bytes
     kibibyte = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibyte
-    most, adamw_most = distributed.largest(state_bytes(optimizer), adamw_bytes)
     summary = Summary(
         optimizer=config.method,
         parameters=model.num_parameters() - sum(p.numel() for p in adapters),
@@ -128,9 +127,9 @@ def train(
         validation_loss=last["validation_loss"],
         validation_perplexity=last["validation_perplexity"],
         processes=distributed.processes(),
-        state_bytes=most,
+        state_bytes=state_bytes(optimizer),
         matrix_state_bytes=state_bytes(optimizer, matrices_of(model)),
-        adamw_state_bytes=adamw_most,
+        adamw_state_bytes=adamw_bytes,
         optimizer_share=None if config.release else books.optimizer_seconds / books.step_seconds,
         tokens_per_second=books.steps * last["tokens"] / config.steps / books.step_seconds,
         peak_bytes=torch.cuda.max_memory_allocated() or resident,
@@ -168,8 +167,7 @@ def training_arguments(config: RunConfig, out: Path, **changes: Any) -> Training
         max_grad_norm=0,
         bf16=config.precision == "bf16",
         torch_compile=config.compile,
-        # Where there is no GPU either, bf16 would be refused.
-        use_cpu=config.device == "cpu" or not torch.accelerator.is_available(),
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 would be refused
         logging_steps=config.every(config.log_points),
         logging_nan_inf_filter=False,  # a loss that is no number must show
         eval_strategy="steps",

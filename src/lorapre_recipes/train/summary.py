@@ -2,15 +2,14 @@
 
 import dataclasses
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from lorapre_recipes.config import OptimizerConfig, RunConfig
-from lorapre_recipes.console import duration, mebibytes, short
+from lorapre_recipes.console import binary, duration, short
 
 Metric = dict[str, Any]  # one line of metrics.jsonl
 STATS = ("captured_mean", "captured_min", "update_mean", "update_max")  # of `optimizer.stats()`
@@ -29,7 +28,7 @@ class Summary:
     validation_loss: float  # nats per token
     validation_perplexity: float
     processes: int
-    state_bytes: int  # of the process that holds most
+    state_bytes: int  # of the first process, which holds most
     matrix_state_bytes: int  # that of attention and MLP matrices, in this process
     adamw_state_bytes: int  # what torch.optim.AdamW would hold there
     optimizer_share: float | None  # of a step's time, in optimizer.step; None in the backward pass
@@ -61,11 +60,11 @@ def summary_table(summary: Summary, config: RunConfig) -> Table:
     loss, perplexity = summary.validation_loss, summary.validation_perplexity
     rows = [
         ("validation perplexity", f"{perplexity:.2f}", f"per token; {loss:.4f} nats"),
-        ("optimizer state", mebibytes(summary.state_bytes), f"{beside} {ratio:.2f}"),
-        ("AdamW's state, same model", mebibytes(summary.adamw_state_bytes), ""),
+        ("optimizer state", binary(summary.state_bytes), f"{beside} {ratio:.2f}"),
+        ("AdamW's state, same model", binary(summary.adamw_state_bytes), ""),
     ]
     if summary.adapter_bytes:
-        rows.append(("adapters", mebibytes(summary.adapter_bytes), "beside the model's weights"))
+        rows.append(("adapters", binary(summary.adapter_bytes), "beside the model's weights"))
     if summary.optimizer_share is not None:
         share = f"{summary.optimizer_share:.1%}"
         rows.append(("time in optimizer.step", share, "of the training steps' time"))
@@ -96,26 +95,8 @@ def read_metrics(path: Path) -> list[Metric]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """The mean of each value and of as many neighbours on either side, at most two.
-
-    So it does not lag, and keeps both ends. Where values are few they differ by more than noise:
-    fewer than 40 stay as they are, fewer than 80 have one neighbour.
-    """
-    last, most = len(values) - 1, min(2, len(values) // 40)
-    reaches = [min(most, i, last - i) for i in range(len(values))]
-    windows = (values[i - reach : i + reach + 1] for i, reach in enumerate(reaches))
-    return [sum(window) / len(window) for window in windows]
-
-
-def round_perplexities(low: float, high: float) -> list[int]:
-    """1, 2, 5, 10, 20, ... as far as their logarithms, the losses, lie in [low, high]."""
-    candidates = (digit * 10**power for power in range(10) for digit in (1, 2, 5))
-    return [candidate for candidate in candidates if low <= math.log(candidate) <= high]
-
-
 def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path: Path) -> None:
-    """Draw the losses over tokens, with perplexity on the right, and below what the steps did."""
+    """Draw the losses over tokens, and below what the steps did."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     known = [name for name in STATS if any(name in row for row in metrics)]
@@ -130,8 +111,7 @@ def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path:
         return [row["tokens"] / unit for row in rows], [row[name] for row in rows]
 
     tokens, losses = series("loss")
-    axes.plot(tokens, losses, color="C0", alpha=0.3, linewidth=1, label="training")
-    axes.plot(tokens, smooth(losses), color="C0", linewidth=1.8, label="training, smoothed")
+    axes.plot(tokens, losses, color="C0", label="training")
     tokens, losses = series("validation_loss")
     axes.plot(tokens, losses, "o-", color="C1", markersize=4.5, label="validation, held out")
     place: dict[str, Any] = {"xytext": (0, -16), "textcoords": "offset points", "ha": "right"}
@@ -149,10 +129,6 @@ def plot_curves(metrics: list[Metric], config: RunConfig, parameters: int, path:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    ticks = round_perplexities(*axes.get_ylim())
-    right = axes.secondary_yaxis("right")
-    right.set_yticks([math.log(tick) for tick in ticks], [f"{tick:,}" for tick in ticks])
-    right.set_ylabel("perplexity")
     batch = f"{config.sequences_per_step} × {config.sequence_length} tokens"
     axes.set_title(
         f"{describe_optimizer(config)}: {short(parameters)} parameters on "

@@ -20,7 +20,6 @@ from accelerate import DistributedType  # type: ignore[import-untyped]
 from accelerate import FullyShardedDataParallelPlugin as FSDPPlugin
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -231,17 +230,6 @@ class RecipeTrainer(Trainer):
 class Progress(ProgressCallback):
     """One bar with the training loss, and a line above it for each evaluation."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the bar, at the checkpoint's step."""
-        self.current_step = state.global_step
-        if state.is_world_process_zero:
-            often = 0.2 if sys.stderr.isatty() else 10  # a log file needs no animation
-            shape = {"initial": state.global_step, "total": state.max_steps, "unit": "step"}
-            self.training_bar = tqdm(dynamic_ncols=True, mininterval=often, **shape)
-
-    def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        """Draw nothing: an evaluation takes a second or two."""
-
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Show the figure."""
         if self.training_bar is None:
@@ -254,14 +242,8 @@ class Progress(ProgressCallback):
             self.training_bar.write(f"{step}  {perplexity}")
 
 
-METRICS: tuple[str, ...] = (
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "step_seconds",
-    "optimizer_seconds",
-)
-METRICS += ("eval_loss", "eval_perplexity", *STATS)
+METRICS = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_perplexity", *STATS)
+TIMES = ("step_seconds", "optimizer_seconds")
 
 
 def metrics_of(history: Iterable[dict[str, Any]]) -> list[Metric]:
@@ -270,7 +252,7 @@ def metrics_of(history: Iterable[dict[str, Any]]) -> list[Metric]:
     for entry in history:
         row = {
             name.replace("eval_", "validation_").replace("learning_rate", "lr"): entry[name]
-            for name in METRICS
+            for name in (*METRICS, *TIMES)
             if name in entry
         }
         if not math.isfinite(row.get("grad_norm", 0.0)):  # as where gradients are released

@@ -40,6 +40,11 @@ class MatrixOptimizer(Optimizer):
                     W.add_(update, alpha=-group["lr"])
 
 
+def gaussian(p: int, q: int, seed: int, like: Tensor) -> Tensor:
+    """Normal numbers (p, q), the same for the same seed."""
+    return torch.randn(p, q, generator=torch.Generator().manual_seed(seed)).to(like)
+
+
 def limited(update: Tensor, state: dict[str, Any]) -> Tensor:
     """Fira's limiter: the norm of the update grows by at most 1 % from step to step."""
     norm = update.norm()

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lorapre_recipes.compare.peers import MatrixOptimizer, limited
+from lorapre_recipes.compare.peers import MatrixOptimizer, gaussian, limited
 
 
 class Apollo(MatrixOptimizer):
@@ -32,17 +32,11 @@ class Apollo(MatrixOptimizer):
         b1, b2 = group["betas"]
         rank, scale, dim = (1, 128.0, None) if group["mini"] else (group["rank"], 1.0, 0)
         t = state["step"] = state.get("step", 0) + 1
-        R = projection(G, rank, (t - 1) // group["refresh"]) @ G
+        r, seed = min(rank, len(G)), (t - 1) // group["refresh"]
+        R = gaussian(r, len(G), seed, G) @ G / r**0.5
         M = state.setdefault("M", torch.zeros_like(R)).lerp_(R, 1 - b1)
         V = state.setdefault("V", torch.zeros_like(R)).lerp_(R.square(), 1 - b2)
         A = M / (1 - b1**t) / ((V / (1 - b2**t)).sqrt() + group["eps"])
         length = torch.linalg.vector_norm(R, dim=dim).clamp_min(1e-30)
         s = torch.linalg.vector_norm(A, dim=dim) / length
         return limited(scale**0.5 * s * G, state)
-
-
-def projection(G: Tensor, rank: int, number: int) -> Tensor:
-    """P (r, m), the same for the same number."""
-    r = min(rank, len(G))
-    P: Tensor = torch.randn(r, len(G), generator=torch.Generator().manual_seed(number)) / r**0.5
-    return P.to(G)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorapre_recipes.compare.peers import MatrixOptimizer
+from lorapre_recipes.compare.peers import MatrixOptimizer, gaussian
 
 
 class MLorc(MatrixOptimizer):
@@ -33,16 +33,11 @@ class MLorc(MatrixOptimizer):
             M += b1 * (state["m_Q"] @ state["m_B"])
             V += b2 * without_negatives(state["v_Q"] @ state["v_B"])
         for name, X in (("m", M), ("v", V)):
-            Q = torch.linalg.qr(X @ directions(X, group["rank"], t)).Q
+            r = min(group["rank"], *X.shape)
+            Q = torch.linalg.qr(X @ gaussian(X.shape[1], r, t, X)).Q
             state |= {f"{name}_Q": Q, f"{name}_B": Q.mT @ X}
         update: Tensor = M / (1 - b1**t) / ((V / (1 - b2**t)).sqrt() + group["eps"])
         return update
-
-
-def directions(X: Tensor, rank: int, step: int) -> Tensor:
-    """Omega (q, r): Gaussian, another one at each step."""
-    draw = torch.Generator().manual_seed(step)
-    return torch.randn(X.shape[1], min(rank, *X.shape), generator=draw).to(X)
 
 
 def without_negatives(V: Tensor) -> Tensor:

@@ -13,7 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lorapre.linalg import newton_schulz
 from lorapre_recipes.compare.peers import MatrixOptimizer
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon
 
 
 class StoredMuon(MatrixOptimizer):
@@ -31,7 +34,7 @@ class StoredMuon(MatrixOptimizer):
             stored.copy_(m)
             M = G.lerp(m, momentum)
         size: float = 0.2 * max(G.shape) ** 0.5
-        return size * newton_schulz(M)
+        return size * newton_schulz(M, COEFFICIENTS, steps=5, eps=1e-7).float()
 
 
 def zeros(like: Tensor, store: str) -> Tensor:
@@ -42,16 +45,3 @@ def zeros(like: Tensor, store: str) -> Tensor:
         quantised: Tensor = OptimState8bit.zeros(like.shape, device=like.device)
         return quantised
     return torch.zeros_like(like, dtype=torch.bfloat16 if store == "bf16" else torch.float32)
-
-
-def newton_schulz(M: Tensor) -> Tensor:
-    """M (p, q) with its singular values near 1, by the five steps of Muon in bfloat16."""
-    if M.shape[0] > M.shape[1]:
-        return newton_schulz(M.mT).mT
-    a, b, c = 3.4445, -4.7750, 2.0315
-    X: Tensor = M.bfloat16()
-    X = X / X.norm().clamp_min(1e-7)
-    for _ in range(5):
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return X.float()
