@@ -19,6 +19,7 @@ from lorapre_recipes.data.corpus import (
     readable,
 )
 
+MADE = "arithmetic"  # what `--data` calls the problems of `lorapre arithmetic`, made on the spot
 IGNORED = -100  # a label that the loss leaves out
 # MetaMathQA's, GSM8K's and MATH's
 FIELDS = (("query", "response"), ("question", "answer"), ("problem", "solution"))
@@ -161,6 +162,10 @@ def read_rows(data: str, split: str) -> Iterator[tuple[str, Any]]:
     path = Path(data).expanduser()
     if path.is_file():
         yield from read_lines(path)
+    elif data == MADE and not path.exists():
+        from lorapre_recipes.data.arithmetic import made  # which imports this module
+
+        yield from ((f"problem {i}", each._asdict()) for i, each in enumerate(made(split), start=1))
     elif looks_like_hub_name(data):
         name, _, subset = data.partition(":")
         with from_hub(data):
@@ -169,7 +174,7 @@ def read_rows(data: str, split: str) -> Iterator[tuple[str, Any]]:
             yield f"row {number}", row
     else:
         hub = "a Hugging Face dataset (owner/name or owner/name:config, as openai/gsm8k:main)"
-        wanted = f"give one of JSON lines, or the name of {hub}"
+        wanted = f"give one of JSON lines, {MADE!r}, or the name of {hub}"
         raise UserError(f"--data {data}: no such file; {wanted}")
 
 
