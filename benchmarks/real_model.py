@@ -42,6 +42,7 @@ from lorapre_recipes.train.runs import model_folder
 
 PART = "real"
 LORA_FA = "lora-fa"
+NO_BETA1 = ("racs", "lorapre-muon")
 MORE_RATES = 3  # at most, beyond the edges of those given here
 ALL_WEIGHTS, ADAPTERS = (1e-5, 3e-5, 1e-4), (1e-4, 3e-4, 1e-3)
 CONTENDERS: dict[str, Row] = {
@@ -295,11 +296,11 @@ def best(experiment: Experiment, name: str) -> float | None:
 
 
 def leading(experiment: Experiment, count: int) -> list[str]:
-    """The contenders with the least answer loss on the first seed."""
+    """Of the contenders with a beta1, those with the least answer loss on the first seed."""
     losses = {
         name: min(row["loss"] for row in rows)
-        for name in CONTENDERS
-        if (rows := finished(experiment, name, seed=0))
+        for name, contender in CONTENDERS.items()
+        if contender["method"] not in NO_BETA1 and (rows := finished(experiment, name, seed=0))
     }
     return sorted(losses, key=lambda name: losses[name])[:count]
 
