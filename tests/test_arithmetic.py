@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from lorapre_recipes import cli
 from lorapre_recipes.config import ArithmeticConfig
 from lorapre_recipes.data.arithmetic import LARGEST, make_equations, make_problem, write_task
+from lorapre_recipes.data.examples import read_examples
 
 EQUATION = re.compile(r"(\d+)([+*-])(\d+)=(\d+)")
 
@@ -52,6 +53,15 @@ def test_answers_are_worked_out_from_the_numbers_of_the_question() -> None:
         assert set(re.findall(r"\d+", problem.question)) <= used
         lengths.add(len(equations))
     assert lengths >= {1, 2, 3, 4}
+
+
+def test_problems_made_on_the_spot_are_those_of_the_files(tmp_path: Path) -> None:
+    sizes = ArithmeticConfig(train=20_000, test=500, text=1)
+    write_task(tmp_path / "task", sizes)
+    for split in ("train", "test"):
+        assert [row._asdict() for row in read_examples("arithmetic", split)] == read(
+            tmp_path / "task" / f"{split}.jsonl"
+        )
 
 
 def test_equations_hold() -> None:

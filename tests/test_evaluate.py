@@ -13,7 +13,7 @@ import torch
 from lm_eval.api.model import LM
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorapre_recipes.config import EvaluateConfig
+from lorapre_recipes.config import EvaluateConfig, UserError
 from lorapre_recipes.data.examples import Example, encode
 from lorapre_recipes.data.tokens import for_transformers, train_tokenizer
 from lorapre_recipes.evaluate import evaluate, score, trained_template
@@ -153,6 +153,13 @@ def test_the_template_is_that_of_the_training(tmp_path: Path) -> None:
     assert options["until"] == ["### Instruction:"]
 
 
+def test_sampling_is_transformers() -> None:
+    model = Says("#### 1")
+    score(model, "gsm8k", [Example("Why?", "#### 1")], 17, temperature=0.8, top_p=0.95)
+    ((_, options),) = model.asked
+    assert {"do_sample": True, "temperature": 0.8, "top_p": 0.95}.items() <= options.items()
+
+
 # Whole evaluations
 
 
@@ -214,6 +221,17 @@ def test_batches_change_no_answer(untrained: Path, gsm8k: Path) -> None:
         for size in (1, 5)
     ]
     assert results[0]["generations"] == results[1]["generations"]
+
+
+def test_sampled_answers_depend_on_the_seed(untrained: Path, gsm8k: Path) -> None:
+    options: dict[str, Any] = dict(model=str(untrained), data=str(gsm8k), max_new_tokens=12)
+    first, again, other = (
+        evaluate(EvaluateConfig(**options, temperature=0.8, top_p=0.95, seed=seed)) for seed in (0, 0, 1)
+    )
+    assert first["generations"] == again["generations"] != other["generations"]
+    assert first["answer_loss"] == other["answer_loss"]
+    with pytest.raises(UserError, match=r"--top-p: answers are greedy; give --temperature too"):
+        evaluate(EvaluateConfig(**options, top_p=0.95))
 
 
 def test_math_500(untrained: Path, tmp_path: Path, lorapre: Any) -> None:

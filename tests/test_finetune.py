@@ -33,6 +33,7 @@ from lorapre_recipes.train.finetune import (
 from lorapre_recipes.train.loss import ChunkedLoss, LogitsChanged
 from lorapre_recipes.train.runs import last_checkpoint, load_run, model_folder
 from lorapre_recipes.train.session import training_arguments
+from lorapre_recipes.train.summary import read_metrics
 from tiny_runs import Interrupt, losses
 
 METHODS = get_args(Method)
@@ -463,6 +464,8 @@ def test_validation_loss_is_the_mean_over_tokens(tiny: Tiny, base: Path, tmp_pat
     found = by_hand(AutoModelForCausalLM.from_pretrained(base), rows)
     assert found.count_nonzero() == sum(counts)
     assert summary.validation_loss == pytest.approx(found.sum().item() / sum(counts), rel=1e-5)
+    first = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert (first["step"], first["validation_loss"]) == (0, summary.loss_before)
 
 
 # Data

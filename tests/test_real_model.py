@@ -24,6 +24,7 @@ COLUMNS = (
     "loss",
     "exact_match",
     "general_loss",
+    "own_loss",
     "state_bytes",
     "adapter_bytes",
     "peak_bytes",
@@ -73,11 +74,17 @@ def test_every_contender_runs_and_a_second_start_goes_on(
     monkeypatch.setattr(real, "CONTENDERS", one_rate)
     monkeypatch.setattr(real, "MORE_RATES", 0)
     rows, printed = start(1)
-    assert [row["name"] for row in rows] == ["before", *one_rate]
+    *names, first, second = [row["name"] for row in rows]
+    assert names == ["before", *one_rate]
+    losses = {
+        row["name"]: row["loss"] for row in rows[1:-2] if one_rate[row["name"]]["method"] not in real.NO_BETA1
+    }
+    assert [first, second] == [f"{name}, beta1 0.8" for name in sorted(losses, key=losses.__getitem__)[:2]]
     assert all(row[column] >= 0 for row in rows[1:] for column in COLUMNS)
     assert {row["problems"] for row in rows} == {2}
     assert all(name in printed for name in one_rate)
     state = {row["name"]: row["state_bytes"] for row in rows[1:]}
+    assert state["LoRA-Pre Adam, rank 8, low-rank ends"] < state["LoRA-Pre Adam, rank 8"]
     assert state["LoRA-Pre Adam, rank 8"] < state["LoRA-Pre Adam, rank 64"] < state["AdamW"]
     assert state["LoRA-FA"] < state["LoRA"] < state["DoRA"]
     assert state["RACS"] < state["LoRA-Pre Muon, rank 8"]
@@ -109,9 +116,11 @@ def test_rates_go_beyond_the_edge_and_a_failed_run_is_a_row(
             "exact_match": 0.0,
             "problems": 2,
             "general_loss": 0.0,
+            "own_loss": 0.0,
         },
     )
     monkeypatch.setattr(real, "CONTENDERS", {"AdamW": {"method": "adamw", "lrs": (1e-4, 3e-4, 1e-3)}})
+    monkeypatch.setattr(real, "leading", lambda *_: [])
     rows, printed = start(2)
     assert ran == [1e-4, 3e-4, 1e-3, 3e-3, 9e-3, 3e-3]  # the last: the second seed of the best
     assert [row["lr"] for row in rows if row.get("failed")] == [3e-4]

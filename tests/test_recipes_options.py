@@ -72,6 +72,9 @@ def test_a_dry_run_prints_the_config(lorapre: Any, tmp_path: Any, monkeypatch: p
     code, stdout, _ = lorapre("finetune", "--preset", "arithmetic", "--method", "dora", "--dry-run")
     assert json.loads(stdout)["adapter"] == "dora"
     assert code == 0
+    for given, preset in (([], "smollm2"), (["--data", "x.jsonl"], "metamath100k")):
+        _, stdout, _ = lorapre("finetune", *given, "--dry-run")
+        assert json.loads(stdout)["preset"] == preset
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert "leave out --dry-run" in lorapre("pretrain", "--resume", "x", "--dry-run")[2]
 

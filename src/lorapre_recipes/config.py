@@ -70,8 +70,8 @@ LEAST = {
     "vocab_size": 257,
 }
 BETAS = (0.9, 0.95)
-POSITIVE = ("lr", "scale")
-SHARES = ("warmup", "final_lr")  # between 0 and 1
+POSITIVE = ("lr", "scale", "temperature")
+SHARES = ("warmup", "final_lr", "top_p")  # between 0 and 1
 DECAYS = ("betas", "momentum")  # less than 1
 
 
@@ -350,8 +350,9 @@ class FinetuneConfig(RunConfig):
     model: Annotated[str, "a name on the hub, a folder, a run folder, or smollm2."]
     data: Annotated[
         str,
-        "a JSONL file with the fields query and response or question and answer, or a Hugging "
-        "Face dataset with these columns: meta-math/MetaMathQA, openai/gsm8k:main.",
+        "a JSONL file with the fields query and response or question and answer, a Hugging Face "
+        "dataset with these columns (meta-math/MetaMathQA, openai/gsm8k:main), or arithmetic, "
+        "problems that are made.",
     ]
     samples: Annotated[int | None, "take the first of the examples only."]
     only: Annotated[str | None, "take examples with this in their field type."] = None
@@ -392,6 +393,11 @@ class EvaluateConfig(Checked):
     max_new_tokens: Annotated[
         int | None, "length of an answer. Default: 512, or less if the model reads less."
     ] = None
+    temperature: Annotated[
+        float | None, "sample answers at this temperature. Default: take the likeliest tokens."
+    ] = None
+    top_p: Annotated[float, "sample from the likeliest tokens that have this probability."] = 1.0
+    seed: Annotated[int, "of the sampling."] = 0
     out: Annotated[
         Path | None, "a JSON file. Default: evaluation-TASK.json in the model's folder."
     ] = None

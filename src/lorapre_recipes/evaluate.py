@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import set_seed
 
 from lorapre_recipes.config import EvaluateConfig, TaskName, Template, UserError
 from lorapre_recipes.console import duration
@@ -62,6 +63,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises UserError: no such model or data, answers that cannot be scored, or questions too long.
     """
     start = time.perf_counter()
+    greedy = config.temperature is None
+    if greedy and config.top_p < 1:
+        raise UserError("--top-p: answers are greedy; give --temperature too")
     folder = model_folder(config.model)
     out = output_file(config)
     data = config.data or TASKS[config.task].data
@@ -77,7 +81,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     template = config.template or trained_template(config.model)
     longest = max(len(tokenizer(example.asked(template))["input_ids"]) for example in examples)
     max_new_tokens = answer_length(lm.max_length, longest, config.max_new_tokens)
-    metrics, errors, texts = score(lm, config.task, examples, max_new_tokens, template)
+    set_seed(config.seed)
+    began = time.perf_counter()
+    sampling = {} if greedy else {"temperature": config.temperature, "top_p": config.top_p}
+    metrics, errors, texts = score(lm, config.task, examples, max_new_tokens, template, **sampling)
+    answering = time.perf_counter() - began
     encoded = [encode(example, tokenizer, template) for example in examples]
     right = answer_loss(model, tokenizer, encoded, config.batch_size, lm.max_length)
     pairs = zip(examples, texts, strict=True)
@@ -91,7 +99,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "errors": errors,
         **right,
         "max_new_tokens": max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "seed": config.seed,
         "batch_size": config.batch_size,
+        "answers_per_second": len(examples) / answering,
         "seconds": time.perf_counter() - start,
         "device": describe_device(model.device),
         "versions": versions("lm_eval", "torch", "transformers"),
@@ -155,10 +167,12 @@ def score(
     examples: Sequence[Example],
     max_new_tokens: int,
     template: Template = "question",
+    **sampling: float | None,
 ) -> tuple[dict[str, float], dict[str, float], list[str]]:
     """Let lm-eval generate and score. Returns metrics, their standard errors, and the texts.
 
     Examples and task go through files, as lm-eval takes them from users. Nothing is fetched.
+    Answers are greedy where `sampling` names no options of transformers' generation.
     """
     names = TASKS[task]
     with tempfile.TemporaryDirectory() as folder:
@@ -175,8 +189,9 @@ def score(
             "doc_to_text": Example(f"{{{{{names.question}}}}}", "").asked(template),
             "generation_kwargs": {
                 "until": [TEMPLATES[template].stop],
-                "do_sample": False,
+                "do_sample": bool(sampling),
                 "max_gen_toks": max_new_tokens,
+                **sampling,
             },
         }
         config = Path(folder) / "task.yaml"
@@ -229,8 +244,9 @@ def result_table(result: dict[str, Any]) -> Table:
     if (loss := result["answer_loss"]) is not None:
         left_out = f", without {result['too_long']:,} too long" if result["too_long"] else ""
         rows.append(("answer-token loss", f"{loss:.4f}", f"nats{left_out}"))
-    rows.append(
-        ("length of an answer", f"{result['max_new_tokens']:,}", "new tokens at most, greedy")
-    )
+    sampled = f"temperature {result['temperature']}, top-p {result['top_p']}"
+    how = "greedy" if result["temperature"] is None else sampled
+    rows.append(("length of an answer", f"{result['max_new_tokens']:,}", "new tokens at most"))
+    rows.append(("answers", f"{result['answers_per_second']:.2f}", f"a second, {how}"))
     rows.append(("wall time", duration(result["seconds"]), result["device"]))
     return figures(f"{result['task']}, {result['examples']:,} examples", rows)

@@ -144,6 +144,14 @@ def one_24gb_card(method: Method = "lorapre-adamw") -> FinetuneConfig:
     return finetuning(method, preset="24gb", model="meta-llama/Llama-3.1-8B", **data, **run)
 
 
+def smollm2(method: Method = "lorapre-adamw") -> FinetuneConfig:
+    """A pretrained model of 135 million parameters, and made problems: minutes, and no hub."""
+    data = dict(data="arithmetic", samples=1000, sequence_length=256, held_out_every=20)
+    run: dict[str, Any] = dict(lr=1e-4, steps=40, batch_size=8, warmup=0.1, evaluations=2)
+    run |= dict(checkpoints=1, precision="fp32")  # bfloat16 is slow on many processors
+    return finetuning(method, preset="smollm2", model="smollm2", **data, **run)
+
+
 def arithmetic(method: Method = "lorapre-adamw") -> FinetuneConfig:
     """The task of `lorapre arithmetic`, for the model of the preset llama-arithmetic."""
     data = dict(data="arithmetic/train.jsonl", samples=None, sequence_length=160, held_out_every=20)
@@ -185,6 +193,7 @@ PRETRAIN: dict[str, Preset] = {
 FINETUNE: dict[str, Callable[[Method], FinetuneConfig]] = {
     "metamath100k": metamath100k,
     "24gb": one_24gb_card,
+    "smollm2": smollm2,
     "arithmetic": arithmetic,
 }
 BUDGETS = {"24gb": "24GiB", "llama-7b-24gb": "24GiB"}  # memory that a preset is made for

@@ -27,6 +27,7 @@ from lorapre_recipes.data.examples import Example
 from lorapre_recipes.data.tokens import for_transformers, train_tokenizer
 from lorapre_recipes.files import write_lines
 
+DEFAULT = ArithmeticConfig()
 LARGEST = 60  # of any number in a problem
 VOCABULARY = 384  # tokens: bytes, and the words of the task
 STEPS = (1, 3)  # what happens in a story, at least and at most
@@ -117,6 +118,17 @@ def texts(random: random.Random, seen: set[str]) -> Iterator[str]:
         yield "\n".join(page)
 
 
+def made(
+    split: str, sizes: ArithmeticConfig = DEFAULT, seen: set[str] | None = None
+) -> list[Example]:
+    """The problems of "test" or "train"; those of `seen` are in neither, and it takes up these."""
+    seen = set() if seen is None else seen
+    if split == "train" and not seen:
+        made("test", sizes, seen)
+    count = {"test": sizes.test, "train": sizes.train}[split]
+    return list(itertools.islice(problems(random.Random(f"{sizes.seed} {split}"), seen), count))
+
+
 def write_task(out: Path, sizes: ArithmeticConfig) -> None:
     """Write train.jsonl, test.jsonl and text.jsonl, which share no question, and a tokenizer.
 
@@ -128,12 +140,8 @@ def write_task(out: Path, sizes: ArithmeticConfig) -> None:
     if any(out.iterdir()):
         raise UserError(f"OUT {out}: this folder is not empty; give a new one")
     seen: set[str] = set()
-    test, train, text = (
-        random.Random(f"{sizes.seed} {part}") for part in ("test", "train", "text")
-    )
-    held_out = list(itertools.islice(problems(test, seen), sizes.test))
-    trained = list(itertools.islice(problems(train, seen), sizes.train))
-    pages = list(itertools.islice(texts(text, seen), sizes.text))
+    held_out, trained = (made(split, sizes, seen) for split in ("test", "train"))
+    pages = list(itertools.islice(texts(random.Random(f"{sizes.seed} text"), seen), sizes.text))
     write_lines(out / "test.jsonl", [problem._asdict() for problem in held_out])
     write_lines(out / "train.jsonl", [problem._asdict() for problem in trained])
     write_lines(out / "text.jsonl", [{"text": page} for page in pages])

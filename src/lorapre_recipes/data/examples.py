@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from lorapre_recipes.config import FinetuneConfig, Template, UserError
 from lorapre_recipes.data.corpus import JSONL_SUFFIX, hash_documents, load_split, read_lines
 
+MADE = "arithmetic"  # what `--data` calls the problems of `lorapre arithmetic`, made on the spot
 IGNORED = -100  # a label that the loss leaves out
 # MetaMathQA's, GSM8K's and MATH's
 FIELDS = (("query", "response"), ("question", "answer"), ("problem", "solution"))
@@ -156,6 +157,10 @@ def read_rows(data: str, split: str) -> Iterator[tuple[str, Any]]:
         if path.suffix != JSONL_SUFFIX:
             raise UserError(f"--data {path}: must be a file of JSON lines, *{JSONL_SUFFIX}")
         yield from read_lines(path)
+    elif data == MADE and not path.exists():
+        from lorapre_recipes.data.arithmetic import made  # which imports this module
+
+        yield from ((f"problem {i}", each._asdict()) for i, each in enumerate(made(split), start=1))
     else:
         for number, row in enumerate(load_split(data, split), start=1):
             yield f"row {number}", row

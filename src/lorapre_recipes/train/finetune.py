@@ -69,6 +69,7 @@ def finetune(config: FinetuneConfig, out: Path, **session: Any) -> Summary:
         tokenizer=tokenizer,
         data=data._replace(facts=data.facts | {"model": folder}),
         collate=collator(tokenizer, packing=config.packing),
+        eval_on_start=not session.get("resume"),
         eval_items=labels_per_batch(data.validation, config.batch_size),
         include_num_input_tokens_seen="all" if config.packing else "non_padding",
         **session,

@@ -109,7 +109,7 @@ def train(
             progress.training_bar.close()
 
     metrics = trainer.metrics()
-    last = next(row for row in reversed(metrics) if "validation_loss" in row)
+    first, *_, last = [row for row in metrics if "validation_loss" in row] * 2
     state = coverage(optimizer)
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]  # peft's names
     # Of the model without its adapters: two moments and a float32 step each.
@@ -124,6 +124,7 @@ def train(
         adapter_bytes=sum(p.nbytes for p in adapters),
         steps=config.steps,
         tokens=last["tokens"],
+        loss_before=first["validation_loss"] if first["step"] == 0 else None,
         validation_loss=last["validation_loss"],
         validation_perplexity=last["validation_perplexity"],
         processes=distributed.processes(),
@@ -200,6 +201,11 @@ def check_machine(config: RunConfig) -> None:
     lacks_bf16 = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
     if config.precision == "bf16" and lacks_bf16:
         raise UserError("--precision: this GPU has no bf16; use fp32")
+    if config.precision == "bf16" and not torch.accelerator.is_available() and not cpu_has_bf16():
+        slow = (
+            "this processor has no instructions for it and takes many times as long; fp32 is faster"
+        )
+        print(f"lorapre: --precision bf16: {slow}", file=sys.stderr)
     available = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for logger in config.report_to:
         if logger not in available:
@@ -213,6 +219,12 @@ def check_machine(config: RunConfig) -> None:
     if config.fsdp and not torch.distributed.is_initialized():
         start = "torchrun --nproc-per-node N -m lorapre_recipes pretrain"
         raise UserError(f"--fsdp: start it with {start}; N may be 1")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether torch's products in bfloat16 are fast on this processor."""
+    one_dnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return one_dnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def describe_device(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class Summary:
     adapter_bytes: int  # of weights beside the model's own
     steps: int
     tokens: int
+    loss_before: float | None  # of a model that is fine-tuned, before its first step
     validation_loss: float  # nats per token
     validation_perplexity: float
     processes: int
@@ -58,8 +60,11 @@ def summary_table(summary: Summary, config: RunConfig) -> Table:
     ratio = summary.adamw_state_bytes / summary.state_bytes
     beside = "per process, AdamW's /" if summary.processes > 1 else "AdamW's divided by"
     loss, perplexity = summary.validation_loss, summary.validation_perplexity
-    rows = [
-        ("validation perplexity", f"{perplexity:.2f}", f"per token; {loss:.4f} nats"),
+    rows = [("validation perplexity", f"{perplexity:.2f}", f"per token; {loss:.4f} nats")]
+    if summary.loss_before is not None:
+        before = f"{summary.loss_before:.4f} nats"
+        rows.append(("before the first step", f"{math.exp(summary.loss_before):.2f}", before))
+    rows += [
         ("optimizer state", binary(summary.state_bytes), f"{beside} {ratio:.2f}"),
         ("AdamW's state, same model", binary(summary.adamw_state_bytes), ""),
     ]
