@@ -33,6 +33,11 @@ typedef float loose __attribute__((vector_size(4 * LANES), aligned(4))); /* in m
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define ALIGNED __attribute__((aligned(64)))
+#if defined(__x86_64__) /* or GCC reads x from memory once for each of its uses */
+#define IN_REGISTER(x) __asm__("" : "+v"(x))
+#else
+#define IN_REGISTER(x)
+#endif
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -178,7 +183,10 @@ INLINE void block(const int rows, const int vectors, int64_t K, const float *B, 
         UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = (vec){0};
     for (int64_t k = 0; k < K; k++, panel += PANEL) {
         vec y[VECTORS];
-        UNROLL for (int j = 0; j < vectors; j++) y[j] = *(const vec *)(panel + j * LANES);
+        UNROLL for (int j = 0; j < vectors; j++) {
+            y[j] = *(const vec *)(panel + j * LANES);
+            IN_REGISTER(y[j]);
+        }
         UNROLL for (int i = 0; i < rows; i++)
             UNROLL for (int j = 0; j < vectors; j++) sum[i][j] += B[i * row + k] * y[j];
     }
