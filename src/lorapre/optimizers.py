@@ -87,7 +87,7 @@ class LoRAPreOptimizer(Optimizer):
         """Step a batch by Algorithm 1, or by AdamW where it has no factors."""
         group, T = batch.group, batch.T
         batch.begin()
-        lr = options.lr(group)
+        lr, (beta1, beta2) = options.lr(group), group["betas"]
         rate = batch.unless_skipped(lr * group["scale"] if batch.low_rank else lr, 0.0)
         decay = batch.unless_skipped(1 - lr * group["weight_decay"], 1.0)
         if not batch.low_rank:
@@ -102,7 +102,7 @@ class LoRAPreOptimizer(Optimizer):
             return sums
 
         variant = ADAM[group["variant"]]
-        batch.store(variant(batch.state, T, batch.t, *group["betas"], apply))
+        batch.store(variant(batch.state, T, batch.t, beta1, beta2, apply))
 
     def _init_group(
         self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], state: list[Tensor]
