@@ -20,7 +20,7 @@ from cases import ADAM, CASES, assert_same, gradient, parameters
 from lorapre import rounding
 from lorapre.backends import triton as backend
 from lorapre.backends.triton import TritonGradient
-from lorapre.gradient import Ema, Factors, Gradient, Moments, Number
+from lorapre.gradient import Factors, Full, Gradient, Moments, Number
 from lorapre.sharding import Shards
 
 GPU = torch.cuda.is_available()
@@ -78,7 +78,7 @@ class Problem:
 
     def __init__(
         self, p: int, q: int, r: int, types: Types = (F32, F32), *, N: int = 2,
-        strided: bool = False, finite: bool = False, products: int = 2, ema: str = "",
+        strided: bool = False, finite: bool = False, products: int = 2, dense: bool = False,
         rest: bool = True, **options: Any,
     ) -> None:  # fmt: skip
         def randn(*shape: int) -> Tensor:
@@ -99,17 +99,18 @@ class Problem:
         factors: list[Factors | None] = [Factors(randn(N, p, r), randn(N, r, q)) for _ in range(products)]
         alive = self.alive[:, None, None]
         self.lr, self.decay = torch.where(alive, number(), 0), torch.where(alive, number(), 1)
-        t = torch.arange(1.0, N + 1, device=DEVICE).view(-1, 1, 1)
-        finite_ones = self.alive if finite else None
-        emas = {x: Ema([randn(p, q).square() for _ in range(N)], 0.75, t, finite_ones) for x in ema}
+        self.t = torch.arange(1.0, N + 1, device=DEVICE).view(-1, 1, 1)
+        self.full = [[randn(p, q).square() for _ in range(N)] for _ in range(2)] if dense else None
         sides = (randn(N, p, 1).square(), randn(N, 1, q).square()) if rest else (None, None)
         self.M = Moments(
             factors, [number() for _ in factors], number(), [number() for _ in factors], number(),
-            *sides, emas.get("m"), emas.get("v"),
+            *sides,
         )  # fmt: skip
 
-    def step(self, T: Gradient | None = None, **changes: Any) -> tuple[Tensor, Tensor]:
+    def step(self, T: Gradient | None = None, **changes: Any) -> Any:
         options: dict[str, Any] = dict(lr=self.lr, decay=self.decay, eps=1e-3) | changes
+        if self.full is not None:
+            return (T or self.T).adamw_(self.weights, Full(*self.full, self.t, (0.75, 0.5)), **options)
         return (T or self.T).step_(self.weights, self.M, **options)
 
     def target(self) -> Tensor:
@@ -158,12 +159,14 @@ def check_products(x: Problem, X: Tensor, L: Tensor) -> None:
 
 def check_step(x: Problem, T: Gradient, **changes: Any) -> None:
     """The weights, moments and sums after a step, against float64 and bounds of its errors."""
-    before = copy.deepcopy((x.weights, x.M.exp_avg, x.M.exp_avg_sq))
+    before, full = copy.deepcopy((x.weights, x.full))
     W, g, M, grad = torch.stack(x.weights).double(), x.target(), x.M, x.types[1]
-    rows, columns = x.step(T, **changes)
+    means = x.step(T, **changes)
     (p, q), square = x.T.held, g * g
-    assert_within(rows, square.mean(-1, keepdim=True), (q + 4) * EPS * square.mean(-1, keepdim=True))
-    assert_within(columns, square.mean(-2, keepdim=True), (p + 4) * EPS * square.mean(-2, keepdim=True))
+    if x.full is None:
+        rows, columns = means
+        assert_within(rows, square.mean(-1, keepdim=True), (q + 4) * EPS * square.mean(-1, keepdim=True))
+        assert_within(columns, square.mean(-2, keepdim=True), (p + 4) * EPS * square.mean(-2, keepdim=True))
     m, v = M.b * g, M.d * square
     m_error, v_error = 2 * EPS * m.abs(), 3 * EPS * v
     if M.row is not None and M.column is not None:
@@ -179,14 +182,15 @@ def check_step(x: Problem, T: Gradient, **changes: Any) -> None:
                 v_error + c * (2 * P.abs() * error + error**2 + 3 * EPS * P * P),
             )
             m_error, v_error = m_error + EPS * m.abs(), v_error + EPS * v
-    for i, (ema, target) in enumerate(((M.exp_avg, g), (M.exp_avg_sq, square))):
-        if ema is not None:
-            old = torch.stack(before[1 + i].E).double()
-            E = old + ema.rate * (target - old)
-            error = 4 * EPS * (old.abs() + (ema.rate * target).abs())
-            assert_within(torch.stack(list(ema.E)), E, error)
-            E, error = ema.scale * E, ema.scale * (error + EPS * E.abs())
-            m, m_error, v, v_error = (E, error, v, v_error) if i == 0 else (m, m_error, E, error)
+    for i, target in enumerate((g, square) if full else ()):
+        rate, old = (0.25, 0.5)[i], torch.stack(full[i]).double()
+        alive = x.alive[:, None, None].double()
+        E = old + rate * alive * (target - old)
+        error = 4 * EPS * (old.abs() + (rate * target).abs())
+        assert_within(torch.stack(x.full[i]), E, error)
+        unbias = 1 / (1 - (1 - rate) ** x.t.double())
+        E, error = unbias * E, unbias * (error + EPS * E.abs())
+        m, m_error, v, v_error = (E, error, v, v_error) if i == 0 else (m, m_error, E, error)
     # sqrt(v + e) - sqrt(v) is at most e / sqrt(v), and at most sqrt(e).
     root = v.sqrt()
     root_error = torch.minimum(v_error.sqrt(), v_error / root.clamp(min=1e-300)) + 2 * EPS * root
@@ -197,9 +201,9 @@ def check_step(x: Problem, T: Gradient, **changes: Any) -> None:
     assert_within(torch.stack(x.weights), expected, error * (1 + 1e-6))
     for n in range(len(x.weights)):
         if not x.alive[n]:
-            assert_same(x.weights[n], before[0][n])
-            for ema, old in zip((M.exp_avg, M.exp_avg_sq), before[1:], strict=True):
-                assert ema is None or torch.equal(ema.E[n], old.E[n])
+            assert_same(x.weights[n], before[n])
+            for new, old in zip(x.full or (), full or (), strict=True):
+                assert torch.equal(new[n], old[n])
 
 
 @kinds
@@ -214,10 +218,8 @@ def test_updates(size: tuple[int, int, int], types: Types, kind: type[Gradient])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("options", [
     dict(strided=True), dict(finite=True), dict(scale=-0.5), dict(rest=False),
-    dict(products=1, rest=False), dict(products=0, ema="mv", finite=True, rest=False),
-    dict(products=1, ema="m"), dict(products=1, ema="v"),
-    dict(products=0, ema="v", strided=True, scale=-1.0),
-    dict(products=2, ema="m", finite=True, strided=True),
+    dict(products=1, rest=False), dict(dense=True), dict(dense=True, finite=True),
+    dict(dense=True, strided=True, scale=-1.0),
 ], ids="-".join)  # fmt: skip
 def test_options_of_updates(options: dict[str, Any], dtype: torch.dtype, kind: type[Gradient]) -> None:
     x = Problem(33, 70, 5, (dtype, dtype), **options)
@@ -272,9 +274,9 @@ def test_what_lies_between_strided_rows_is_not_touched() -> None:
 
 
 def test_moments_in_another_order_take_torch() -> None:
-    x = Problem(9, 12, 4, products=1, ema="v")
-    assert x.M.exp_avg_sq is not None
-    x.M = x.M._replace(exp_avg_sq=x.M.exp_avg_sq._replace(E=[E.mT.contiguous().mT for E in x.M.exp_avg_sq.E]))
+    x = Problem(9, 12, 4, dense=True)
+    assert x.full is not None
+    x.full[1] = [E.mT.contiguous().mT for E in x.full[1]]
     check_step(x, x.T)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorapre import rounding, sharding
 from lorapre.backends import backend
-from lorapre.gradient import TILE, Ema, Factors, Gradient, Number, state_dtype, wide
+from lorapre.gradient import TILE, Factors, Full, Gradient, Number, state_dtype, wide
 from lorapre.groups import is_low_rank, matrix_shape, state_shapes
 from lorapre.linalg import debias
 from lorapre.variants import State, first_A
@@ -106,11 +106,15 @@ class Batch:
         if "v_row" in self._tensors:
             fields["v_row"] = self._read("v_row")[..., None]
             fields["v_col"] = self._read("v_col")[:, None]
-        for k, name in enumerate(("exp_avg", "exp_avg_sq")):
-            if name in self._tensors:
-                E = self._matrices(self._tensors[name], written=True)
-                fields[name] = Ema(E, self.group["betas"][k], self.t, self.T.finite)
         self.state = State(**fields)
+
+    def adamw_(self, lr: Number, decay: Number) -> None:
+        """Step by AdamW, both moments in full."""
+        names = ("exp_avg", "exp_avg_sq")
+        first, second = (self._matrices(self._tensors[name], written=True) for name in names)
+        full = Full(first, second, self.t, self.group["betas"])
+        self.T.adamw_(self.weights, full, lr=lr, decay=decay, eps=self.group["eps"], keys=self.keys)
+        self.store(self.state)
 
     def store(self, new: State) -> None:
         """Write what a variant returned; the old state stays where the gradient was not finite."""

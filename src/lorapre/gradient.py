@@ -31,32 +31,10 @@ class Factors(NamedTuple):
     A: Tensor  # (N, r, q)
 
 
-class Ema(NamedTuple):
-    """A moment kept in full: E <- beta E + (1 - beta) x, in place, corrected for its zero start."""
-
-    E: Sequence[Tensor]  # N of (p, q)
-    beta: float
-    t: Tensor  # (N, 1, 1), the number of the step
-    finite: Tensor | None = None  # (N,), False where E stays; None is True everywhere
-
-    @property
-    def rate(self) -> Number:
-        """How far E moves towards x."""
-        if self.finite is None:
-            return 1 - self.beta
-        return self.finite[:, None, None].to(self.t.dtype) * (1 - self.beta)
-
-    @property
-    def scale(self) -> Tensor:
-        """The moment is scale E."""
-        return 1 / debias(self.beta, self.t)
-
-
 class Moments(NamedTuple):
     """m = sum a_i P_i + b g and v = sum c_i P_i**2 + d g**2 + row column, with P_i = B_i A_i.
 
-    An `Ema` in `exp_avg` is all of m instead, in `exp_avg_sq` all of v. A product that is None
-    counts nothing.
+    A product that is None counts nothing.
     """
 
     products: Sequence[Factors | None] = ()
@@ -66,8 +44,15 @@ class Moments(NamedTuple):
     d: Number = 0.0
     row: Tensor | None = None  # (N, p, 1)
     column: Tensor | None = None  # (N, 1, q)
-    exp_avg: Ema | None = None
-    exp_avg_sq: Ema | None = None
+
+
+class Full(NamedTuple):
+    """Both moments of AdamW before step t, kept in full and moved in place."""
+
+    exp_avg: Sequence[Tensor]  # N of (p, q)
+    exp_avg_sq: Sequence[Tensor]
+    t: Tensor  # (N, 1, 1)
+    betas: tuple[float, float]
 
 
 class Gradient:
@@ -168,9 +153,16 @@ class Gradient:
         eps = max(eps, TINY)
         M = M._replace(products=[f if f and f.B.shape[-1] else None for f in M.products])
         sums = self._step_(weights, M, lr, decay, eps, keys, means)
-        if not torch.compiler.is_compiling():  # autograd then refuses a graph of the old weights
-            torch.autograd.graph.increment_version(weights)
+        _changed(weights)
         return sums and (self.sum_q(sums[0].div_(self.q)), self.sum_p(sums[1].div_(self.p)))
+
+    def adamw_(
+        self, weights: Sequence[Tensor], full: Full, *, lr: Number, decay: Number, eps: float,
+        keys: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """AdamW of T, in place. See `step_` for the other arguments."""
+        self._adamw_(weights, full, lr, decay, max(eps, TINY), keys)
+        _changed(weights)
 
     def orthogonal_step_(
         self, weights: Sequence[Tensor], M: Moments, newton_schulz: Callable[[Tensor], Tensor], *,
@@ -222,40 +214,58 @@ class Gradient:
         """`step_`, with the sums of T**2 over what is held here."""
         rows = torch.zeros(len(self), self.held[0], 1, dtype=torch.float32, device=self.device)
         columns = torch.zeros(len(self), 1, self.held[1], dtype=torch.float32, device=self.device)
-        kernel = self._has_adamw(weights, M)
-        in_place = kernel and self._as_it_is and self.scale == 1
-        in_place = in_place and all(w.dtype == torch.float32 for w in weights)
-        for n, i in self._tiles(whole=in_place, alone=kernel):
-            if kernel and self.finite is not None and not self.finite[n]:
-                continue
-            g = self._tile(n, i).to(self.dtype)
-            g = g * self.scale if self.scale != 1 else g
+        for n, i in self._tiles():
+            g = self._scaled(n, i)
             if sums:
                 square = g * g
                 rows[n, i] += square.sum(-1, keepdim=True)
                 columns[n] += square.sum(-2, keepdim=True)
                 del square
             w = read(weights, n, i).to(self.dtype)
-            if kernel:
+            m, v = moments(M, n, i, g)
+            self._move_(w, m, at(lr, n), at(decay, n), root=v.sqrt_().add_(eps))
+            self._store_(weights, n, i, w, keys)
+        return (rows, columns) if sums else None
+
+    def _adamw_(
+        self, weights: Sequence[Tensor], full: Full, lr: Number, decay: Number, eps: float,
+        keys: Tensor | None,
+    ) -> None:  # fmt: skip
+        """`adamw_`, by torch's kernel where that can take it: in one pass over memory."""
+        beta1, beta2 = full.betas
+        taken = (*weights, *self.grads, *full.exp_avg, *full.exp_avg_sq)
+        fused = all(at_hand(x) and x.is_contiguous() for x in taken)
+        in_place = fused and self._as_it_is and self.scale == 1
+        in_place = in_place and all(w.dtype == torch.float32 for w in weights)
+        for n, i in self._tiles(whole=in_place, alone=fused):
+            if fused and self.finite is not None and not self.finite[n]:
+                continue
+            w, g = read(weights, n, i).to(self.dtype), self._scaled(n, i)
+            m, v = read(full.exp_avg, n, i), read(full.exp_avg_sq, n, i)
+            if fused:
                 # In the dtype of a masked lr, so that a mask changes nothing else.
                 own_lr, keep = (
                     torch.as_tensor(at(x, n), dtype=self.dtype, device="cpu").item()
                     for x in (lr, decay)
                 )
-                adamw_(w, g, M, n, i, own_lr, keep, eps)
+                if own_lr == 0:
+                    w.mul_(keep)
+                torch._fused_adamw_(
+                    w.unbind(), g.unbind(), m.unbind(), v.unbind(), [],
+                    full.t[n].view(-1).float().unbind(), lr=own_lr, beta1=beta1, beta2=beta2,
+                    weight_decay=(1 - keep) / own_lr if own_lr else 0.0, eps=eps, amsgrad=False,
+                    maximize=False,
+                )  # fmt: skip
             else:
-                m, v = moments(M, n, i, g)
-                self._move_(w, m, at(lr, n), at(decay, n), root=v.sqrt_().add_(eps))
+                alive = 1.0 if self.finite is None else self.finite[n, None, None].to(self.dtype)
+                for E, beta, x in ((m, beta1, g), (v, beta2, g * g)):
+                    rate = alive * (1 - beta)
+                    add_(E.mul_(1 - rate), rate, x)  # no difference: of an infinite x it is NaN
+                c1, c2 = (debias(beta, full.t[n]) for beta in full.betas)
+                self._move_(w, m / c1, at(lr, n), at(decay, n), root=(v / c2).sqrt_().add_(eps))
+            write_(full.exp_avg, n, i, m)
+            write_(full.exp_avg_sq, n, i, v)
             self._store_(weights, n, i, w, keys)
-        return (rows, columns) if sums else None
-
-    def _has_adamw(self, weights: Sequence[Tensor], M: Moments) -> bool:
-        """Whether torch's fused AdamW takes the step: both moments in full, on a CPU."""
-        return (
-            M.exp_avg is not None
-            and M.exp_avg_sq is not None
-            and all(at_hand(x) and x.is_contiguous() for x in (*weights, *self.grads))
-        )
 
     @property
     def _as_it_is(self) -> bool:
@@ -286,6 +296,11 @@ class Gradient:
             g = torch.where(self.finite[n, None, None], g, 0)
         return g.abs() if self.absolute else g
 
+    def _scaled(self, n: slice, i: slice) -> Tensor:
+        """Rows i of members n of T, in its dtype."""
+        g = self._tile(n, i).to(self.dtype)
+        return g * self.scale if self.scale != 1 else g
+
     @staticmethod
     def _move_(w: Tensor, m: Tensor, lr: Number, decay: Number, root: Tensor | None = None) -> None:
         """w <- decay w - lr m / root, in place."""
@@ -308,6 +323,12 @@ class Gradient:
         write_(weights, n, i, w)
 
 
+def _changed(weights: Sequence[Tensor]) -> None:
+    """Tell autograd, which then refuses a graph of the old weights."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(weights)
+
+
 def moments(M: Moments, n: slice, i: slice, g: Tensor) -> tuple[Tensor, Tensor]:
     """m and v of rows i of members n, from g (n, i, q)."""
     if M.row is not None and M.column is not None:
@@ -322,38 +343,7 @@ def moments(M: Moments, n: slice, i: slice, g: Tensor) -> tuple[Tensor, Tensor]:
         P = matmul(factors.B[n, i], factors.A[n]).to(g.dtype)
         add_(v, at(c, n), P, P)
         add_(m, at(a, n), P)
-    if M.exp_avg is not None:
-        m = _moved(M.exp_avg, n, i, g)
-    if M.exp_avg_sq is not None:
-        v = _moved(M.exp_avg_sq, n, i, g * g)
     return m, v
-
-
-def adamw_(
-    w: Tensor, g: Tensor, M: Moments, n: slice, i: slice, lr: float, decay: float, eps: float
-) -> None:
-    """Step rows i of members n, w and g (n, i, q), by torch's kernel: one pass over memory."""
-    first, second = M.exp_avg, M.exp_avg_sq
-    assert first is not None and second is not None
-    m, v = read(first.E, n, i), read(second.E, n, i)
-    if lr == 0:
-        w.mul_(decay)
-    weight_decay = (1 - decay) / lr if lr else 0.0
-    torch._fused_adamw_(
-        w.unbind(), g.unbind(), m.unbind(), v.unbind(), [], first.t[n].view(-1).float().unbind(),
-        lr=lr, beta1=first.beta, beta2=second.beta, weight_decay=weight_decay, eps=eps,
-        amsgrad=False, maximize=False,
-    )  # fmt: skip
-    write_(first.E, n, i, m)
-    write_(second.E, n, i, v)
-
-
-def _moved(ema: Ema, n: slice, i: slice, x: Tensor) -> Tensor:
-    """The moment (n, i, q) once its EMA has moved towards x."""
-    E, rate = read(ema.E, n, i).to(x.dtype), at(ema.rate, n)
-    add_(E.mul_(1 - rate), rate, x)  # not a difference, which is no number where both are infinite
-    write_(ema.E, n, i, E)
-    return E * at(ema.scale, n)
 
 
 def add_(out: Tensor, weight: Number, x: Tensor, y: Tensor | None = None) -> None:

@@ -14,7 +14,7 @@ from lorapre.batch import Batch, batches, keep_freed_memory, start_state
 from lorapre.gradient import Moments
 from lorapre.groups import state_shapes
 from lorapre.linalg import exact_products, lr_factor, newton_schulz
-from lorapre.variants import ADAM, FOLLOW, dense, muon
+from lorapre.variants import ADAM, FOLLOW, muon
 
 __all__ = ["LoRAPreAdamW", "LoRAPreMuon"]
 
@@ -90,17 +90,18 @@ class LoRAPreOptimizer(Optimizer):
         lr, (beta1, beta2) = options.lr(group), group["betas"]
         rate = batch.unless_skipped(lr * group["scale"] if batch.low_rank else lr, 0.0)
         decay = batch.unless_skipped(1 - lr * group["weight_decay"], 1.0)
-        means = batch.state.v_row is not None
+        if not batch.low_rank:
+            return batch.adamw_(rate, decay)
 
         def apply(M: Moments) -> tuple[Tensor, Tensor] | None:
             sums = T.step_(
                 batch.weights, M, lr=rate, decay=decay, eps=group["eps"], keys=batch.keys,
-                means=means,
+                means=batch.state.v_row is not None,
             )  # fmt: skip
             T.notes |= {"b": M.b, "means": sums}
             return sums
 
-        variant = ADAM[group["variant"]] if batch.low_rank else dense
+        variant = ADAM[group["variant"]]
         batch.store(variant(batch.state, T, batch.t, beta1, beta2, apply))
 
     def _init_group(

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lorapre.gradient import Ema, Factors, Gradient, Moments
+from lorapre.gradient import Factors, Gradient, Moments
 from lorapre.linalg import (
     DAMPING,
     TINY,
@@ -40,20 +40,12 @@ Follow: TypeAlias = Callable[[Factors, Gradient, float], Factors]  # towards T; 
 
 
 class State(NamedTuple):
-    """Factors of the moments and EMAs of the means of g**2, or both moments in full."""
+    """Factors of the moments, and EMAs of the means of g**2."""
 
     m: Factors | None = None
     v: Factors | None = None
     v_row: Tensor | None = None
     v_col: Tensor | None = None
-    exp_avg: Ema | None = None
-    exp_avg_sq: Ema | None = None
-
-
-def dense(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:
-    """AdamW, both moments kept in full."""
-    apply(Moments(exp_avg=s.exp_avg, exp_avg_sq=s.exp_avg_sq))
-    return s
 
 
 def paper(s: State, T: Gradient, t: Tensor, beta1: float, beta2: float, apply: Apply) -> State:

@@ -22,11 +22,10 @@ HEIGHT = 128  # rows that a thread takes at a time, at least
 PARTS = 64  # of a matrix, at most: each has its own sums over its rows
 
 Shape: TypeAlias = tuple[int, ...]
-_Addresses = POINTER(c_void_p)
 
 
 class _Matrices(ctypes.Structure):
-    _fields_ = (("data", _Addresses), ("row", c_int64), ("dtype", c_int64))
+    _fields_ = (("data", POINTER(c_void_p)), ("row", c_int64), ("dtype", c_int64))
 
 
 class _Step(ctypes.Structure):
@@ -37,7 +36,7 @@ class _Step(ctypes.Structure):
         ("weights", _Matrices), ("grads", _Matrices),
         ("B", c_void_p * 2), ("A", c_void_p * 2), ("rank", c_int64 * 2),
         ("factor", c_void_p), ("out", c_void_p), ("absolute", c_int64),
-        ("ema", _Addresses * 2), ("numbers", POINTER(c_float)),
+        ("numbers", POINTER(c_float)),
         *((name, c_void_p) for name in ("row", "column", "finite", "keys")),
         *((name, c_void_p) for name in ("row_index", "column_index", "row_sums", "column_sums")),
         ("scale", c_float), ("eps", c_float),
@@ -48,6 +47,14 @@ class _Step(ctypes.Structure):
         """The address of the numbers of x; this struct keeps them alive."""
         self.alive += (_checked(x, shape, dtype).contiguous(),)
         return self.alive[-1].data_ptr()
+
+    def noise(
+        self, keys: Tensor, rows: range | Tensor, columns: range | Tensor, width: int
+    ) -> None:
+        """What `rounding.round_` takes."""
+        self.keys = self.address(keys, self.count, dtype=torch.int64)
+        self.row_index = self.address(_index(rows, width), self.rows, dtype=torch.int32)
+        self.column_index = self.address(_index(columns, 1), self.columns, dtype=torch.int32)
 
 
 def why_not(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> str | None:
@@ -106,14 +113,7 @@ class CGradient(Gradient):
         self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float,
         keys: Tensor | None, sums: bool,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        (N, p, q), emas = (len(self), *self.held), (M.exp_avg, M.exp_avg_sq)
-        products = [*M.products, None, None][:2]
-        in_order = all(E.is_contiguous() for ema in emas if ema for E in ema.E)
-        # One buffer holds a product, or the moment that is kept in full in its place.
-        both = any(f and ema for f, ema in zip(products, emas, strict=True))
-        fused = N > 0 and weights[0].dtype == torch.float32 and self._has_adamw(weights, M)
-        if not in_order or both or fused:  # torch's own kernel is the fastest for AdamW in float32
-            return super()._step_(weights, M, lr, decay, eps, keys, sums)
+        N, p, q = len(self), *self.held
         assert not self.absolute and len(M.products) <= 2
         s = self._struct()
         s.height, s.eps = max(HEIGHT, -(-p // (PARTS * HEIGHT)) * HEIGHT), eps
@@ -121,41 +121,41 @@ class CGradient(Gradient):
         rows = torch.zeros(N, p, 1, dtype=torch.float32, device="cpu")
         columns = torch.zeros(N, -(-p // s.height), q, dtype=torch.float32, device="cpu")
         s.row_sums, s.column_sums = rows.data_ptr() if sums else None, columns.data_ptr()
-        in_m, in_v = M.exp_avg is None, M.exp_avg_sq is None  # no other term counts beside a full m
-        numbers = [lr, decay, M.b if in_m else 0.0, M.d if in_v else 0.0]
-        for k, (factors, ema) in enumerate(zip(products, emas, strict=True)):
-            term: list[Number] = [0.0, 0.0, 0.0, 0.0]
+        numbers = [lr, decay, M.b, M.d, 0.0, 0.0, 0.0, 0.0]
+        for k, factors in enumerate(M.products):
             if factors is not None:
                 r = factors.B.shape[-1]
                 s.rank[k], s.B[k] = r, s.address(factors.B, N, p, r)
                 s.A[k] = s.address(factors.A, N, r, q)
-                term[:2] = M.a[k] if in_m else 0.0, M.c[k] if in_v else 0.0
-            if ema is not None:
-                E = [_checked(E, (p, q), torch.float32) for E in ema.E]
-                s.ema[k] = _addresses("moments", E, N)
-                term = [1.0 if ema is M.exp_avg else 0.0, 0.0, ema.rate, ema.scale]
-            numbers += term
+                numbers[4 + 2 * k : 6 + 2 * k] = M.a[k], M.c[k]
         each = [_for_each(x, N) for x in numbers]
         s.numbers = (c_float * (N * len(each)))(*itertools.chain(*zip(*each, strict=True)))
         if M.row is not None and M.column is not None:
             s.row, s.column = s.address(M.row, N, p, 1), s.address(M.column, N, 1, q)
         if keys is not None:
-            s.keys = s.address(keys, N, dtype=torch.int64)
-            s.row_index = s.address(_index(self.rows, self.q), p, dtype=torch.int32)
-            s.column_index = s.address(_index(self.columns, 1), q, dtype=torch.int32)
+            s.noise(keys, self.rows, self.columns, self.q)
         library.loaded().step(ctypes.byref(s))
         return (rows, columns.sum(1, keepdim=True)) if sums else None
 
+    def _store_(
+        self, weights: Sequence[Tensor], n: slice, i: slice, w: Tensor, keys: Tensor | None
+    ) -> None:
+        if keys is None:
+            return super()._store_(weights, n, i, w, keys)
+        s = _Step(*w.shape, threads=torch.get_num_threads())
+        s.weights = _matrices("weights", [x[i] for x in weights[n]], len(w))
+        s.out = s.address(w, *w.shape)
+        s.noise(keys[n], self.rows[i], self.columns, self.q)
+        library.loaded().store(ctypes.byref(s))
 
-def _matrices(name: str, tensors: Sequence[Tensor], N: int) -> Any:
-    addresses, x = _addresses(name, tensors, N), next(iter(tensors), None)
-    return _Matrices() if x is None else _Matrices(addresses, x.stride(0), DTYPES[x.dtype])
 
-
-def _addresses(name: str, tensors: Sequence[Tensor], N: int) -> Any:
+def _matrices(name: str, tensors: Sequence[Tensor], N: int) -> _Matrices:
     if len(tensors) != N:
         raise ValueError(f"{len(tensors)} {name} have {N} gradients")
-    return (c_void_p * N)(*[x.data_ptr() for x in tensors])
+    if N == 0:
+        return _Matrices()
+    addresses = (c_void_p * N)(*[x.data_ptr() for x in tensors])
+    return _Matrices(addresses, tensors[0].stride(0), DTYPES[tensors[0].dtype])
 
 
 def _checked(x: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:

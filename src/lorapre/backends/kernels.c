@@ -33,6 +33,11 @@ typedef float loose __attribute__((vector_size(4 * LANES), aligned(4))); /* in m
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define ALIGNED __attribute__((aligned(64)))
+#if defined(__x86_64__) /* or GCC reads x from memory once for each of its uses */
+#define IN_REGISTER(x) __asm__("" : "+v"(x))
+#else
+#define IN_REGISTER(x)
+#endif
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -46,10 +51,7 @@ typedef struct {
 /* The numbers of one matrix. */
 typedef struct {
     float lr, decay, b, d;
-    struct {
-        float a, c;         /* of the product */
-        float rate, unbias; /* of the moment kept in full */
-    } term[2];
+    struct { float a, c; } term[2]; /* of the products */
 } Numbers;
 
 /* `Moments` of gradient.py, and what else an update or a product with gradients is made of. */
@@ -61,7 +63,6 @@ typedef struct {
     const float *factor;           /* of a product: X (count, columns, rank[0]) of T X, or */
     float *out;                    /* L (count, rank[0], rows) of L T; the product, zero so far */
     int64_t absolute;              /* T is the absolute value of the gradient */
-    float *const *ema[2];          /* all of m, all of v: `count` of (rows, columns); or NULL */
     const Numbers *numbers;        /* (count,) */
     const float *row, *column;     /* (count, rows) and (count, columns), or NULL */
     const uint8_t *finite;         /* (count,), or NULL */
@@ -178,7 +179,10 @@ INLINE void block(const int rows, const int vectors, int64_t K, const float *B, 
         UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = (vec){0};
     for (int64_t k = 0; k < K; k++, panel += PANEL) {
         vec y[VECTORS];
-        UNROLL for (int j = 0; j < vectors; j++) y[j] = *(const vec *)(panel + j * LANES);
+        UNROLL for (int j = 0; j < vectors; j++) {
+            y[j] = *(const vec *)(panel + j * LANES);
+            IN_REGISTER(y[j]);
+        }
         UNROLL for (int i = 0; i < rows; i++)
             UNROLL for (int j = 0; j < vectors; j++) sum[i][j] += B[i * row + k] * y[j];
     }
@@ -255,21 +259,6 @@ static void add_squares(const float *g, int64_t h, float *of_rows, float *of_col
     UNROLL for (int k = 0; k < VECTORS; k++) *(loose *)(of_columns + k * LANES) += sum[k];
 }
 
-/* Moves a moment kept in full towards g or, the second, g^2; `to` becomes its unbiased value. */
-static void move(const Step *s, const int second, const Part *part, const float *g, float *to) {
-    const float rate = s->numbers[part->n].term[second].rate;
-    const float unbias = s->numbers[part->n].term[second].unbias;
-    float *ema = s->ema[second][part->n] + part->i * s->columns + part->j;
-    for (int64_t k = 0; k < part->h; k++, g += PANEL, to += PANEL, ema += s->columns) {
-        prefetch(ema + PANEL);
-        for (int64_t l = 0; l < part->w; l++) {
-            /* No difference: of an infinite square it would be no number for ever. */
-            ema[l] = (1 - rate) * ema[l] + rate * (second ? g[l] * g[l] : g[l]);
-            to[l] = unbias * ema[l];
-        }
-    }
-}
-
 INLINE void update_lines(const Step *s, const Part *part, const int dtype, const int noisy,
                          const int64_t w) {
     const int64_t n = part->n;
@@ -330,14 +319,13 @@ static void step_rows(const Step *s, int64_t n, int64_t i0, int64_t h, float *co
             if (s->row_sums) add_squares(G, part.h, of_rows + i * LANES, of_columns);
             for (int k = 0; k < 2; k++) {
                 float *const own = P[k] + i * PANEL;
-                if (s->ema[k]) move(s, k, &part, G, own);
                 part.in_m[k] = weighed(own, x->term[k].a);
                 part.in_v[k] = weighed(own, x->term[k].c);
             }
             part.g_in_m = weighed(G, x->b);
             part.g_in_v = weighed(G, x->d);
-            part.rest = weighed(P[1] + i * PANEL, s->ema[1] != NULL);
-            if (s->row && !s->ema[1]) {
+            part.rest = weighed(G, 0);
+            if (s->row) {
                 part.rest = (Lines){s->column + n * s->columns + j, 0};
                 part.row = s->row + n * s->rows + part.i;
             }
@@ -397,5 +385,21 @@ void left(const Step *s) {
                 blocks(rank, K, s->factor + n * rank * s->rows + i, s->rows, panel,
                        s->out + n * rank * s->columns + j, s->columns, w, 1);
             }
+    }
+}
+
+/* The weights, which are bfloat16, <- the float32 numbers in `out` (count, rows, columns). */
+void store(const Step *s) {
+    const int64_t columns = s->columns;
+#pragma omp parallel for schedule(static) num_threads((int)s->threads)
+    for (int64_t item = 0; item < s->count * s->rows; item++) {
+        const int64_t n = item / s->rows, i = item % s->rows;
+        const uint32_t key = (uint32_t)s->keys[n], index = s->row_index[i];
+        const uint32_t *const places = s->column_index;
+        const float *const from = s->out + item * columns;
+        uint16_t *const to = element(&s->weights, n, i, 0);
+#pragma GCC ivdep
+        for (int64_t j = 0; j < columns; j++)
+            to[j] = noisy_bfloat16(from[j], index + places[j], key);
     }
 }

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lorapre.gradient import Gradient, Moments, Number
+from lorapre import rounding
+from lorapre.gradient import Full, Gradient, Moments, Number
+from lorapre.linalg import debias
 
 try:
     import triton
@@ -111,13 +113,18 @@ class TritonGradient(Gradient):
             )  # fmt: skip
         return out[0] if parts == 1 else out.sum(0)
 
+    def _adamw_(
+        self, weights: Sequence[Tensor], full: Full, lr: Number, decay: Number, eps: float,
+        keys: Tensor | None,
+    ) -> None:  # fmt: skip
+        if not all(E.is_contiguous() for E in (*full.exp_avg, *full.exp_avg_sq)):
+            return super()._adamw_(weights, full, lr, decay, eps, keys)
+        self._step_(weights, Moments(), lr, decay, eps, keys, False, full)
+
     def _step_(
         self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float,
-        keys: Tensor | None, sums: bool,
+        keys: Tensor | None, sums: bool, full: Full | None = None,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        emas = (M.exp_avg, M.exp_avg_sq)
-        if any(not E.is_contiguous() or E.dtype != torch.float32 for x in emas if x for E in x.E):
-            return super()._step_(weights, M, lr, decay, eps, keys, sums)
         assert not self.absolute and (M.row is None) == (M.column is None)
         (p, q), N, g = self.held, len(self), self.grads[0]
         r, *others = {x.B.shape[-1] for x in M.products if x is not None} or {1}
@@ -129,13 +136,17 @@ class TritonGradient(Gradient):
         if sums:
             rows = torch.empty(parts, N, p, 1, dtype=torch.float32, device=self.device)
             columns = torch.empty(blocks, N, 1, q, dtype=torch.float32, device=self.device)
-        rates = [self._number(y) for x in emas for y in ((x.rate, x.scale) if x else (None, None))]
-        table, aligned = _table(weights, self.grads, *(x and x.E for x in emas))
+        rates: list[Number | None] = [None] * 4
+        if full is not None:
+            rates = [x for b in full.betas for x in (1 - b, debias(b, full.t))]
+        indices = (rounding.indices(x, self.device) for x in (self.rows, self.columns))
+        places: Sequence[Tensor | None] = (None, None, None) if keys is None else (keys, *indices)
+        table, aligned = _table(weights, self.grads, *(full[:2] if full else (None, None)))
         with torch.cuda.device_of(table):
             _update_kernel[(blocks * parts, N)](
                 table, _packed(self.finite, torch.bool), *self._products(M),
                 *map(self._number, (M.b, M.d)), _packed(M.row), _packed(M.column),
-                *rates, *map(self._number, (lr, decay)), *self._places(keys), rows, columns,
+                *map(self._number, (*rates, lr, decay)), *places, rows, columns,
                 p, q, r, _stride(weights[0]), _stride(g), self.q, float(self.scale), float(eps),
                 W=_tl(weights[0].dtype), **_kinds(g), ALIGNED=aligned,
                 BM=BM, BN=BN, R=R, num_warps=warps, num_stages=stages,
@@ -157,16 +168,6 @@ class TritonGradient(Gradient):
         if isinstance(x, Tensor) and x.device == self.device:
             return x.float().reshape(-1).expand(len(self)).contiguous()
         return x if x is None else float(x)
-
-    def _places(self, keys: Tensor | None) -> list[Tensor | None]:
-        """The keys, and the indices of the rows and columns that they need."""
-        if keys is None:
-            return [None, None, None]
-        places = [
-            torch.arange(x.start, x.stop, device=self.device) if isinstance(x, range) else x
-            for x in (self.rows, self.columns)
-        ]
-        return [x.to(self.device, torch.int64).contiguous() for x in (keys, *places)]
 
 
 def _split(length: int, block: int, programs: int) -> tuple[int, int]:
@@ -324,12 +325,13 @@ def _add_product(
 
 
 @_jit
-def _moved(at, x, rate, scale, n, inside):
+def _moved(at, x, rate, unbias, finite, n, inside):
     """The moment whose EMA is stored there, moved towards x; E - x may be no number."""
-    rate = _of(rate, n)
+    if finite is not None:
+        rate *= tl.load(finite + n).to(tl.float32)
     E = (1 - rate) * tl.load(at, mask=inside, other=0.0) + rate * x
     tl.store(at, E, mask=inside)
-    return _of(scale, n) * E
+    return E / _of(unbias, n)
 
 
 @_jit
@@ -349,8 +351,8 @@ def _noisy(x, index, key):
 
 @_jit
 def _update_kernel(
-    table, finite, B0, A0, a0, c0, B1, A1, a1, c1, b, d, row, column, m_rate, m_scale, v_rate,
-    v_scale, lr, decay, keys, row_places, column_places, row_sums, column_sums, p, q, r, w_stride,
+    table, finite, B0, A0, a0, c0, B1, A1, a1, c1, b, d, row, column, m_rate, m_unbias, v_rate,
+    v_unbias, lr, decay, keys, row_places, column_places, row_sums, column_sums, p, q, r, w_stride,
     g_stride, width, scale, eps,
     W: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr, ALIGNED: tl.constexpr,
@@ -384,9 +386,8 @@ def _update_kernel(
     m, v = _add_product(m, v, B1, A1, a1, c1, n, i0, j0, p, q, r, BM, BN, R, PRECISION)
     at = j0 + (di[:, None] * q + dj[None, :])
     if m_rate is not None:
-        m = _moved(exp_avg + at, g, m_rate, m_scale, n, inside)
-    if v_rate is not None:
-        v = _moved(exp_avg_sq + at, square, v_rate, v_scale, n, inside)
+        m = _moved(exp_avg + at, g, m_rate, m_unbias, finite, n, inside)
+        v = _moved(exp_avg_sq + at, square, v_rate, v_unbias, finite, n, inside)
 
     weight += j0 + (di[:, None] * w_stride + dj[None, :])
     new = tl.load(weight, mask=inside, other=0.0).to(tl.float32)
