@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from lorapre.variants import State, first_A
 # cost more than memory, all weights of a shape share the launches of a step.
 STACK, GPU_STACK = 2**19, 2**24
 RECENT = 0.05  # weight of a step in the averages of `stats`
-COLUMNS = ("m_A", "v_A", "v_col")  # state with a number for each column, last
 SHARED = 2**18  # elements of sharded matrices that Muon orthogonalises together, for each process
 
 
@@ -63,20 +62,12 @@ class Batch:
         self._copies: list[tuple[Tensor, Tensor]] = []
         weights = [sharding.local(m.weight) for m in members]
         grads = [sharding.local(m.grad) for m in members]
-        shards = sharding.shards(weight, flatten)
-        whole = self.low_rank and shards.count == 1
-        self._dims = self._order([*weights, *grads]) if whole else None
         self.weights, grads = self._matrices(weights, written=True), self._matrices(grads)
         kind, self.slow = backend(self.weights, grads)
         self.T = kind(
             grads, (p, q), weights[0].device, scale=-1.0 if group["maximize"] else 1.0,
-            dtype=wide(weight.dtype), shards=shards,
+            dtype=wide(weight.dtype), shards=sharding.shards(weight, flatten),
         )  # fmt: skip
-        if self._dims is not None:
-            places = torch.arange(q, dtype=torch.int64, device=weights[0].device)
-            self.T.columns = (
-                places.view(weight.shape[1:]).permute([d - 1 for d in self._dims]).flatten()
-            )
 
     def begin(self) -> None:
         """Count the step, and read the state."""
@@ -175,25 +166,6 @@ class Batch:
         """(N, 1, 1) of (n,)."""
         return x[:, None].expand(-1, self.E).reshape(-1, 1, 1)
 
-    def _order(self, tensors: Sequence[Tensor]) -> list[int] | None:
-        """The dimensions of a filter as all these convolutions have them in memory.
-
-        None is the usual order, or no common one. With channels_last the columns of the matrix are
-        taken in another order, which spares copies of weights and gradients.
-        """
-        first = tensors[0]
-        if first.ndim < 3 or self._matrix[1] or torch.compiler.is_compiling():
-            return None
-        dims = sorted(range(1, first.ndim), key=lambda d: -first.stride()[d])
-        contiguous = all(x.permute(0, *dims).is_contiguous() for x in tensors)
-        return dims if contiguous and dims != list(range(1, first.ndim)) else None
-
-    def as_stored(self, name: str, x: Tensor) -> Tensor:
-        """State of the matrices with its columns in the order of the weight's dimensions."""
-        if self._dims is None or name not in COLUMNS:
-            return x
-        return torch.empty_like(x).index_copy_(-1, cast(Tensor, self.T.columns), x)
-
     def _matrices(self, tensors: list[Tensor], written: bool = False) -> list[Tensor]:
         """N matrices (p, q) with contiguous rows, copies where memory has another order.
 
@@ -202,7 +174,6 @@ class Batch:
         (p, q), fused = self._matrix
         matrices: list[Tensor] = []
         for x in tensors:
-            x = x if self._dims is None else x.permute(0, *self._dims)
             if x.ndim in (2, 3) and (x.ndim == 2 or fused) and x.stride(-1) == 1:
                 matrices += [x] if x.ndim == 2 else x.unbind()
                 continue
@@ -217,14 +188,12 @@ class Batch:
         """A state tensor of the batch, (N, ...); that of one parameter shares its memory."""
         fused = self._matrix[1]
         tensors = [x if fused else x[None] for x in self._tensors[name]]
-        x = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        return x[..., self.T.columns] if self._dims is not None and name in COLUMNS else x
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def _write(self, name: str, new: Tensor) -> None:
         old, fused = self._tensors[name], self._matrix[1]
         if self.T.finite is not None:
             new = torch.where(self.T.finite.view(-1, *[1] * (new.ndim - 1)), new, self._read(name))
-        new = self.as_stored(name, new)
         torch._foreach_copy_(old, list(torch.split(new, self.E) if fused else new.unbind()))
 
 
@@ -326,5 +295,5 @@ def start_state(
             batch = Batch(group, [Member(p, sharding.gradient(p), {}, 0)])
             A = first_A(group["variant"], batch.T, shapes[name][-2], 4 * group["seed"] + stream)
             local = sharding.local(state[name])
-            local.copy_(batch.as_stored(name, A).view_as(local))
+            local.copy_(A.view_as(local))
     return state
