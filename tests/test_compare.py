@@ -472,7 +472,7 @@ def test_tables_of_recorded_runs(lorapre: Any, tmp_path: Path) -> None:
     short, middle, long = markdown.split("\n## ")
     assert (
         middle.splitlines()[0]
-        == "llama-1m, sotu, bf16, matrices: 10 M tokens (10 a parameter), 32,768 a step"
+        == "llama-1m, sotu, matrices: 10 M tokens (10 a parameter), 32,768 a step"
     )
     assert ("Only swept" in short, "Only swept" in middle, "Only swept" in long) == (True, True, False)
 

@@ -19,7 +19,7 @@ from lorapre_recipes.files import read_json, write_whole
 from lorapre_recipes.presets import PRETRAIN, get_preset
 from lorapre_recipes.train.summary import read_metrics
 
-OPTIONS = ("optimizer", "variant", "rank", "rules", "terms", "seed", "lr", "scale")
+OPTIONS = ("optimizer", "variant", "rank", "rules", "ends", "terms", "seed", "lr", "scale")
 FIGURES = ("parameters", "matrix_state_bytes", "state_bytes", "peak_bytes", "step_seconds")
 
 

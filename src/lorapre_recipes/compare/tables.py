@@ -19,7 +19,7 @@ from lorapre_recipes.console import short
 from lorapre_recipes.files import read_json, write_whole
 
 Row = dict[str, Any]  # see `compare/record.py`
-SERIES = ("model", "data", "precision", "terms", "batch_tokens")
+SERIES = ("model", "data", "terms", "batch_tokens")
 COLUMNS = ("optimizer", "rank", "matrix", "whole", "peak", "lr x scale", "loss", "spread")
 MIB = 2**20
 # Of Student's t for differences of two, three, ... seeds: 5 % lie beyond.
@@ -127,7 +127,8 @@ def standing(rows: Sequence[Row], tokens: int) -> Standing:
 def contender(row: Row) -> str:
     """An optimizer with the options that make it another one, in words."""
     rank = "" if row["rank"] is None else f"r{row['rank']}"
-    words = (row["optimizer"], row["variant"], *row.get("rules", ()), rank)
+    ends = "low-rank ends" if row.get("ends") == "low-rank" else ""
+    words = (row["optimizer"], row["variant"], ends, *row.get("rules", ()), rank)
     return " ".join(word for word in words if word)
 
 
