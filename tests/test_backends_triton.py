@@ -654,8 +654,8 @@ def compile_all() -> None:
     keys = torch.zeros(2, dtype=torch.int64)
     for x in (
         Problem(64, 64, 128, (BF16, BF16), finite=True),
-        Problem(64, 64, 64, (F32, F32), products=1, ema="v", rest=False),
-        Problem(17, 33, 16, (F16, F16), products=0, ema="mv", rest=False),
+        Problem(64, 64, 64, (F32, F32), products=1, rest=False),
+        Problem(17, 33, 16, (F16, F16), dense=True),
     ):
         x.step(keys=keys if x.types[0] == BF16 else None)
         x.T @ torch.zeros(2, x.T.q, 128)

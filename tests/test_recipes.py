@@ -443,6 +443,7 @@ def test_table_fits_80_columns() -> None:
         adapter_bytes=10**13,
         steps=10**6,
         tokens=10**13,
+        loss_before=13.8155,
         validation_loss=13.8155,
         validation_perplexity=1e6,
         processes=2,
