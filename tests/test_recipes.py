@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
@@ -25,7 +26,7 @@ from lorapre_recipes.presets import llama_tiny
 from lorapre_recipes.train.optim import WithAdamW, build_optimizer
 from lorapre_recipes.train.pretrain import build_model, pretrain
 from lorapre_recipes.train.runs import load_run
-from lorapre_recipes.train.summary import Summary, read_metrics, summary_table
+from lorapre_recipes.train.summary import STATS, Summary, plot_curves, read_metrics, summary_table
 from lorapre_recipes.train.trainer import Brake
 from tiny_runs import TEXTS, Interrupt, losses, tiny_config, write_corpus
 
@@ -433,6 +434,17 @@ def test_help_and_module() -> None:
 
 
 # Report
+
+
+def test_the_picture_shows_what_the_steps_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    row = {"step": 1, "tokens": 9, "loss": 2.0, "validation_loss": 2.0, "validation_perplexity": 7.4}
+    for stats in ({}, dict.fromkeys(STATS, 0.5)):
+        plot_curves([row | stats, row | stats | {"tokens": 18}], llama_tiny(), 10**6, tmp_path / "x.png")
+    plain, full = drawn
+    assert len(plain.axes) == 1
+    assert [line.get_label() for line in full.axes[1].lines] == [name.replace("_", ", ") for name in STATS]
 
 
 def test_table_fits_80_columns() -> None:

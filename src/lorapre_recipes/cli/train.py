@@ -90,8 +90,8 @@ def finetune(
         except UserError as error:
             if "model" in changes:
                 raise
-            made = "make it (docs/finetuning-results.md) or give another"
-            raise UserError(f"{error}; it is the model of preset {name}; {made}") from error
+            other = f"it is the model of preset {name}; --model takes another"
+            raise UserError(f"{error}; {other}") from error
         if config.adapter is None:
             check_memory(folder, config)
         return config

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -65,7 +66,7 @@ def hash_documents(documents: Iterable[str]) -> str:
     """The sha256 of documents; their boundaries count."""
     digest = hashlib.sha256()
     for document in documents:
-        with user_errors("--data: JSON can spell half a character", UnicodeEncodeError):
+        with user_errors("--data: a document holds half a character", UnicodeEncodeError):
             data = document.encode("utf-8")
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()
@@ -191,16 +192,21 @@ def open_split(data: str, split: str) -> datasets.IterableDataset:
 
 
 def read_stream(name: str, rows: datasets.IterableDataset) -> Iterator[str]:
-    """The documents of a streamed split, without records that hold no text.
+    """The documents of a streamed split, without records that hold no text: these are counted.
 
     Raises StreamLost where the connection breaks, after the retries of `datasets` itself.
     """
-    read = 0
+    read = left_out = 0
     try:
         for row in rows:
             read += 1
             if isinstance(row["text"], str) and row["text"].strip():
                 yield row["text"]
+                continue
+            left_out += 1
+            if str(left_out).strip("0") == "1":  # 1, 10, 100, ...
+                found = f"{left_out:,} of {read:,} records read so far"
+                print(f"lorapre: --data {name}: {found} hold no text", file=sys.stderr)
     except (OSError, EOFError) as error:
         place = f"after {read:,} records ({one_line(error)})"
         raise StreamLost(f"--data {name}: the stream broke off {place}") from error

@@ -242,8 +242,8 @@ class Progress(ProgressCallback):
             self.training_bar.write(f"{step}  {perplexity}")
 
 
-METRICS = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_perplexity", *STATS)
-TIMES = ("step_seconds", "optimizer_seconds")
+METRICS: tuple[str, ...] = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_perplexity")
+METRICS += (*STATS, "step_seconds", "optimizer_seconds")
 
 
 def metrics_of(history: Iterable[dict[str, Any]]) -> list[Metric]:
@@ -252,7 +252,7 @@ def metrics_of(history: Iterable[dict[str, Any]]) -> list[Metric]:
     for entry in history:
         row = {
             name.replace("eval_", "validation_").replace("learning_rate", "lr"): entry[name]
-            for name in (*METRICS, *TIMES)
+            for name in METRICS
             if name in entry
         }
         if not math.isfinite(row.get("grad_norm", 0.0)):  # as where gradients are released
