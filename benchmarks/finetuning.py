@@ -21,7 +21,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from cyclopts import App
@@ -101,6 +101,8 @@ def main(
     steps: int = 400,
     seeds: int = 3,
     test: int = 500,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    only: str = "",
 ) -> None:
     """Run what is not in the results yet, and print the tables.
 
@@ -113,12 +115,15 @@ def main(
         steps: of each run.
         seeds: how many.
         test: problems to solve.
+        precision: with --real, of matrix products, and of the weights that answer.
+        only: with --real, a regular expression: contenders with it in their names.
     """
     quieten()
     if real is not None:
         from real_model import compare  # which imports this module
 
-        compare(out, real, model=model, steps=steps, seeds=seeds, test=test, tiny=tiny)
+        options: dict[str, Any] = {"steps": steps, "seeds": seeds, "test": test, "precision": precision}
+        compare(out, real, model=model, only=only, tiny=tiny, **options)
         return
     base = prepare(out)
     tests = list(read_examples(str(out / TASK / "test.jsonl")))[:test]

@@ -2,11 +2,13 @@
 
 Each method takes at least three learning rates on the first seed, and further ones while the best lies at
 the edge. The best takes the other seeds. Every run is a process of its own, so that its peak of memory is its
-own. Runs are chosen by the answer loss of the validation problems, which the table shows.
+own. Rates are chosen by the answer loss of problems held out of training. The runs of the last seed also
+answer the test problems, and show what they forgot.
 """
 
 import multiprocessing
 import random
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -78,6 +80,7 @@ class Experiment(NamedTuple):
     out: Path
     model: str
     steps: int
+    seeds: int
     fields: dict[str, Any]  # of each config
     windows: int  # of general text
     new_tokens: int  # of an answer, at most
@@ -85,33 +88,45 @@ class Experiment(NamedTuple):
     @property
     def key(self) -> Row:
         """What tells the results of one experiment from those of another in the same file."""
-        return {"part": PART, "model": self.model, "steps": self.steps}
+        precision = self.fields["precision"]
+        return {"part": PART, "model": self.model, "steps": self.steps, "precision": precision}
 
 
-def compare(out: Path, gsm8k: Path, *, model: str, steps: int, seeds: int, test: int, tiny: bool) -> None:
+def compare(
+    out: Path,
+    gsm8k: Path,
+    *,
+    model: str,
+    steps: int,
+    seeds: int,
+    test: int,
+    precision: str,
+    only: str,
+    tiny: bool,
+) -> None:
     """Run what is not in the results yet, and print the table."""
     out.mkdir(parents=True, exist_ok=True)
     split(gsm8k, out, test)
-    fields: dict[str, Any] = {"sequence_length": 512, "batch_size": 16, "held_out_every": 100}
+    fields: dict[str, Any] = {"sequence_length": 512, "batch_size": 8, "samples": 720, "held_out_every": 12}
     if tiny:
         model = str(tiny_model(out))
-        fields = {"sequence_length": 1024, "batch_size": 2, "held_out_every": 5}
-    fields["precision"] = "bf16" if torch.cuda.is_available() else "fp32"
-    experiment = Experiment(out, model, steps, fields, 2 if tiny else 16, 8 if tiny else 256)
+        fields = {"sequence_length": 1024, "batch_size": 2, "samples": None, "held_out_every": 5}
+    fields["precision"] = precision
+    experiment = Experiment(out, model, steps, seeds, fields, 2 if tiny else 16, 8 if tiny else 256)
     if not read(out, **experiment.key, name="before"):
         write(out, experiment.key | {"name": "before"} | scores(experiment, model_folder(model)))
-    contenders = dict(CONTENDERS)
-    for name in contenders:
-        contend(experiment, name, contenders[name], seeds)
+    contenders = {name: CONTENDERS[name] for name in CONTENDERS if re.search(only, name)}
+    for name in list(contenders):
+        contend(experiment, name, contenders[name])
         Console().print(table(experiment, contenders))
     for name in leading(experiment, 2):
         calmer = f"{name}, beta1 0.8"
         contenders[calmer] = contenders[name] | {"betas": (0.8, 0.95)}
-        contend(experiment, calmer, contenders[calmer], seeds)
+        contend(experiment, calmer, contenders[calmer])
     Console().print(table(experiment, contenders))
 
 
-def contend(experiment: Experiment, name: str, contender: Row, seeds: int) -> None:
+def contend(experiment: Experiment, name: str, contender: Row) -> None:
     """The runs of a contender: its rates on the first seed, the best one on the others."""
     rates = list(contender["lrs"])
     for lr in rates:  # which grows
@@ -119,7 +134,7 @@ def contend(experiment: Experiment, name: str, contender: Row, seeds: int) -> No
         if lr == rates[-1] and len(rates) < len(contender["lrs"]) + MORE_RATES:
             rates += beyond(rates, best(experiment, name))
     if (lr := best(experiment, name)) is not None:
-        for seed in range(1, seeds):
+        for seed in range(1, experiment.seeds):
             run(experiment, name, contender, lr, seed)
 
 
@@ -168,9 +183,11 @@ def run(experiment: Experiment, name: str, contender: Row, lr: float, seed: int)
         write(experiment.out, key | {"failed": code})
         return
     summary = read_json(folder / "summary.json")
-    row = {figure: summary[figure] for figure in ("state_bytes", "adapter_bytes", "peak_bytes", "tokens")}
+    figures = ("loss_before", "state_bytes", "adapter_bytes", "peak_bytes", "tokens")
+    row = {"loss": summary["validation_loss"]} | {figure: summary[figure] for figure in figures}
     row["step_seconds"] = summary["step_seconds"] / experiment.steps
-    row |= scores(experiment, model_folder(str(folder)))
+    if seed == experiment.seeds - 1:
+        row |= scores(experiment, model_folder(str(folder)))
     shutil.rmtree(folder)
     write(experiment.out, key | row)
 
@@ -193,7 +210,6 @@ def config_of(experiment: Experiment, contender: Row, lr: float, seed: int) -> C
     shared = experiment.fields | {
         "model": experiment.model,
         "data": str(experiment.out / "train.jsonl"),
-        "samples": None,
         "lr": lr,
         "seed": seed,
         "steps": experiment.steps,
@@ -227,28 +243,34 @@ def with_lora_fa(
 
 
 def scores(experiment: Experiment, folder: str) -> Row:
-    """Exact match and answer loss of the validation problems, and the loss of general text."""
-    problems, result = experiment.out / "validation.jsonl", experiment.out / "evaluation.json"
-    new_tokens = experiment.new_tokens
-    found = evaluate(EvaluateConfig(model=folder, data=str(problems), max_new_tokens=new_tokens, out=result))
-    return {
-        "loss": found["answer_loss"],
-        "exact_match": found["metrics"]["exact match, strict-match"],
-        "problems": found["examples"],
-    } | forgetting(experiment, folder)
+    """Exact match and answer loss of the test problems, and losses of what the model knew before.
 
-
-def forgetting(experiment: Experiment, folder: str) -> Row:
-    """Losses, in nats per token, of what the model knew before: general text, and its own answers."""
+    The losses are nats per token: of general text, and of the model's own answers.
+    """
+    found = evaluate(
+        EvaluateConfig(
+            model=folder,
+            data=str(experiment.out / "validation.jsonl"),
+            dtype=experiment.fields["precision"],
+            batch_size=50,
+            max_new_tokens=experiment.new_tokens,
+            out=experiment.out / "evaluation.json",
+        )
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    rows = own_answers(experiment, model, tokenizer)
-    encoded = [encode(row, tokenizer) for row in rows]
-    return {
-        "general_loss": general_loss(model, tokenizer, experiment.windows),
-        "own_loss": answer_loss(model, tokenizer, encoded, 10, 10**6)["answer_loss"],
-    }
+    with torch.autocast(device, torch.bfloat16, enabled=experiment.fields["precision"] == "bf16"):
+        rows = own_answers(experiment, model, tokenizer)
+        encoded = [encode(row, tokenizer) for row in rows]
+        return {
+            "exact_match": found["metrics"]["exact match, strict-match"],
+            "problems": found["examples"],
+            "answers_per_second": found["answers_per_second"],
+            "test_loss": found["answer_loss"],
+            "general_loss": general_loss(model, tokenizer, experiment.windows),
+            "own_loss": answer_loss(model, tokenizer, encoded, 10, 10**6)["answer_loss"],
+        }
 
 
 @torch.no_grad()
@@ -286,7 +308,7 @@ def general_loss(model: Any, tokenizer: Any, windows: int, length: int = 512) ->
 
 def finished(experiment: Experiment, name: str, **key: Any) -> list[Row]:
     """The rows of a contender's runs that came to their end."""
-    return [row for row in read(experiment.out, **experiment.key, name=name, **key) if "loss" in row]
+    return [row for row in read(experiment.out, **experiment.key, name=name, **key) if "failed" not in row]
 
 
 def best(experiment: Experiment, name: str) -> float | None:
@@ -306,20 +328,20 @@ def leading(experiment: Experiment, count: int) -> list[str]:
 
 
 def table(experiment: Experiment, contenders: Iterable[str]) -> Table:
-    """Mean and half the range over n seeds, each contender at its best rate."""
+    """Each contender at its best rate: mean and half the range over n seeds, or of the last seed."""
     (before,) = finished(experiment, "before")
     title = (
-        f"{experiment.model}, {experiment.steps} steps, {before['problems']} validation problems\n"
-        f"before: match {before['exact_match']:.1%}, answer loss {before['loss']:.3f}, "
-        f"general text {before['general_loss']:.3f}, own answers {before['own_loss']:.3f}"
+        f"{experiment.model}, {experiment.steps} steps, {before['problems']} test problems\n"
+        f"before: match {before['exact_match']:.1%}, general text {before['general_loss']:.3f}, "
+        f"own answers {before['own_loss']:.3f}"
     )
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
     columns = (
         "method",
         "lr",
         "n",
-        "match, %",
         "answer loss",
+        "match, %",
         "general text",
         "own answers",
         "state, MiB",
@@ -332,14 +354,15 @@ def table(experiment: Experiment, contenders: Iterable[str]) -> Table:
         if (lr := best(experiment, name)) is None:
             continue
         rows = finished(experiment, name, lr=lr)
+        scored = [row for row in rows if "exact_match" in row]
         shown.add_row(
             name,
             f"{lr:g}",
             str(len(rows)),
-            spread([100 * row["exact_match"] for row in rows], ".1f"),
             spread([row["loss"] for row in rows], ".3f"),
-            spread([row["general_loss"] for row in rows], ".3f"),
-            spread([row["own_loss"] for row in rows], ".3f"),
+            *[f"{100 * row['exact_match']:.1f}" for row in scored[-1:]] or [""],
+            *[f"{row['general_loss']:.3f}" for row in scored[-1:]] or [""],
+            *[f"{row['own_loss']:.3f}" for row in scored[-1:]] or [""],
             f"{(rows[0]['state_bytes'] + rows[0]['adapter_bytes']) / 2**20:,.1f}",
             f"{max(row['peak_bytes'] for row in rows) / 2**20:,.0f}",
             f"{min(row['step_seconds'] for row in rows):.2f}",

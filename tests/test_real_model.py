@@ -20,11 +20,10 @@ PROBLEMS = [
     }
     for pages in range(2, 40)
 ]
+SCORES = ("exact_match", "test_loss", "general_loss", "own_loss")
 COLUMNS = (
+    *SCORES,
     "loss",
-    "exact_match",
-    "general_loss",
-    "own_loss",
     "state_bytes",
     "adapter_bytes",
     "peak_bytes",
@@ -103,28 +102,25 @@ def test_rates_go_beyond_the_edge_and_a_failed_run_is_a_row(
     """Losses made up: the least lies at a rate of 0.003, and one run ends early."""
     ran: list[float] = []
 
-    def fails_at(function: Any, config: Any, *rest: Any) -> int:
+    def fails_at(function: Any, config: Any, folder: Path, *rest: Any) -> int:
         ran.append(config.lr)
-        return 1 if config.lr == 3e-4 else here(function, config, *rest)
+        folder.mkdir()
+        made = dict.fromkeys(("loss_before", "state_bytes", "adapter_bytes", "peak_bytes", "tokens"), 1)
+        loss = abs(config.lr - 3e-3)
+        (folder / "summary.json").write_text(
+            json.dumps({"validation_loss": loss, "step_seconds": 1.0} | made)
+        )
+        return 1 if config.lr == 3e-4 else 0
 
     monkeypatch.setattr(real, "apart", fails_at)
-    monkeypatch.setattr(
-        real,
-        "scores",
-        lambda *_: {
-            "loss": abs(ran[-1] - 3e-3) if ran else 1.0,
-            "exact_match": 0.0,
-            "problems": 2,
-            "general_loss": 0.0,
-            "own_loss": 0.0,
-        },
-    )
+    monkeypatch.setattr(real, "scores", lambda *_: dict.fromkeys(SCORES, 0.0) | {"problems": 2})
     monkeypatch.setattr(real, "CONTENDERS", {"AdamW": {"method": "adamw", "lrs": (1e-4, 3e-4, 1e-3)}})
     monkeypatch.setattr(real, "leading", lambda *_: [])
     rows, printed = start(2)
     assert ran == [1e-4, 3e-4, 1e-3, 3e-3, 9e-3, 3e-3]  # the last: the second seed of the best
     assert [row["lr"] for row in rows if row.get("failed")] == [3e-4]
     assert "0.003 2" in " ".join(printed.split())
+    assert ["exact_match" in row for row in rows] == [True, *5 * [False], True]  # before, and the last seed
     assert start(2)[0] == rows  # and nothing runs again
     assert len(ran) == 6
 

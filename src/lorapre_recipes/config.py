@@ -389,6 +389,7 @@ class EvaluateConfig(Checked):
         Template | None, "how a question is put. Default: as a run folder was trained, or question."
     ] = None
     limit: Annotated[int | None, "take the first of the examples only."] = None
+    dtype: Annotated[Precision | None, "of the weights. Default: as they are stored."] = None
     batch_size: Annotated[int, "examples in a batch."] = 8
     max_new_tokens: Annotated[
         int | None, "length of an answer. Default: 512, or less if the model reads less."

@@ -28,6 +28,7 @@ from lorapre_recipes.console import duration
 from lorapre_recipes.data.examples import IGNORED, TEMPLATES, Example, encode, read_examples
 from lorapre_recipes.files import read_json, write_json, write_lines
 from lorapre_recipes.train.finetune import collator, load_model, load_tokenizer
+from lorapre_recipes.train.optim import DTYPES
 from lorapre_recipes.train.runs import model_folder
 from lorapre_recipes.train.session import describe_device, versions
 from lorapre_recipes.train.summary import figures
@@ -71,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     data = config.data or TASKS[config.task].data
     examples = task_examples(config.task, data, config.limit)
     tokenizer = load_tokenizer(config.model, folder)
-    model = load_model(config.model, folder, "auto")
+    model = load_model(config.model, folder, DTYPES[config.dtype] if config.dtype else "auto")
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     model.eval()  # type: ignore[no-untyped-call]
@@ -102,6 +103,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "temperature": config.temperature,
         "top_p": config.top_p,
         "seed": config.seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": config.batch_size,
         "answers_per_second": len(examples) / answering,
         "seconds": time.perf_counter() - start,
