@@ -141,14 +141,14 @@ def test_muon_takes_one_dense_matrix_at_a_time() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_chunked_loss_takes_less_than_the_logits(tied: bool, dtype: torch.dtype) -> None:
-    """Forward and backward, gradients included: 512 positions and a vocabulary of 8,000."""
+    """Forward and backward, gradients included: 2,048 positions and a vocabulary of 8,000."""
     transformers = pytest.importorskip("transformers")
     from lorapre_recipes.train.loss import ChunkedLoss
 
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     config = transformers.LlamaConfig(vocab_size=8000, tie_word_embeddings=tied, **sizes)
     model = transformers.LlamaForCausalLM(config).to(dtype)
-    tokens = torch.randint(8000, (4, 128))
+    tokens = torch.randint(8000, (16, 128))
 
     def plain() -> None:
         model(input_ids=tokens, labels=tokens).loss.backward()

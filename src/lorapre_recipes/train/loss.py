@@ -16,6 +16,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lorapre_recipes.data.examples import IGNORED
 
+LEAST = 128  # positions: the gradient of the head that each chunk adds takes as long as so many
+
 
 class LogitsChanged(Exception):
     """The model does something to its logits before the loss, so that they cannot be left out."""
@@ -74,7 +76,7 @@ def summed_loss(x: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
         logits = F.linear(x, head.weight, head.bias).float()
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
-    size = max(1, x.numel() // head.out_features)  # logits take as much memory as x
+    size = max(LEAST, x.numel() // head.out_features)  # logits take as much memory as x
     parts = zip(torch.split(x, size), torch.split(labels, size), strict=True)
     how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     return torch.stack([checkpoint(of_some, *part, **how) for part in parts]).sum()
