@@ -534,6 +534,19 @@ def test_the_protocol_of_metamath100k() -> None:
     assert {metamath100k(method).method for method in METHODS} == {*METHODS}
 
 
+def test_a_model_and_data_of_yours_without_a_preset(
+    base: Path, data: Path, tmp_path: Path, lorapre: Any
+) -> None:
+    options = ("--rank", "4", "--sequence-length", "400", "--steps", "2", "--batch-size", "4")
+    out = tmp_path / "run"
+    code, _, errors = lorapre(
+        "finetune", "--model", str(base), "--data", str(data), "--out", str(out), *options
+    )
+    assert code == 0, errors
+    facts = json.loads((out / "data.json").read_text())
+    assert (facts["train_examples"], facts["validation_examples"]) == (36, 2)  # all 40, in whole steps
+
+
 def test_the_adapters_are_on_the_seven_projections(base: Path, tiny: Tiny) -> None:
     model, _ = with_optimizer(load_model("", str(base), torch.float32), tiny("lora"))
     adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
@@ -569,7 +582,7 @@ def test_which_examples_are_taken(tiny: Tiny, base: Path, tmp_path: Path, capsys
     ("arguments", "message"),
     [
         (["--method", "best"], "--method"),
-        (["--preset", "huge"], "--preset: there is no 'huge'; choose from metamath100k, 24gb"),
+        (["--preset", "huge"], "--preset: there is no 'huge'; choose from own, metamath100k"),
         (["--rank", "0", "--variant", "paper"], "--rank: must be at least 1 for variant paper, not 0"),
         (["--method", "lora", "--rank", "0"], "--rank: must be at least 1 for lora, not 0"),
         (["--rank", "16"], "--rank: rank: factors would not be smaller than the matrix for model.layers.0"),
@@ -589,6 +602,7 @@ def test_which_examples_are_taken(tiny: Tiny, base: Path, tmp_path: Path, capsys
         (["--freeze", "proj"], "no trainable parameter gets low-rank momenta"),
         (["--sequence-length", "401"], "--sequence-length 401: the model reads at most 400 tokens"),
         (["--sequence-length", "20"], "too few examples, 0 to train on where one step takes 4"),
+        (["--only", "GSM"], "0 to train on where one step takes 4 (with 'GSM' in their field type, --only)"),
         (["--samples", "1"], "--samples: must be at least 2"),
         (["--data", "missing.jsonl"], "--data missing.jsonl: no such file"),
         (["--data", "owner/missing"], "--data owner/missing: no such file here, nor a dataset found"),

@@ -18,7 +18,7 @@ from lorapre_recipes.config import (
     flag,
 )
 from lorapre_recipes.plan.settings import Settings
-from lorapre_recipes.presets import PRETRAIN, llama_tiny, metamath100k
+from lorapre_recipes.presets import PRETRAIN, llama_tiny, own
 
 CONFIGS = {
     "pretrain": PretrainConfig,
@@ -53,7 +53,7 @@ def test_help_shows_the_values_of_the_preset(lorapre: Any, monkeypatch: pytest.M
 
     monkeypatch.setenv("COLUMNS", "200")
     usual = words("pretrain")
-    for config, shown in ((llama_tiny(), usual), (metamath100k(), words("finetune"))):
+    for config, shown in ((llama_tiny(), usual), (own(), words("finetune"))):
         for name in ("lr", "scale", "steps", "batch_size", "rank", "variant", "warmup", "betas"):
             value = getattr(config, name)
             typed = "0.9 0.95" if name == "betas" else "none" if value is None else value
@@ -72,7 +72,7 @@ def test_a_dry_run_prints_the_config(lorapre: Any, tmp_path: Any, monkeypatch: p
     code, stdout, _ = lorapre("finetune", "--preset", "arithmetic", "--method", "dora", "--dry-run")
     assert json.loads(stdout)["adapter"] == "dora"
     assert code == 0
-    for given, preset in (([], "smollm2"), (["--data", "x.jsonl"], "metamath100k")):
+    for given, preset in (([], "smollm2"), (["--data", "x.jsonl"], "own")):
         _, stdout, _ = lorapre("finetune", *given, "--dry-run")
         assert json.loads(stdout)["preset"] == preset
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -116,6 +116,14 @@ def llama_7b_24gb(optimizer: OptimizerName = "lorapre-adamw") -> PretrainConfig:
     return config.replace(preset="llama-7b-24gb", **saving)
 
 
+def own(method: Method = "lorapre-adamw") -> FinetuneConfig:
+    """For a model and data of yours: the paper's rank and rate, and a length to begin with."""
+    data = dict(data="meta-math/MetaMathQA", samples=None, held_out_every=20, sequence_length=1024)
+    run: dict[str, Any] = dict(lr=2e-5, batch_size=16, steps=500, warmup=0.03, evaluations=5)
+    run |= dict(checkpoints=5, dtype="bf16", stochastic_rounding=method in LOW_RANK)
+    return finetuning(method, preset="own", model="meta-llama/Llama-3.1-8B", **data, **run)
+
+
 def metamath100k(method: Method = "lorapre-adamw") -> FinetuneConfig:
     """The paper's data, rank and rate: MetaMath100k, 8 and 2e-5. The rest is inferred.
 
@@ -191,6 +199,7 @@ PRETRAIN: dict[str, Preset] = {
     "llama-arithmetic": llama_arithmetic,
 }
 FINETUNE: dict[str, Callable[[Method], FinetuneConfig]] = {
+    "own": own,
     "metamath100k": metamath100k,
     "24gb": one_24gb_card,
     "smollm2": smollm2,

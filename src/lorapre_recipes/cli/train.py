@@ -48,7 +48,7 @@ def pretrain(
     return launch("pretrain", PretrainConfig, make, resume, given)
 
 
-@options(FinetuneConfig, without=("preset", "optimizer", "fsdp"), preset="metamath100k")
+@options(FinetuneConfig, without=("preset", "optimizer", "fsdp"), preset="own")
 def finetune(
     *,
     preset: str | None = None,
@@ -65,7 +65,7 @@ def finetune(
     of rank, lr and scale.
 
     Args:
-        preset: metamath100k, the paper's, for a model or data of yours (default); 24gb, which
+        preset: own, for a model or data of yours (default); metamath100k, the paper's; 24gb, which
             trains all weights of an 8B model on one card; smollm2 or arithmetic, for a CPU.
         method: an optimizer of all weights (lorapre-adamw, the default, lorapre-muon, adamw,
             galore) or adapters of peft (lora, rslora, dora, lora+).
@@ -77,7 +77,7 @@ def finetune(
     """
 
     def make() -> FinetuneConfig:
-        name = preset or ("metamath100k" if {"model", "data"} & {*changes} else "smollm2")
+        name = preset or ("own" if {"model", "data"} & {*changes} else "smollm2")
         chosen = get_preset(FINETUNE, name)
         if launched_with_fsdp():
             alone = "runs on one process; start it without accelerate launch"

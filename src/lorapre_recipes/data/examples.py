@@ -92,6 +92,7 @@ def load_examples(config: FinetuneConfig, tokenizer: PreTrainedTokenizerFast) ->
     validation = [row for number, row in enumerate(rows, start=1) if number % every == 0]
     if len(train) < step or not validation:
         few = f"{len(train)} to train on where one step takes {step}"
+        few += f" (with {config.only!r} in their field type, --only)" if config.only else ""
         raise UserError(
             f"--data {config.data}: too few examples, {few}, and {len(validation)} held out"
         )
