@@ -73,10 +73,11 @@ def test_every_contender_runs_and_a_second_start_goes_on(
     monkeypatch.setattr(real, "CONTENDERS", one_rate)
     monkeypatch.setattr(real, "MORE_RATES", 0)
     rows, printed = start(1)
-    *names, first, second = [row["name"] for row in rows]
+    *names, ends, first, second = [row["name"] for row in rows]
     assert names == ["before", *one_rate]
+    assert ends == f"{real.SMALLEST}, low-rank ends"
     losses = {
-        row["name"]: row["loss"] for row in rows[1:-2] if one_rate[row["name"]]["method"] not in real.NO_BETA1
+        row["name"]: row["loss"] for row in rows[1:-3] if one_rate[row["name"]]["method"] not in real.NO_BETA1
     }
     assert [first, second] == [f"{name}, beta1 0.8" for name in sorted(losses, key=losses.__getitem__)[:2]]
     assert all(row[column] >= 0 for row in rows[1:] for column in COLUMNS)
