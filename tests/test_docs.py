@@ -228,7 +228,7 @@ def test_the_first_pages_have_no_figures_but_those_of_the_pages_they_link_to(pag
             for figure in FIGURE.findall(source.read_text(encoding="utf-8"))
         }
         unknown = {figure for figure in FIGURE.findall(LINK.sub("", part)) if not is_rounded(figure, known)}
-        assert not unknown, part
+        assert not unknown, (unknown, part)
 
 
 def is_rounded(figure: str, known: set[str]) -> bool:
