@@ -11,7 +11,7 @@ import multiprocessing
 import random
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,15 +112,18 @@ def compare(
     if not read(out, **experiment.key, name="before"):
         write(out, experiment.key | {"name": "before"} | scores(experiment, model_folder(model)))
     contenders = {name: CONTENDERS[name] for name in CONTENDERS if re.search(only, name)}
+    if not contenders:
+        raise SystemExit(f"finetuning.py: --only {only}: in no name of {', '.join(CONTENDERS)}")
     for name in list(contenders):
         contend(experiment, name, contenders[name])
         Console().print(table(experiment, contenders))
     variations = [(name, "low-rank ends", {"ends": "low-rank"}) for name in contenders if name == SMALLEST]
-    variations += [(name, "beta1 0.8", {"betas": (0.8, 0.95)}) for name in leading(experiment, 2)]
+    variations += [(name, "beta1 0.8", {"betas": (0.8, 0.95)}) for name in leading(experiment, contenders, 2)]
     for name, words, change in variations:
         if (lr := best(experiment, name)) is not None:
-            contenders[f"{name}, {words}"] = contenders[name] | change | {"lrs": (lr,)}
-            contend(experiment, f"{name}, {words}", contenders[f"{name}, {words}"])
+            variation = f"{name}, {words}"
+            contenders[variation] = contenders[name] | change | {"lrs": (lr,)}
+            contend(experiment, variation, contenders[variation])
     Console().print(table(experiment, contenders))
 
 
@@ -137,10 +140,10 @@ def contend(experiment: Experiment, name: str, contender: Row) -> None:
 
 
 def split(gsm8k: Path, out: Path, test: int) -> None:
-    """Write train.jsonl, and validation.jsonl with `test` of the problems, evenly spaced."""
+    """Write train.jsonl, and test.jsonl with `test` of the problems, evenly spaced."""
     rows = [example._asdict() for example in read_examples(str(gsm8k))]
     held_out = spaced(range(len(rows)), test)
-    write_lines(out / "validation.jsonl", [rows[number] for number in held_out])
+    write_lines(out / "test.jsonl", [rows[number] for number in held_out])
     write_lines(out / "train.jsonl", [rows[number] for number in sorted({*range(len(rows))} - {*held_out})])
 
 
@@ -248,7 +251,7 @@ def scores(experiment: Experiment, folder: str) -> Row:
     found = evaluate(
         EvaluateConfig(
             model=folder,
-            data=str(experiment.out / "validation.jsonl"),
+            data=str(experiment.out / "test.jsonl"),
             dtype=experiment.fields["precision"],
             batch_size=50,
             max_new_tokens=experiment.new_tokens,
@@ -315,11 +318,11 @@ def best(experiment: Experiment, name: str) -> float | None:
     return float(min(rows, key=lambda row: row["loss"])["lr"]) if rows else None
 
 
-def leading(experiment: Experiment, count: int) -> list[str]:
+def leading(experiment: Experiment, contenders: Mapping[str, Row], count: int) -> list[str]:
     """Of the contenders with a beta1, those with the least answer loss on the first seed."""
     losses = {
         name: min(row["loss"] for row in rows)
-        for name, contender in CONTENDERS.items()
+        for name, contender in contenders.items()
         if contender["method"] not in NO_BETA1 and (rows := finished(experiment, name, seed=0))
     }
     return sorted(losses, key=lambda name: losses[name])[:count]

@@ -223,6 +223,13 @@ def test_batches_change_no_answer(untrained: Path, gsm8k: Path) -> None:
     assert results[0]["generations"] == results[1]["generations"]
 
 
+def test_the_weights_take_the_dtype_that_is_asked_for(untrained: Path, gsm8k: Path) -> None:
+    options: dict[str, Any] = dict(model=str(untrained), data=str(gsm8k), max_new_tokens=2)
+    stored, rounded = (evaluate(EvaluateConfig(**options, dtype=dtype)) for dtype in (None, "bf16"))
+    assert (stored["dtype"], rounded["dtype"]) == ("float32", "bfloat16")
+    assert rounded["answer_loss"] != stored["answer_loss"] == pytest.approx(rounded["answer_loss"], rel=0.02)
+
+
 def test_sampled_answers_depend_on_the_seed(untrained: Path, gsm8k: Path) -> None:
     options: dict[str, Any] = dict(model=str(untrained), data=str(gsm8k), max_new_tokens=12)
     first, again, other = (

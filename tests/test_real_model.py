@@ -30,7 +30,7 @@ COLUMNS = (
     "step_seconds",
 )
 
-Start = Callable[[int], tuple[list[dict[str, Any]], str]]
+Start = Callable[..., tuple[list[dict[str, Any]], str]]
 
 
 def here(function: Any, *arguments: Any) -> int:
@@ -55,10 +55,10 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     file.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
     monkeypatch.setenv("COLUMNS", "120")
 
-    def run(seeds: int) -> tuple[list[dict[str, Any]], str]:
+    def run(seeds: int, *more: str) -> tuple[list[dict[str, Any]], str]:
         options = ("--real", str(file), "--tiny", "--steps", "4", "--seeds", str(seeds), "--test", "2")
         app = importlib.import_module("finetuning").app
-        app([str(tmp_path / "out"), *options], result_action="return_value", exit_on_error=False)
+        app([str(tmp_path / "out"), *options, *more], result_action="return_value", exit_on_error=False)
         lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines], capsys.readouterr().out
 
@@ -95,6 +95,9 @@ def test_every_contender_runs_and_a_second_start_goes_on(
     again, _ = start(1)
     assert again[:-1] == rows[:-1]
     assert again[-1]["loss"] == rows[-1]["loss"]
+    assert start(1, "--only", "RACS")[0] == again  # though others, which are left out, lead
+    with pytest.raises(SystemExit, match="--only Lion: in no name of LoRA-Pre Adam"):
+        start(1, "--only", "Lion")
 
 
 def test_rates_go_beyond_the_edge_and_a_failed_run_is_a_row(

@@ -16,7 +16,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lorapre_recipes.data.examples import IGNORED
 
-LEAST = 128  # positions: the gradient of the head that each chunk adds takes as long as so many
+# Positions in a chunk. Each chunk also adds a gradient of the whole head, which takes about as long
+# as this many positions.
+LEAST = 128
 
 
 class LogitsChanged(Exception):
