@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import peak_bytes
 from lm_eval.api.model import LM
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorapre_recipes.config import EvaluateConfig, UserError
 from lorapre_recipes.data.examples import Example, encode
 from lorapre_recipes.data.tokens import for_transformers, train_tokenizer
-from lorapre_recipes.evaluate import evaluate, score, trained_template
+from lorapre_recipes.evaluate import answer_loss, evaluate, score, trained_template
 from lorapre_recipes.train.finetune import collator
 from lorapre_recipes.train.runs import MERGED
 
@@ -213,6 +214,18 @@ def test_answer_loss_is_the_mean_over_answer_tokens(batch_size: int, untrained: 
         total, count = total + losses.sum().item(), count + sum(label != -100 for label in labels)
     assert result["answer_tokens"] == count
     assert result["answer_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_answer_loss_makes_no_logits_of_the_batch() -> None:
+    """A batch of questions has few tokens; times a vocabulary of 50,000 they took gigabytes."""
+    model, reader = build(vocab_size=8000), tokenizer()
+    reader.pad_token = reader.eos_token
+    rows = [{"input_ids": list(range(1, 129)), "labels": list(range(1, 129))}] * 16
+
+    def loss() -> None:
+        assert answer_loss(model, reader, rows, 16, 256)["answer_tokens"] == 16 * 127
+
+    assert peak_bytes(loss) < 4 * 16 * 128 * 8000 / 2
 
 
 def test_batches_change_no_answer(untrained: Path, gsm8k: Path) -> None:

@@ -154,8 +154,7 @@ def test_the_chunked_loss_takes_less_than_the_logits(tied: bool, dtype: torch.dt
         model(input_ids=tokens, labels=tokens).loss.backward()
 
     def chunked() -> None:
-        with ChunkedLoss(model):
-            plain()
+        ChunkedLoss(model)(plain)
 
     taken = []
     for step in (plain, chunked):

@@ -11,6 +11,7 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from lorapre_recipes.console import duration
 from lorapre_recipes.data.examples import IGNORED, TEMPLATES, Example, encode, read_examples
 from lorapre_recipes.files import read_json, write_json, write_lines
 from lorapre_recipes.train.finetune import collator, load_model, load_tokenizer
+from lorapre_recipes.train.loss import ChunkedLoss
 from lorapre_recipes.train.optim import DTYPES
 from lorapre_recipes.train.runs import model_folder
 from lorapre_recipes.train.session import describe_device, versions
@@ -226,12 +228,13 @@ def answer_loss(
     fitting = [row for row in rows if len(row["input_ids"]) <= reads]
     fitting.sort(key=lambda row: len(row["labels"]))
     collate = collator(tokenizer, packing=False)
+    in_chunks = ChunkedLoss(model)
     total, count = 0.0, 0
     for first in tqdm(range(0, len(fitting), batch_size), desc="answer-token loss", leave=False):
         rows_of_batch = collate(fitting[first : first + batch_size])
         batch = {name: value.to(model.device) for name, value in rows_of_batch.items()}
         labels = int((batch["labels"][:, 1:] != IGNORED).sum())
-        total += float(model(**batch).loss) * labels
+        total += float(in_chunks(partial(model, **batch)).loss) * labels
         count += labels
     loss = total / count if count else None
     return {"answer_loss": loss, "answer_tokens": count, "too_long": len(rows) - len(fitting)}

@@ -6,7 +6,6 @@ fused kernel there and saves its output and one number per query and head, as fl
 on a GPU. With dropout it keeps the scores. What kernels allocate within themselves is not seen.
 """
 
-import contextlib
 import logging
 import warnings
 import weakref
@@ -110,11 +109,10 @@ def trace(model: PreTrainedModel, settings: Settings) -> Trace:
 
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(complete)  # type: ignore[no-untyped-call]
-        chunked = ChunkedLoss(model)
-        in_chunks = settings.chunked_loss and chunked.applies()
-        with found, chunked if in_chunks else contextlib.nullcontext():
+        in_chunks = ChunkedLoss(model, wanted=settings.chunked_loss)
+        with found:
             with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
-                total = loss(model.train()(**inputs))
+                total = in_chunks(lambda: loss(model.train()(**inputs)))
             total.backward()
         found.batch = " x ".join(map(str, next(iter(inputs.values())).shape))
         found.events = list(found.events)  # what is freed from now on does not count

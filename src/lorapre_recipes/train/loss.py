@@ -4,8 +4,11 @@ Each chunk is computed again in the backward pass. torch 2.13's `linear_cross_en
 too, but sums the loss of bfloat16 weights in bfloat16: it is percents off.
 """
 
+import contextlib
 import inspect
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,7 @@ from lorapre_recipes.data.examples import IGNORED
 # Positions in a chunk. Each chunk also adds a gradient of the whole head, which takes about as long
 # as this many positions.
 LEAST = 128
+T = TypeVar("T")
 
 
 class LogitsChanged(Exception):
@@ -26,30 +30,42 @@ class LogitsChanged(Exception):
 
 
 class ChunkedLoss:
-    """A context in which a model computes its loss without logits of the whole batch.
+    """Calls functions in which a model computes its loss, without logits of the whole batch.
 
     The head hands on the hidden states, which the model then returns as its logits, and the loss
-    function applies the head. It raises LogitsChanged where it gets something else.
+    function applies the head. A model that does something to them in between takes its own loss.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, wanted: bool = True) -> None:
         # The model of transformers within DDP, peft and so on.
         self.model: Any = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
         self.head: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.hidden: Tensor | None = None
-
-    def applies(self) -> bool:
-        """Whether the model has a head and a loss that can be put in one."""
         code = inspect.unwrap(type(self.model).forward).__code__
         usual = "loss_function" in code.co_names and self.model.loss_function is ForCausalLMLoss
-        return usual and isinstance(self.head, nn.Linear)
+        self.applies = wanted and usual and isinstance(self.head, nn.Linear)
 
-    def __enter__(self) -> None:
+    def __call__(self, function: Callable[[], T]) -> T:
+        """What `function` returns."""
+        if self.applies:
+            try:
+                with self.patched():
+                    return function()
+            except LogitsChanged:
+                self.applies = False
+                what = "the model changes its logits before the loss, which is not taken in chunks"
+                print(f"lorapre: {what}", file=sys.stderr)
+        return function()
+
+    @contextlib.contextmanager
+    def patched(self) -> Iterator[None]:
+        """A context in which the model's head and loss are replaced."""
         self.head.forward, self.model.loss_function = self.skip, self.loss
-
-    def __exit__(self, *_: object) -> None:
-        del self.head.forward, self.model._loss_function
-        self.hidden = None
+        try:
+            yield
+        finally:
+            del self.head.forward, self.model._loss_function
+            self.hidden = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def skip(self, hidden: Tensor) -> Tensor:

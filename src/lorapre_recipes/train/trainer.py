@@ -8,10 +8,10 @@ import math
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from lorapre_recipes.config import RunConfig, user_errors
 from lorapre_recipes.console import one_line
 from lorapre_recipes.files import append_line, write_lines
 from lorapre_recipes.train import distributed
-from lorapre_recipes.train.loss import ChunkedLoss, LogitsChanged
+from lorapre_recipes.train.loss import ChunkedLoss
 from lorapre_recipes.train.runs import PARTIAL, checkpoints, write_manifest
 from lorapre_recipes.train.summary import STATS, Metric
 
@@ -137,9 +137,9 @@ class RecipeTrainer(Trainer):
         self.recipe, self.books = config, books
         super().__init__(**kwargs)
         self.eval_items = eval_items
-        self.chunks = ChunkedLoss(kwargs["model"])
         # With FSDP the head has its weight in its own forward alone.
-        self.chunked = config.chunked_loss and not config.fsdp and self.chunks.applies()
+        wanted = config.chunked_loss and not config.fsdp
+        self.in_chunks = ChunkedLoss(kwargs["model"], wanted=wanted)
 
     def create_accelerator_and_postprocess(self) -> None:
         """FSDP2 on CPUs too: torch has it, but accelerate puts it aside there."""
@@ -196,15 +196,7 @@ class RecipeTrainer(Trainer):
         """In evaluation, weigh tokens alike: the mean over batches is then that over tokens."""
         if not model.training and self.eval_items is not None:
             kwargs["num_items_in_batch"] = torch.tensor(self.eval_items, device=self.args.device)
-        if self.chunked:
-            try:
-                with self.chunks:
-                    return super().compute_loss(model, *args, **kwargs)
-            except LogitsChanged:
-                self.chunked = False
-                what = "the model changes its logits before the loss, which is not taken in chunks"
-                print(f"lorapre: {what}", file=sys.stderr)
-        return super().compute_loss(model, *args, **kwargs)
+        return self.in_chunks(partial(super().compute_loss, model, *args, **kwargs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log to history, loggers and metrics.jsonl. Raises Diverged at a loss of nan or inf."""
