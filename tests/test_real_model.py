@@ -90,6 +90,7 @@ def test_every_contender_runs_and_a_second_start_goes_on(
     assert state["RACS"] < state["LoRA-Pre Muon, rank 8"]
     out = tmp_path / "out"
     assert len((out / "train.jsonl").read_text().splitlines()) == len(PROBLEMS) - 2
+    assert (out / "finetuning.png").stat().st_size > 10_000
 
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))  # cut off
     again, _ = start(1)
