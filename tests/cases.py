@@ -56,7 +56,7 @@ CASES = {
     "adam-dense": Case(LoRAPreAdamW, {"rank": None}),
     "muon-subspace": Case(LoRAPreMuon, {}),
     "muon-paper": Case(LoRAPreMuon, {"variant": "paper"}),
-    "muon-nesterov": Case(LoRAPreMuon, {"nesterov": True}),
+    "muon-plain": Case(LoRAPreMuon, {"nesterov": False}),
     "muon-rank-0": Case(LoRAPreMuon, {"rank": 0}),
     "muon-dense": Case(LoRAPreMuon, {"rank": None}),
 }

@@ -174,7 +174,7 @@ class MuonReference:
         lr: float = 1e-3,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
-        nesterov: bool = False,
+        nesterov: bool | None = None,
         ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
         eps: float = 1e-7,
         ns_steps: int = 5,
@@ -185,7 +185,8 @@ class MuonReference:
         self.weight = weight.detach().double().clone()
         self.m_A = A_m.double()
         self.m_B = torch.zeros(len(weight), len(A_m), dtype=torch.float64)
-        self.lr, self.weight_decay, self.momentum, self.nesterov = lr, weight_decay, momentum, nesterov
+        self.lr, self.weight_decay, self.momentum = lr, weight_decay, momentum
+        self.nesterov = variant != "paper" if nesterov is None else nesterov
         self.ns = (ns_coefficients, ns_steps, eps)
         p, q = weight.shape
         if adjust_lr_fn == "match_rms_adamw":

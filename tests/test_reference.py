@@ -165,6 +165,7 @@ def test_muon_follows_the_reference_for_every_shape(variant: str, shape: str) ->
     "options",
     [
         {"nesterov": True},
+        {"nesterov": False},
         {"momentum": 0.8},
         {"momentum": 0.0},
         {"adjust_lr_fn": "match_rms_adamw"},
@@ -198,7 +199,7 @@ def check_muon(name: str, *, variant: str, **options: Any) -> None:
         weight.grad = g.clone()
         optimizer.step()
         m = mu * before + sign * g.view(E, p, q)
-        m = sign * g.view(E, p, q) + mu * m if options.get("nesterov") else m
+        m = sign * g.view(E, p, q) + mu * m if options.get("nesterov", variant != "paper") else m
         for each, slice_ in zip(references, g.view(E, p, q), strict=True):
             each.step(slice_)
         assert relative(m, torch.stack([each.matrix for each in references])) <= 1e-4

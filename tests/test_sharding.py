@@ -33,7 +33,7 @@ from lorapre import LoRAPreAdamW, LoRAPreMuon, coverage
 
 STEPS = 8
 VARIANTS = ["adam-paper", "adam-split"]
-MUON = ["muon-paper", "muon-subspace", "muon-nesterov"]
+MUON = ["muon-paper", "muon-subspace", "muon-plain"]
 
 # Uneven on 2, 3 and 4 processes, two of one shape; experts, a convolution; dense: a matrix, vector, scalar.
 SHAPES = [(13, 21)] * 2 + [(3, 10, 14), (9, 12, 1, 2), (4, 5), (7,), ()]

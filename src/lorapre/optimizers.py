@@ -302,7 +302,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
         lr: learning rate, a number or a tensor of one element.
         weight_decay: decoupled, as in torch.optim.Muon.
         momentum: decay of the momentum, in [0, 1).
-        nesterov: as in torch.optim.Muon; the paper has none.
+        nesterov: as in torch.optim.Muon. None: True, but with "paper" False, as printed.
         ns_coefficients: of the Newton-Schulz iteration, three numbers.
         eps: least norm of a matrix in the Newton-Schulz iteration.
         ns_steps: Newton-Schulz iterations, 1 to 99.
@@ -338,7 +338,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
-        nesterov: bool = False,
+        nesterov: bool | None = None,
         ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
         eps: float = 1e-7,
         ns_steps: int = 5,
@@ -367,7 +367,9 @@ class LoRAPreMuon(LoRAPreOptimizer):
 
     def _implied(self, group: dict[str, Any]) -> dict[str, Any]:
         names = ("lr", "weight_decay") if group["rank"] is None else ()
-        own = {name: group[f"adamw_{name}"] for name in names}
+        own: dict[str, Any] = {name: group[f"adamw_{name}"] for name in names}
+        if group["nesterov"] is None:
+            own["nesterov"] = group["variant"] != "paper"
         if group["rank"] is not None and group["adamw_lr"] is not None:
             own["dense_ratio"] = group["adamw_lr"] / float(group["lr"])
         return {name: value for name, value in own.items() if value is not None}
