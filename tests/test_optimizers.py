@@ -141,12 +141,17 @@ def test_a_new_group_with_an_option_out_of_range_is_refused_and_changes_nothing(
 def test_muons_defaults_are_torchs_but_the_paper_has_no_nesterov() -> None:
     matrices = [p for p in parameters() if p.ndim == 2]
     ours, theirs = (cls(matrices).param_groups[0] for cls in (LoRAPreMuon, torch.optim.Muon))
-    shared = (ours.keys() & theirs.keys()) - {"params"}
-    assert {"lr", "momentum", "nesterov", "weight_decay", "ns_steps"} <= shared
+    shared = (ours.keys() & theirs.keys()) - {"params", "nesterov"}
+    assert {"lr", "momentum", "weight_decay", "ns_steps"} <= shared
     assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
-    groups = [{"params": matrices[:1], "variant": "paper"}, {"params": matrices[1:2], "nesterov": False}]
-    assert [group["nesterov"] for group in LoRAPreMuon(groups).param_groups] == [False, False]
-    assert LoRAPreMuon(matrices, variant="paper", nesterov=True).param_groups[0]["nesterov"]
+    for variant in ("subspace", "paper"):
+        trained = []
+        for nesterov in (None, variant != "paper", variant == "paper"):
+            params = parameters()
+            trained.append(train(LoRAPreMuon(params, rank=3, variant=variant, nesterov=nesterov), params, 2))
+        assert_same(trained[0], trained[1])
+        assert any(not torch.equal(x, y) for x, y in zip(trained[0], trained[2], strict=True))
+    assert theirs["nesterov"]
 
 
 @both_classes

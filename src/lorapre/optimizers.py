@@ -367,9 +367,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
 
     def _implied(self, group: dict[str, Any]) -> dict[str, Any]:
         names = ("lr", "weight_decay") if group["rank"] is None else ()
-        own: dict[str, Any] = {name: group[f"adamw_{name}"] for name in names}
-        if group["nesterov"] is None:
-            own["nesterov"] = group["variant"] != "paper"
+        own = {name: group[f"adamw_{name}"] for name in names}
         if group["rank"] is not None and group["adamw_lr"] is not None:
             own["dense_ratio"] = group["adamw_lr"] / float(group["lr"])
         return {name: value for name, value in own.items() if value is not None}
@@ -392,8 +390,9 @@ class LoRAPreMuon(LoRAPreOptimizer):
                 batch.weights, M, orthogonalise, lr=rate, decay=decay, keys=batch.keys
             )
 
-        follow = FOLLOW[group["variant"]]
-        batch.store(muon(batch.state, T, group["momentum"], group["nesterov"], follow, apply))
+        nesterov, variant = group["nesterov"], group["variant"]
+        nesterov = variant != "paper" if nesterov is None else nesterov
+        batch.store(muon(batch.state, T, group["momentum"], nesterov, FOLLOW[variant], apply))
 
 
 def _waits(p: Tensor) -> bool:
