@@ -74,9 +74,8 @@ def inverse_root(G: Tensor) -> Tensor:
     r = G.shape[-1]
     if r <= 64:
         eye = torch.eye(r, dtype=G.dtype, device=G.device).expand_as(G)
-        root: Tensor = torch.linalg.solve_triangular(
-            torch.linalg.cholesky_ex(G).L, eye, upper=False
-        )
+        C = torch.linalg.cholesky_ex(G).L
+        root: Tensor = torch.linalg.solve_triangular(C, eye, upper=False)
         return root
     h = r // 2
     first = inverse_root(G[:, :h, :h])
@@ -244,9 +243,7 @@ def newton_schulz(
         dtype: the type the iteration runs in, and of the result; torch.optim.Muon uses bfloat16.
     """
     a, b, c = coefficients
-    single = (
-        M.ndim == 3 and len(M) == 1
-    )  # products of two matrices are faster than those of batches
+    single = M.ndim == 3 and len(M) == 1  # products of two matrices are faster than of batches
     X = (M[0] if single else M).to(dtype)
     add_product = torch.addmm if X.ndim == 2 else torch.baddbmm
     tall = M.shape[-2] > M.shape[-1]
