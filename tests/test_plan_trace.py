@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from predicted import CASES, Case
-from transformers import BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig, ViTConfig
+from transformers import (
+    BertConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    ViTConfig,
+)
 
 from lorapre_recipes.plan.against import contenders
 from lorapre_recipes.plan.settings import Settings
@@ -99,6 +107,17 @@ def test_a_model_that_looks_at_data_is_planned_without_activations(tmp_path: Pat
     code, _, err = lorapre("plan", tmp_path, "--rank", 8, "--budget", "1GiB")
     assert code == 2
     assert "cannot be followed without data" in err
+
+
+def test_a_model_that_changes_its_logits_is_planned_with_its_own_loss(tmp_path: Path, lorapre: Run) -> None:
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 512}
+    Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=1).save_pretrained(
+        tmp_path
+    )
+    plain, chunked = (lorapre("plan", tmp_path, "--rank", 8, *more) for more in ((), ("--chunked-loss",)))
+    assert (plain[0], plain[2]) == (0, "")
+    assert chunked[:2] == plain[:2]
+    assert chunked[2].startswith("lorapre: the model changes its logits before the loss")
 
 
 def test_contenders_hold_what_their_optimizers_allocate(tmp_path: Path) -> None:
