@@ -41,9 +41,11 @@ class ChunkedLoss:
         self.model: Any = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
         self.head: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.hidden: Tensor | None = None
-        code = inspect.unwrap(type(self.model).forward).__code__
-        usual = "loss_function" in code.co_names and self.model.loss_function is ForCausalLMLoss
-        self.applies = wanted and usual and isinstance(self.head, nn.Linear)
+        self.applies = False
+        if wanted and isinstance(self.head, nn.Linear):
+            named = inspect.unwrap(type(self.model).forward).__code__.co_names
+            own = self.model.loss_function if "loss_function" in named else None
+            self.applies = own is ForCausalLMLoss
 
     def __call__(self, function: Callable[[], T]) -> T:
         """What `function` returns."""
