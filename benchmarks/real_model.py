@@ -4,7 +4,7 @@ Each method takes at least three learning rates on the first seed, and further o
 the edge. The best takes the other seeds. Every run is a process of its own, so that its peak of memory is its
 own. Rates are chosen by the answer loss of problems held out of training. The runs of the last seed also
 answer the test problems, and show what they forgot. Low-rank ends and a smaller beta1 are tried at the best
-rate without them.
+rate without them. OUT/finetuning.png has the losses against the state.
 """
 
 import multiprocessing
@@ -387,8 +387,8 @@ def picture(experiment: Experiment, contenders: Iterable[str]) -> Figure:
     for number, (size, loss, name) in enumerate(sorted(points)):
         ours = name.startswith("LoRA-Pre")
         axes.plot(size, loss, "o" if ours else "s", color="#c0392b" if ours else "#4c566a", markersize=6)
-        above = (0, 8 if number % 2 else -14)
-        axes.annotate(name, (size, loss), above, textcoords="offset points", ha="center", fontsize=8)
+        beside = (0, 8 if number % 2 else -14)
+        axes.annotate(name, (size, loss), beside, textcoords="offset points", ha="center", fontsize=8)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter("{x:,.0f}")

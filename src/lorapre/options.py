@@ -52,6 +52,7 @@ def check(group: Mapping[str, Any]) -> None:
     }
     if muon:
         choices["adjust_lr_fn"] = [None, "original", "match_rms_adamw"]
+        choices["nesterov"] = [None, False, True]
         zero = None not in (rank, group["adamw_lr"]) and given["lr"] == 0
         checks += [
             ("momentum", _is_number(group["momentum"], 0, 1), "a number in [0, 1)"),

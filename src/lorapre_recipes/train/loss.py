@@ -48,7 +48,7 @@ class ChunkedLoss:
             self.applies = own is ForCausalLMLoss
 
     def __call__(self, function: Callable[[], T]) -> T:
-        """What `function` returns."""
+        """What `function` returns. It is called again where the model has changed its logits."""
         if self.applies:
             try:
                 with self.patched():
