@@ -6,7 +6,8 @@
 
    Products are made as in BLIS (Van Zee, van de Geijn 2015): a block of ROWS x VECTORS vectors of
    the result stays in registers while one factor is read a number at a time and the other, packed
-   into a panel, a row at a time. */
+   into a panel, a row at a time. The gradients and weights of a large model are in no cache: their
+   tiles have few rows and follow these, and each is fetched while the one before is at work. */
 
 #include <math.h>
 #include <stdint.h>
@@ -23,9 +24,9 @@ enum {
     VECTORS = 3,
     PANEL = VECTORS * LANES, /* columns of a block */
     DEPTH = 128,             /* terms of a sum that join the rest together: a panel fits in L1 */
-    HEIGHT = 128,            /* rows of B A, or of T in T X, that are held */
-    SPAN = 4 * PANEL,        /* columns that a thread takes of L T */
-    BAND = 32,               /* rows of a gradient that are held */
+    HEIGHT = 128,            /* rows that are updated, or multiplied, by factors packed once */
+    WIDTH = 12 * PANEL,      /* columns that a thread takes, of which factors are packed */
+    SPAN = 4 * PANEL,        /* the same of L T where matrices are fewer than threads */
 };
 
 typedef float vec __attribute__((vector_size(4 * LANES)));               /* in a register */
@@ -75,13 +76,16 @@ typedef struct {
 
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* PANEL numbers that are read soon: the hardware does not foresee the step to another panel. */
-INLINE void prefetch(const void *data) {
-    UNROLL for (int k = 0; k < VECTORS; k++) __builtin_prefetch((const char *)data + 64 * k);
-}
-
 INLINE void *element(const Matrices *x, int64_t n, int64_t i, int64_t j) {
     return (char *)x->data[n] + (i * x->row + j) * (x->dtype == FLOAT32 ? 4 : 2);
+}
+
+/* h x PANEL numbers from row i and column j on, which are read soon. More than some twenty lines of
+   the cache at once would wait for one another. */
+INLINE void prefetch(const Matrices *x, int64_t n, int64_t i, int64_t h, int64_t j) {
+    for (; h > 0; i++, h--)
+        UNROLL for (int k = 0; k < VECTORS; k++)
+            __builtin_prefetch((const char *)element(x, n, i, j) + 64 * k);
 }
 
 INLINE int is_finite(const Step *s, int64_t n) { return !s->finite || s->finite[n]; }
@@ -165,7 +169,6 @@ static void load(int64_t dtype, int64_t w, const void *from, int64_t row, int64_
 static void load_gradient(const Step *s, int64_t n, int64_t i, int64_t h, int64_t j, int64_t w,
                           float *to) {
     const void *const from = element(&s->grads, n, i, j);
-    for (int64_t k = 0; s->out && k < h; k++) prefetch(element(&s->grads, n, i + k, j + PANEL));
     load(s->grads.dtype, w, from, s->grads.row, h, s->scale, s->absolute != 0, to);
 }
 
@@ -212,16 +215,16 @@ static void blocks(int64_t h, int64_t K, const float *B, int64_t row, const floa
     else blocks_of(VECTORS, h, K, B, row, panel, P, line, w, add);
 }
 
-/* P (h, PANEL) = B A of matrix n, of rows from i and w columns from j on. */
-static void product(const Step *s, const int which, int64_t n, int64_t i, int64_t h, int64_t j,
-                    int64_t w, float *P) {
-    float panel[DEPTH * PANEL] ALIGNED;
+/* P (h, PANEL) = B A of matrix n, of rows from i and w columns from j on. These columns of A, of at
+   most DEPTH rows, are in `panel` already; or else are packed there, in parts. */
+static void product(const Step *s, int which, int64_t n, int64_t i, int64_t h, int64_t j,
+                    int64_t w, int packed, float *panel, float *P) {
     const int64_t rank = s->rank[which];
     for (int64_t k = 0; k < rank; k += DEPTH) {
         const int64_t K = min(DEPTH, rank - k);
         const float *const A = s->A[which] + (n * rank + k) * s->columns + j;
         const float *const B = s->B[which] + (n * s->rows + i) * rank + k;
-        load(FLOAT32, w, A, s->columns, K, 1, 0, panel);
+        if (!packed) load(FLOAT32, w, A, s->columns, K, 1, 0, panel);
         blocks(h, K, B, rank, panel, P, PANEL, PANEL, k > 0);
     }
 }
@@ -273,8 +276,8 @@ INLINE void update_lines(const Step *s, const Part *part, const int dtype, const
         const float *const rest = line_of(part->rest, k), factor = part->row ? part->row[k] : 1;
         float *const weight = element(&s->weights, n, part->i + k, part->j);
         uint16_t *const half = (uint16_t *)weight;
-        prefetch(element(&s->weights, n, part->i + k, part->j + PANEL));
-        prefetch(element(&s->grads, n, part->i + k, part->j + PANEL));
+        prefetch(&s->weights, n, part->i + k, 1, part->j + PANEL);
+        prefetch(&s->grads, n, part->i + k, 1, part->j + PANEL);
         const uint32_t index = noisy ? s->row_index[part->i + k] : 0;
         const uint32_t *const places = noisy ? s->column_index + part->j : NULL;
 #pragma GCC ivdep /* or every row checks whether weights overlap with what they are made of */
@@ -304,35 +307,46 @@ static void update(const Step *s, const Part *part) {
     else update_any(s, part, BFLOAT16, 0);
 }
 
-/* `HEIGHT` rows or less, h from row i on, of matrix n; sums over columns join those there. */
-static void step_rows(const Step *s, int64_t n, int64_t i0, int64_t h, float *column_sums) {
-    float P[2][HEIGHT * PANEL] ALIGNED, G[BAND * PANEL] ALIGNED;
-    float of_rows[HEIGHT * LANES] ALIGNED = {0}; /* a vector of partial sums for each row */
+/* h x w elements, from row i and column j of matrix n on; sums of g^2 join those there. */
+static void step_tile(const Step *s, int64_t n, int64_t i, int64_t h, int64_t j, int64_t w,
+                      const float *P0, const float *P1, float *of_rows, float *column_sums) {
+    float G[ROWS * PANEL] ALIGNED, of_columns[PANEL] ALIGNED = {0};
     const Numbers *const x = s->numbers + n;
-    for (int64_t j = 0; j < s->columns; j += PANEL) {
-        const int64_t w = min(PANEL, s->columns - j);
-        float of_columns[PANEL] ALIGNED = {0};
-        for (int k = 0; k < 2; k++) product(s, k, n, i0, h, j, w, P[k]);
-        for (int64_t i = 0; i < h; i += BAND) {
-            Part part = {.n = n, .i = i0 + i, .h = min(BAND, h - i), .j = j, .w = w};
-            load_gradient(s, n, part.i, part.h, j, w, G);
-            if (s->row_sums) add_squares(G, part.h, of_rows + i * LANES, of_columns);
-            for (int k = 0; k < 2; k++) {
-                float *const own = P[k] + i * PANEL;
-                part.in_m[k] = weighed(own, x->term[k].a);
-                part.in_v[k] = weighed(own, x->term[k].c);
-            }
-            part.g_in_m = weighed(G, x->b);
-            part.g_in_v = weighed(G, x->d);
-            part.rest = weighed(G, 0);
-            if (s->row) {
-                part.rest = (Lines){s->column + n * s->columns + j, 0};
-                part.row = s->row + n * s->rows + part.i;
-            }
-            update(s, &part);
-        }
-        for (int64_t k = 0; s->row_sums && k < w; k++) column_sums[j + k] += of_columns[k];
+    load_gradient(s, n, i, h, j, w, G);
+    if (s->row_sums) {
+        add_squares(G, h, of_rows, of_columns);
+        for (int64_t k = 0; k < w; k++) column_sums[j + k] += of_columns[k];
     }
+    Part part = {.n = n, .i = i, .h = h, .j = j, .w = w, .rest = weighed(G, 0)};
+    part.in_m[0] = weighed(P0, x->term[0].a), part.in_v[0] = weighed(P0, x->term[0].c);
+    part.in_m[1] = weighed(P1, x->term[1].a), part.in_v[1] = weighed(P1, x->term[1].c);
+    part.g_in_m = weighed(G, x->b), part.g_in_v = weighed(G, x->d);
+    if (s->row) {
+        part.rest = (Lines){s->column + n * s->columns + j, 0};
+        part.row = s->row + n * s->rows + i;
+    }
+    update(s, &part);
+}
+
+/* HEIGHT rows or less, h from row i0 on, of matrix n; sums over columns join those there. Where the
+   rank is small, A is packed for as many columns as fit, and tiles lie beside each other. */
+static void step_rows(const Step *s, int64_t n, int64_t i0, int64_t h, float *column_sums) {
+    float panels[4 * DEPTH * PANEL] ALIGNED, P[2][HEIGHT * PANEL] ALIGNED;
+    float of_rows[HEIGHT * LANES] ALIGNED = {0}; /* a vector of partial sums for each row */
+    const int64_t ranks = s->rank[0] + s->rank[1], small = ranks <= DEPTH;
+    const int64_t width = small ? 4 * DEPTH / (ranks + !ranks) * PANEL : PANEL;
+    const int64_t height = small ? ROWS : HEIGHT, second = min(s->rank[0], DEPTH) * PANEL;
+    for (int64_t j0 = 0; j0 < s->columns; j0 += width)
+        for (int64_t i = 0; i < h; i += height)
+            for (int64_t j = j0; j < min(j0 + width, s->columns); j += PANEL) {
+                const int64_t w = min(PANEL, s->columns - j), end = min(i + height, h);
+                float *const panel = panels + (j - j0) * ranks;
+                for (int k = 0; k < 2; k++)
+                    product(s, k, n, i0 + i, end - i, j, w, i > 0, panel + k * second, P[k]);
+                for (int64_t l = i; l < end; l += ROWS)
+                    step_tile(s, n, i0 + l, min(ROWS, end - l), j, w, P[0] + (l - i) * PANEL,
+                              P[1] + (l - i) * PANEL, of_rows + l * LANES, column_sums);
+            }
     for (int64_t i = 0; s->row_sums && i < h; i++)
         for (int k = 0; k < LANES; k++)
             s->row_sums[n * s->rows + i0 + i] += of_rows[i * LANES + k];
@@ -356,34 +370,48 @@ void right(const Step *s) {
     const int64_t bands = (s->rows + HEIGHT - 1) / HEIGHT, rank = s->rank[0];
 #pragma omp parallel for schedule(static) num_threads((int)s->threads)
     for (int64_t item = 0; item < s->count * bands; item++) {
-        const int64_t n = item / bands, i = item % bands * HEIGHT, h = min(HEIGHT, s->rows - i);
-        float tile[HEIGHT * PANEL] ALIGNED, panel[PANEL * PANEL] ALIGNED;
-        for (int64_t j = 0; j < s->columns && is_finite(s, n); j += PANEL) {
-            const int64_t K = min(PANEL, s->columns - j);
-            load_gradient(s, n, i, h, j, K, tile);
+        const int64_t n = item / bands, i0 = item % bands * HEIGHT, end = min(i0 + HEIGHT, s->rows);
+        float tile[ROWS * PANEL] ALIGNED, panels[WIDTH * PANEL] ALIGNED;
+        for (int64_t j0 = 0; j0 < s->columns && is_finite(s, n); j0 += WIDTH)
             for (int64_t k = 0; k < rank; k += PANEL) {
-                const int64_t w = min(PANEL, rank - k);
-                load(FLOAT32, w, s->factor + (n * s->columns + j) * rank + k, rank, K, 1, 0, panel);
-                blocks(h, K, tile, PANEL, panel, s->out + (n * s->rows + i) * rank + k, rank, w, 1);
+                const int64_t w = min(PANEL, rank - k), last = min(j0 + WIDTH, s->columns);
+                const float *const X = s->factor + (n * s->columns + j0) * rank + k;
+                load(FLOAT32, w, X, rank, last - j0, 1, 0, panels);
+                for (int64_t i = i0; i < end; i += ROWS)
+                    for (int64_t j = j0; j < last; j += PANEL) {
+                        const int64_t h = min(ROWS, end - i), K = min(PANEL, last - j);
+                        prefetch(&s->grads, n, i, h, j + PANEL);
+                        load_gradient(s, n, i, h, j, K, tile);
+                        blocks(h, K, tile, PANEL, panels + (j - j0) * PANEL,
+                               s->out + (n * s->rows + i) * rank + k, rank, w, 1);
+                    }
             }
-        }
     }
 }
 
-/* L T (count, rank[0], columns): sums over DEPTH rows at a time join `out`. */
+/* L T (count, rank[0], columns): sums over `depth` rows at a time join `out`. */
 void left(const Step *s) {
-    const int64_t spans = (s->columns + SPAN - 1) / SPAN, rank = s->rank[0];
+    const int64_t span = s->count < s->threads ? SPAN : WIDTH, rank = s->rank[0];
+    const int64_t spans = (s->columns + span - 1) / span;
+    /* The blocks of the product with a tile fetch the next one, ROWS rows each. */
+    const int64_t depth = rank < 2 * ROWS ? 2 * ROWS : min(rank, DEPTH);
 #pragma omp parallel for schedule(static) num_threads((int)s->threads)
     for (int64_t item = 0; item < s->count * spans; item++) {
-        const int64_t n = item / spans, first = item % spans * SPAN;
-        const int64_t last = min(first + SPAN, s->columns);
+        const int64_t n = item / spans, j0 = item % spans * span;
+        const int64_t last = min(j0 + span, s->columns);
         float panel[DEPTH * PANEL] ALIGNED;
-        for (int64_t i = 0; i < s->rows && is_finite(s, n); i += DEPTH)
-            for (int64_t j = first; j < last; j += PANEL) {
-                const int64_t K = min(DEPTH, s->rows - i), w = min(PANEL, last - j);
+        for (int64_t i = 0; i < s->rows && is_finite(s, n); i += depth)
+            for (int64_t j = j0; j < last; j += PANEL) {
+                const int64_t K = min(depth, s->rows - i), w = min(PANEL, last - j);
+                const int64_t below = j + PANEL < last ? 0 : K, next = below ? j0 : j + PANEL;
+                const float *const L = s->factor + n * rank * s->rows + i;
+                float *const out = s->out + n * rank * s->columns + j;
                 load_gradient(s, n, i, K, j, w, panel);
-                blocks(rank, K, s->factor + n * rank * s->rows + i, s->rows, panel,
-                       s->out + n * rank * s->columns + j, s->columns, w, 1);
+                for (int64_t k = 0; k < rank; k += ROWS) {
+                    if (k < K) prefetch(&s->grads, n, i + below + k, ROWS, next);
+                    blocks(min(ROWS, rank - k), K, L + k * s->rows, s->rows, panel,
+                           out + k * s->columns, s->columns, w, 1);
+                }
             }
     }
 }
