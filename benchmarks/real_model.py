@@ -49,7 +49,7 @@ PART = "real"
 LORA_FA, SMALLEST = "lora-fa", "LoRA-Pre Adam, rank 8"
 NO_BETA1 = ("racs", "lorapre-muon")
 MORE_RATES = 3  # at most, beyond the edges of those given here
-ALL_WEIGHTS, ADAPTERS = (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
+ALL_WEIGHTS, ADAPTERS = (3e-5, 1e-4, 3e-4), (1e-3, 3e-3, 1e-2)
 CONTENDERS: dict[str, Row] = {
     SMALLEST: {"method": "lorapre-adamw", "rank": 8, "lrs": ALL_WEIGHTS},
     "LoRA-Pre Adam, rank 64": {"method": "lorapre-adamw", "rank": 64, "lrs": ALL_WEIGHTS},
@@ -57,7 +57,7 @@ CONTENDERS: dict[str, Row] = {
     "LoRA-Pre Muon, rank 64": {"method": "lorapre-muon", "rank": 64, "lrs": ALL_WEIGHTS},
     "AdamW": {"method": "adamw", "lrs": ALL_WEIGHTS},
     "LoRA": {"method": "lora", "lrs": ADAPTERS},
-    "LoRA+": {"method": "lora+", "lrs": (3e-5, 1e-4, 3e-4)},
+    "LoRA+": {"method": "lora+", "lrs": (1e-4, 3e-4, 1e-3)},
     "DoRA": {"method": "dora", "lrs": ADAPTERS},
     "GaLore": {"method": "galore", "lrs": ALL_WEIGHTS},
     "LoRA-FA": {"method": LORA_FA, "lrs": ADAPTERS},

@@ -69,7 +69,7 @@ def main(
     *,
     preset: str = "llama-1m",
     steps: int = 200,
-    batch_size: int | None = None,
+    batch_size: int = 64,
     lr: float = 0.02,
     scale: float = 0.1,
     rank: int = 16,
@@ -98,7 +98,7 @@ def main(
     """
     quieten()
     changes = {"steps": steps, "seed": seed, "lr": lr, "scale": scale, "precision": precision}
-    changes |= {"batch_size": batch_size} if batch_size else {}
+    changes |= {"batch_size": batch_size, "accumulation": 1}
     changes |= {"data": data} if data else {}
     config = get_preset(PRETRAIN, preset)("adamw").replace(**changes)
     packed = load_data(config)

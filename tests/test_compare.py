@@ -155,7 +155,8 @@ def test_processes_and_a_pipe(tmp_path: Path) -> None:
     """Each cell has a process of its own; plan and cells are printed at once, not at the end."""
     corpus, out = tmp_path / "corpus.txt", tmp_path / "out"
     corpus.write_text("".join(TEXTS) * 3)
-    sizes = ["--data", corpus, "--steps", "2", "--batch-size", "2", "--vocab-size", "300", "--layers", "1"]
+    sizes = ["--data", corpus, "--steps", "2", "--batch-size", "2", "--accumulation", "1"]
+    sizes += ["--vocab-size", "300", "--layers", "1"]
     options = ["--optimizers", "adamw", "--optimizers", "sgd", "--jobs", "1", "--out", out]
     command = [sys.executable, "-m", "lorapre_recipes", "compare", *sizes, *options]
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

@@ -20,6 +20,7 @@ from lorapre_recipes.presets import PRETRAIN, get_preset
 from lorapre_recipes.train.summary import read_metrics
 
 OPTIONS = ("optimizer", "variant", "rank", "rules", "ends", "terms", "seed", "lr", "scale")
+ALWAYS = ("rank", "variant", "lr", "scale", "steps", "batch_size", "accumulation")
 FIGURES = ("parameters", "matrix_state_bytes", "state_bytes", "peak_bytes", "step_seconds")
 
 
@@ -61,11 +62,14 @@ def row_of(run: Path) -> dict[str, Any]:
 
 
 def command_of(config: PretrainConfig) -> str:
-    """The command that repeats a run: its preset, and the options that differ from it."""
+    """The command that repeats a run: its preset, and the options that differ from it.
+
+    And those which decide the result most: presets may change.
+    """
     usual = dataclasses.asdict(get_preset(PRETRAIN, config.preset)(config.optimizer))
     words = ["lorapre", "pretrain", "--preset", config.preset, "--optimizer", config.optimizer]
     for name, value in dataclasses.asdict(config).items():
-        if value == usual[name]:
+        if value == usual[name] and (value is None or name not in ALWAYS):
             continue
         if isinstance(value, bool):
             words.append(flag(name) if value else flag(f"no_{name}"))
