@@ -49,7 +49,7 @@ PART = "real"
 LORA_FA, SMALLEST = "lora-fa", "LoRA-Pre Adam, rank 8"
 NO_BETA1 = ("racs", "lorapre-muon")
 MORE_RATES = 3  # at most, beyond the edges of those given here
-ALL_WEIGHTS, ADAPTERS = (3e-5, 1e-4, 3e-4), (1e-3, 3e-3, 1e-2)
+ALL_WEIGHTS, ADAPTERS = (3e-5, 1e-4, 3e-4), (1e-3, 3e-3, 9e-3)
 CONTENDERS: dict[str, Row] = {
     SMALLEST: {"method": "lorapre-adamw", "rank": 8, "lrs": ALL_WEIGHTS},
     "LoRA-Pre Adam, rank 64": {"method": "lorapre-adamw", "rank": 64, "lrs": ALL_WEIGHTS},
