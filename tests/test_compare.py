@@ -22,7 +22,7 @@ from lorapre_recipes.compare import compare, progress
 from lorapre_recipes.compare.cells import Cell, Comparison, Contender, cell_config, read_sweep
 from lorapre_recipes.compare.compare import Outcome, beyond_the_edge
 from lorapre_recipes.compare.progress import Progress
-from lorapre_recipes.compare.record import record
+from lorapre_recipes.compare.record import command_of, record
 from lorapre_recipes.compare.tables import Row, draw_state, draw_tokens, series_of
 from lorapre_recipes.config import ONLY_FOR, OptimizerName, PretrainConfig, Terms, UserError
 from lorapre_recipes.console import one_line
@@ -293,6 +293,13 @@ def test_the_command_of_a_record_repeats_the_run(
     record(tmp_path / "again", file)
     (again,) = json.loads(file.read_text())  # in the place of the first
     assert again["loss"] == pytest.approx(row["loss"], abs=1e-6)
+
+
+def test_a_recorded_command_outlives_the_rates_of_its_preset() -> None:
+    llama = presets.PRETRAIN["llama-1m"]
+    command = command_of(llama("lorapre-adamw"))
+    assert "--rank 16 --variant split --lr 0.08 --scale 0.05 --steps 160 --batch-size 32" in command
+    assert "--rank" not in command_of(llama("adamw"))
 
 
 def test_records_of_several_processes_and_of_failures(tiny: Any, tmp_path: Path) -> None:

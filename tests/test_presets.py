@@ -49,12 +49,13 @@ def test_protocol(name: str, optimizer: str) -> None:
     assert round(config.intermediate_size / config.hidden_size, 1) == 2.7
 
 
-@pytest.mark.parametrize("name", ["llama-1m", "llama-5m", "llama-20m"])
-def test_scaled_down(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "steps", "tokens"),
+    [("llama-1m", 160, 32_768), ("llama-5m", 1000, 8192), ("llama-20m", 2000, 8192)],
+)
+def test_scaled_down(name: str, steps: int, tokens: int) -> None:
     config = PRESETS[name]("lorapre-adamw")
-    of_the_study = {"llama-1m": (160, 32_768)}
-    usual = (2000 if name == "llama-20m" else 1000, 8192)
-    assert (config.steps, config.tokens_per_step) == of_the_study.get(name, usual)
+    assert (config.steps, config.tokens_per_step) == (steps, tokens)
     assert config.rank == config.hidden_size // 8
 
 

