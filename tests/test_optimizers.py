@@ -70,6 +70,7 @@ BAD: dict[Class, dict[str, list[Any]]] = {
 }
 for bad in BAD.values():
     bad["stochastic_rounding"] = ["yes", None]
+    bad["momentum_dtype"] = ["bf16", "float16", torch.bfloat16, None]
 bad_options = pytest.mark.parametrize(
     ("cls", "name", "value"),
     [(cls, name, value) for cls, bad in BAD.items() for name, values in bad.items() for value in values],

@@ -147,6 +147,32 @@ def test_muon_is_that_of_one_process_with_a_float32_newton_schulz(world: int) ->
     run(check_layouts, world, [*MUON, "muon-rank-0"], by_size(FEW)[world], 1e-5)
 
 
+def check_momentum_in_bfloat16() -> None:
+    mesh = init_device_mesh("cpu", (2, 2))
+    for name in ("adam-split", "muon-subspace"):
+        runs = [
+            Run(name, place, momentum_dtype="bfloat16")
+            for place in (torch.clone, partial(spread, mesh=mesh, placements=(S0, S1)))
+        ]
+        with float32_newton_schulz():
+            for number in range(STEPS):
+                for each in runs:
+                    each.step(number)
+        one, many = runs
+        assert_relative(many.params, one.params, 1e-3)
+        for p, q in zip(one.params[:4], many.params[:4], strict=True):  # those with factors
+            own, shards = one.optimizer.state[p], many.optimizer.state[q]
+            assert isinstance(shards["m_B"], DTensor)
+            assert shards["m_B"].dtype == shards["m_A"].dtype == torch.bfloat16
+            products = [full(x["m_B"]).float() @ full(x["m_A"]).float() for x in (shards, own)]
+            # Where a sum has another order, a factor may be rounded to its other neighbour.
+            assert_relative(products[:1], products[1:], 2**-7)
+
+
+def test_a_momentum_in_bfloat16_is_that_of_one_process() -> None:
+    run(check_momentum_in_bfloat16, 4)
+
+
 def test_muon_is_that_of_one_process_but_for_the_rounding_of_newton_schulz() -> None:
     run(check_layouts, 2, ["muon-subspace"], ["rows-2"], 1e-2, False)
 

@@ -185,10 +185,10 @@ class Batch:
         return matrices
 
     def _read(self, name: str) -> Tensor:
-        """A state tensor of the batch, (N, ...); that of one parameter shares its memory."""
+        """A state tensor of the batch in float32, (N, ...); of one parameter it may be a view."""
         fused = self._matrix[1]
         tensors = [x if fused else x[None] for x in self._tensors[name]]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).float()
 
     def _write(self, name: str, new: Tensor) -> None:
         old, fused = self._tensors[name], self._matrix[1]
@@ -287,7 +287,7 @@ def start_state(
     """The state before the first step: zeros, and in A what the variant starts from."""
     flatten = group["flatten"]
     state = {
-        name: sharding.zeros(p, flatten, name, shape, state_dtype(p, name))
+        name: sharding.zeros(p, flatten, name, shape, state_dtype(group, p, name))
         for name, shape in shapes.items()
     }
     for stream, name in enumerate(("m_A", "v_A")):

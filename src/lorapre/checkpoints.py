@@ -91,7 +91,7 @@ def check_weight(p: Tensor, own: dict[str, Any], group: Mapping[str, Any], name:
                 "group (`del optimizer.state[weight]`), which starts it anew"
             )
     for key in wanted:
-        value, dtype = own[key], state_dtype(p, key)
+        value, dtype = own[key], state_dtype(group, p, key)
         if value.dtype != dtype or value.device != p.device or not value.is_contiguous():
             own[key] = value.to(device=p.device, dtype=dtype).contiguous()
 
@@ -190,5 +190,5 @@ def restore(
             own = saved.get(p, {})
             for name in OURS.intersection(own):
                 value = torch.as_tensor(own[name])
-                value = value.to(device=p.device, dtype=state_dtype(p, name), copy=True)
+                value = value.to(device=p.device, dtype=state_dtype(group, p, name), copy=True)
                 state[p][name] = sharding.place(p, group["flatten"], name, value)

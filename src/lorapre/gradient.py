@@ -6,7 +6,7 @@ a weight is ever formed. `lorapre.backends` has the same three in C and in Trito
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -359,8 +359,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def state_dtype(p: Tensor, name: str) -> torch.dtype:
-    """float32; of a float64 weight a moment that is kept in full is float64."""
+def state_dtype(group: Mapping[str, Any], p: Tensor, name: str) -> torch.dtype:
+    """float32; of the momentum's factors the group's; of dense moments `wide`."""
+    if name in ("m_B", "m_A") and group.get("momentum_dtype") == "bfloat16":
+        return torch.bfloat16
     return wide(p.dtype) if name in ("exp_avg", "exp_avg_sq") else torch.float32
 
 

@@ -20,9 +20,9 @@ Rule: TypeAlias = tuple[str, int | Mapping[str, Any] | None]
 
 OPTIONS = {  # of a group
     "lr", "betas", "eps", "weight_decay", "rank", "scale", "variant", "maximize",
-    "nonfinite", "stochastic_rounding", "seed", "momentum", "nesterov", "ns_coefficients",
-    "ns_steps", "adjust_lr_fn", "adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay",
-    "flatten",
+    "nonfinite", "stochastic_rounding", "momentum_dtype", "seed", "momentum", "nesterov",
+    "ns_coefficients", "ns_steps", "adjust_lr_fn", "adamw_lr", "adamw_betas", "adamw_eps",
+    "adamw_weight_decay", "flatten",
 }  # fmt: skip
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,

@@ -178,7 +178,7 @@ def _converted(
     with exact_products(p.device):
         moments = {}
         if first:
-            moments[first] = s["m_B"] @ s["m_A"] if first == "m_B" else s[first]
+            moments[first] = s["m_B"].float() @ s["m_A"].float() if first == "m_B" else s[first]
         if second:
             moments[second] = _second(s, _share("v_row", source, t))
         for key, shape in wanted.items():

@@ -38,10 +38,7 @@ class LoRAPreOptimizer(Optimizer):
         """Update every parameter that has a gradient which `gradient_release` has not used.
 
         Args:
-            closure: evaluates the model again and returns the loss.
-
-        Returns:
-            What `closure` returned, or None.
+            closure: evaluates the model again and returns the loss, which `step` then returns.
 
         Raises:
             RuntimeError: a gradient is sparse, a weight is sharded in a way that cannot be stepped
@@ -139,8 +136,7 @@ class LoRAPreOptimizer(Optimizer):
         """Add a group, which may set any option of the constructor for itself.
 
         Args:
-            param_group: `params` (tensors or (name, tensor) pairs) and options; `rank=None` means
-                dense AdamW.
+            param_group: `params`, tensors or (name, tensor) pairs, and options.
 
         Raises:
             ValueError: an option is out of range, or a parameter is complex; the message names it.
@@ -182,7 +178,7 @@ class LoRAPreOptimizer(Optimizer):
         """Continue from `state_dict`: of this class, or of torch.optim.AdamW where all is dense.
 
         Parameters are matched by their names where both sides have them, else by their order, as in
-        torch. The factors keep their float32 whatever the weights' dtype.
+        torch. The factors keep their dtype whatever that of the weights.
 
         Raises:
             ValueError: the state of a parameter does not fit it, its rank or its variant, or a
@@ -251,13 +247,14 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         stochastic_rounding: round bfloat16 weights up or down at random with the right mean, so
             that updates too small for bfloat16 are not lost. Takes no memory; the same seed gives
             the same weights, in a resumed run too. Weights of other dtypes are not affected.
+        momentum_dtype: of the momentum's factors: "float32", or "bfloat16" in half the bytes.
         seed: of the random start, which depends on it and on the shape of the weight, on nothing
             else, and of the stochastic rounding.
 
     Raises:
         ValueError: an option is out of range; the message names it.
 
-    State of a factorised weight, all float32: `step`, `m_B` (p, r), `m_A` (r, q), `v_row` (p) and
+    State of a factorised weight, float32: `step`, `m_B` (p, r), `m_A` (r, q), `v_row` (p) and
     `v_col` (q); in "paper" `v_B` and `v_A` instead of the last two; of a dense weight `step`,
     `exp_avg` and `exp_avg_sq`. Fused experts (E, p, q) are E matrices, and their factors have E in
     front; a convolution is the matrix (out, in * k * k).
@@ -279,12 +276,13 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         maximize: bool = False,
         nonfinite: str = "propagate",
         stochastic_rounding: bool = False,
+        momentum_dtype: str = "float32",
         seed: int = 0,
     ) -> None:
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, scale=scale,
             variant=variant, maximize=maximize, nonfinite=nonfinite,
-            stochastic_rounding=stochastic_rounding, seed=seed,
+            stochastic_rounding=stochastic_rounding, momentum_dtype=momentum_dtype, seed=seed,
         )  # fmt: skip
         super().__init__(params, defaults)
 
@@ -322,12 +320,13 @@ class LoRAPreMuon(LoRAPreOptimizer):
         maximize: ascend instead.
         nonfinite: as in `LoRAPreAdamW`.
         stochastic_rounding: as in `LoRAPreAdamW`.
+        momentum_dtype: as in `LoRAPreAdamW`.
         seed: as in `LoRAPreAdamW`.
 
     Raises:
         ValueError: an option is out of range; the message names it.
 
-    State of a factorised weight, all float32: `step`, `m_B` (p, r), `m_A` (r, q).
+    State of a factorised weight, float32: `step`, `m_B` (p, r), `m_A` (r, q).
     """
 
     algorithm = "muon"
@@ -353,6 +352,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
         maximize: bool = False,
         nonfinite: str = "propagate",
         stochastic_rounding: bool = False,
+        momentum_dtype: str = "float32",
         seed: int = 0,
     ) -> None:
         defaults = dict(
@@ -360,8 +360,8 @@ class LoRAPreMuon(LoRAPreOptimizer):
             ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn,
             rank=rank, variant=variant, adamw_lr=adamw_lr, adamw_betas=adamw_betas,
             adamw_eps=adamw_eps, adamw_weight_decay=adamw_weight_decay, maximize=maximize,
-            nonfinite=nonfinite, stochastic_rounding=stochastic_rounding, seed=seed,
-            dense_ratio=1.0,
+            nonfinite=nonfinite, stochastic_rounding=stochastic_rounding,
+            momentum_dtype=momentum_dtype, seed=seed, dense_ratio=1.0,
         )  # fmt: skip
         super().__init__(params, defaults)
 

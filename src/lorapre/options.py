@@ -49,6 +49,7 @@ def check(group: Mapping[str, Any]) -> None:
         "variant": [*(FOLLOW if muon else ADAM)],
         "nonfinite": ["propagate", "skip"],
         "stochastic_rounding": [False, True],
+        "momentum_dtype": ["float32", "bfloat16"],
     }
     if muon:
         choices["adjust_lr_fn"] = [None, "original", "match_rms_adamw"]

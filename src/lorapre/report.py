@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorapre import sharding
+from lorapre.gradient import state_dtype
 from lorapre.groups import is_low_rank, state_shapes
 
 __all__ = ["Coverage", "Row", "coverage"]
@@ -172,10 +173,8 @@ def _row(
         low_rank = "exp_avg" not in state
         rank = state["m_B"].shape[-1] if "m_B" in state else 0
     size = sharding.local(p.detach()).numel()
-    # All state is float32, but for the dense moments of a float64 weight.
-    wide = 8 if p.dtype == torch.float64 else 4
     planned = sum(
-        math.prod(sharding.held(p, flatten, key, shape)) * (wide if "exp_avg" in key else 4)
+        math.prod(sharding.held(p, flatten, key, shape)) * state_dtype(group, p, key).itemsize
         for key, shape in state_shapes(group, p.shape).items()
     )
     tensors = [sharding.local(x.detach()) for x in state.values() if isinstance(x, Tensor)]

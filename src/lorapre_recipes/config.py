@@ -54,6 +54,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
 ONLY_FOR: dict[str, tuple[str, ...]] = {
     "rank": (*LOW_RANK, *COMPRESSED, "galore", "fira", "apollo", "alice", *ADAPTERS),
     "variant": LOW_RANK,
+    "momentum_dtype": LOW_RANK,
     "refresh": PROJECTED,
     "stochastic_rounding": LOW_RANK,
     "release": LOW_RANK,
@@ -163,7 +164,8 @@ class OptimizerConfig(Checked):
     optimizer: Annotated[OptimizerName, "what to train with."] = "lorapre-adamw"
     rank: Annotated[int | None, "of the momenta (0: none), of a projection or of adapters."] = None
     variant: Annotated[Variant | None, "by default split, of lorapre-muon subspace."] = None
-    dtype: Annotated[Precision, "of weights and gradients; factors are float32."] = "fp32"
+    dtype: Annotated[Precision, "of weights and gradients."] = "fp32"
+    momentum_dtype: Annotated[Precision, "of the momentum's factors."] = "fp32"
     release: Annotated[bool, "use and free each gradient in the backward pass."] = False
     ends: Annotated[Ends, "momenta of embeddings and output head; low-rank saves memory."] = "dense"
     rules: Annotated[

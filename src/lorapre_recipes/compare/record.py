@@ -47,7 +47,7 @@ def row_of(run: Path) -> dict[str, Any]:
     summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
     loss = summary.get("validation_loss", math.inf)
     return {
-        **{name: getattr(config, name) for name in (*OPTIONS, "momentum")},
+        **{name: getattr(config, name) for name in (*OPTIONS, "momentum", "momentum_dtype")},
         "beta1": config.betas[0],
         "precision": config.precision,
         "model": config.preset,

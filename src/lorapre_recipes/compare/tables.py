@@ -128,7 +128,8 @@ def contender(row: Row) -> str:
     """An optimizer with the options that make it another one, in words."""
     rank = "" if row["rank"] is None else f"r{row['rank']}"
     ends = "low-rank ends" if row.get("ends") == "low-rank" else ""
-    words = (row["optimizer"], row["variant"], ends, *row.get("rules", ()), rank)
+    half = "bf16" if row.get("momentum_dtype") == "bf16" else ""
+    words = (row["optimizer"], row["variant"], half, ends, *row.get("rules", ()), rank)
     return " ".join(word for word in words if word)
 
 

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
 from lorapre.batch import transient_bytes
+from lorapre.gradient import state_dtype
 from lorapre.groups import is_low_rank, matrix_shape, state_shapes
 from lorapre_recipes.config import UserError, parse_rules
 from lorapre_recipes.plan.settings import ONE_GPU, Mesh, Settings
 from lorapre_recipes.plan.trace import Trace
-from lorapre_recipes.train.optim import freeze
+from lorapre_recipes.train.optim import freeze, word
 
 BF16, FLOAT32 = 2, 4  # bytes
 
@@ -39,8 +40,7 @@ class Weight:
     rank: int | None  # of its factors
     flatten: bool  # whether three dimensions are one matrix, a convolution
     matrix: bool  # whether it takes the route of the matrices, low rank or torch.optim.Muon's
-    state: tuple[str, ...]  # names of the state tensors
-    state_item: int  # bytes of an element of the state, steps aside
+    state: dict[str, int]  # the state tensors: bytes of an element
     tp_dim: int | None  # the dimension that tensor parallelism divides; else it is replicated
     frozen: bool  # whether it has neither gradient nor state
 
@@ -61,12 +61,11 @@ class Weight:
         """Bytes of state on a GPU: B is divided like rows, A like columns, the others are whole."""
         E, p, q = matrix_shape(self.part(mesh), self.flatten)
         r = self.rank or 0
-        sizes = {"B": E * p * r, "A": E * r * q, "row": E * p, "col": E * q}
-        total = 0
-        for name in self.state:
-            size = sizes.get(name.partition("_")[2], self.held(mesh))
-            total += FLOAT32 if name in ("step", "skipped") else size * self.state_item
-        return total
+        sizes = {"": 1, "B": E * p * r, "A": E * r * q, "row": E * p, "col": E * q}
+        held = self.held(mesh)
+        return sum(
+            sizes.get(name.partition("_")[2], held) * item for name, item in self.state.items()
+        )
 
 
 def routed(model: PreTrainedModel, settings: Settings) -> list[Weight]:
@@ -89,9 +88,12 @@ def routed(model: PreTrainedModel, settings: Settings) -> list[Weight]:
             shape = tuple(parameter.shape)
             matrix = is_low_rank(shape, group["rank"], group["flatten"])
             if settings.low_rank:
-                state = tuple(state_shapes(group, shape))
+                names = state_shapes(group, shape)
+                state = {each: state_dtype(group, parameter, each).itemsize for each in names}
+            elif matrix:
+                state = {"momentum_buffer": settings.item}
             else:
-                state = ("momentum_buffer",) if matrix else ("step", "exp_avg", "exp_avg_sq")
+                state = {"step": FLOAT32, "exp_avg": settings.item, "exp_avg_sq": settings.item}
             weights[name] = Weight(
                 name=name,
                 shape=shape,
@@ -99,7 +101,6 @@ def routed(model: PreTrainedModel, settings: Settings) -> list[Weight]:
                 flatten=group["flatten"],
                 matrix=matrix,
                 state=state,
-                state_item=FLOAT32 if settings.low_rank else settings.item,
                 tp_dim=dims.get(name),
                 frozen=not parameter.requires_grad,
             )
@@ -112,6 +113,7 @@ def groups_of(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
         rank = 1 if settings.optimizer == "muon" else None
         return LoRAPreAdamW(param_groups(model, rank=rank)).param_groups
     options: dict[str, Any] = {"variant": settings.variant}
+    options["momentum_dtype"] = word(settings.momentum_dtype)
     rules = parse_rules(settings.rules)
     groups = param_groups(model, rank=settings.rank, ends=settings.ends, rules=rules)
     if settings.optimizer == "lorapre-muon":

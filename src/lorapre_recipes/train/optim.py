@@ -113,16 +113,21 @@ def build_optimizer(model: nn.Module, config: RunConfig, rules: Sequence[Rule] =
         option = "--rules" if config.ends == "dense" else "--ends"
         raise UserError(f"{option}: embeddings and head are dense for all; give --terms whole")
     names = ["rank", "variant", "weight_decay", "seed", "stochastic_rounding"]
+    names += ["lr", "betas", "eps", "scale"] if adam else ["momentum"]
+    options = {name: getattr(config, name) for name in names}
+    options["momentum_dtype"] = word(config.momentum_dtype)
     if adam:
-        names += ["lr", "betas", "eps", "scale"]
-        options = {name: getattr(config, name) for name in names}
         rest = [{"betas": betas} | group for group in rest]
         return LoRAPreAdamW([*rest, *ends, *inner], **options)
-    options = {name: getattr(config, name) for name in (*names, "momentum")}
     options |= {"lr": config.lr * config.scale, "adjust_lr_fn": ADJUST_LR}
     options |= {"adamw_lr": config.lr, "adamw_betas": betas, "adamw_eps": config.eps}
     options |= {"adamw_weight_decay": config.weight_decay}
     return LoRAPreMuon([*rest, *ends, *inner], **options)
+
+
+def word(precision: Precision) -> str:
+    """A dtype as LoRA-Pre's options name it."""
+    return str(DTYPES[precision]).removeprefix("torch.")
 
 
 def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) -> Optimizer:

@@ -49,6 +49,7 @@ def describe_optimizer(config: OptimizerConfig) -> str:
         f"{config.variant}": config.variant is not None,
         "low-rank ends": config.ends == "low-rank",
         "gradients released": config.release,
+        f"{config.momentum_dtype} momentum": config.momentum_dtype != "fp32",
         f"{config.dtype} weights": config.dtype != "fp32",
         "stochastic rounding": getattr(config, "stochastic_rounding", False),
     }
