@@ -63,10 +63,11 @@ def build(model: nn.Module, settings: Settings) -> Optimizer:
             torch.optim.Muon(matrices, weight_decay=0.0), torch.optim.AdamW(rest, weight_decay=0.0)
         )
     groups = param_groups(model, rank=settings.rank, ends=settings.ends)
-    variant = settings.variant
+    options: dict[str, Any] = {"variant": settings.variant}
+    options["momentum_dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[settings.momentum_dtype]
     if settings.optimizer == "lorapre-muon":
-        return LoRAPreMuon(groups, variant=variant)
-    return LoRAPreAdamW(groups, variant=variant)
+        return LoRAPreMuon(groups, **options)
+    return LoRAPreAdamW(groups, **options)
 
 
 def fill_gradients(model: nn.Module) -> None:
@@ -91,6 +92,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 LOW_RANK = [
     *({"variant": variant} for variant in ("split", "paper")),
     {"optimizer": "lorapre-muon", "variant": "subspace"},
+    {"variant": "paper", "momentum_dtype": "bf16"},
 ]
 ENDS = {"rank": RANK, "ends": "low-rank"}
 ALL = [
