@@ -9,7 +9,18 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.lr_scheduler import LambdaLR
 
-from cases import CASES, Case, assert_near, every_case, parameters, set_gradients, state, train, weights
+from cases import (
+    CASES,
+    Case,
+    assert_near,
+    assert_same,
+    every_case,
+    parameters,
+    set_gradients,
+    state,
+    train,
+    weights,
+)
 from lorapre import LoRAPreAdamW, LoRAPreMuon
 
 # What third parties emit while Inductor is imported and runs.
@@ -80,6 +91,34 @@ def test_a_momentum_in_bfloat16_stays_in_the_graph(name: str) -> None:
     # A sum in another order may round a factor to its other neighbour, 2**-8 away.
     assert_near(weights(params), weights(expected), 1e-3)
     assert optimizer.state[params[0]]["m_B"].dtype == torch.bfloat16
+
+
+def test_a_second_optimizer_compiles_in_the_same_process() -> None:
+    """Dynamo traces again where options differ from the first one's, and finds the state that it has made."""
+    cases = [CASES["adam-split"], CASES["adam-split"], CASES["muon-subspace"]]
+    for case, lr in zip(cases, (0.01, 0.02, 0.01), strict=True):
+        params, expected = parameters(SHAPES), parameters(SHAPES)
+        optimizer, eager = case.make(params, lr=lr), case.make(expected, lr=lr)
+        step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)
+        for number in range(2):
+            set_gradients(params, number)
+            step()
+        train(eager, expected, 2)
+        assert_near(weights(params), weights(expected), 1e-6 if case.decay == "betas" else 1e-3)
+
+
+def test_a_compiled_step_refuses_what_does_not_fit() -> None:
+    params = parameters(SHAPES)
+    optimizer = CASES["adam-split"].make(params)
+    step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)
+    set_gradients(params, 0)
+    step()
+    optimizer.param_groups[0]["rank"] = 2
+    before = weights(params)
+    set_gradients(params, 1)
+    with pytest.raises(Exception, match="its options now ask for Adam"):
+        step()
+    assert_same(weights(params), before)
 
 
 @pytest.mark.parametrize("name", ["adam-split", "muon-subspace"])

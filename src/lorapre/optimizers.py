@@ -41,9 +41,8 @@ class LoRAPreOptimizer(Optimizer):
             closure: evaluates the model again and returns the loss, which `step` then returns.
 
         Raises:
-            RuntimeError: a gradient is sparse, a weight is sharded in a way that cannot be stepped
-                (flat pieces of FSDP1 or DeepSpeed ZeRO), or a state does not fit its weight, or
-                options that were edited. The message names it; nothing has changed then.
+            RuntimeError: a gradient is sparse, a weight is a flat piece of FSDP1 or DeepSpeed ZeRO,
+                or a state does not fit its weight or its options. Nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -68,7 +67,8 @@ class LoRAPreOptimizer(Optimizer):
         count = itertools.count()
         parts = parts or [(g, [next(count) for _ in g["params"]]) for g in self.param_groups]
         for group, _ in parts:
-            checkpoints.check_step(group, self.state)
+            if not torch.compiler.is_compiling():
+                checkpoints.check_step(group, self.state)
         for group, positions in parts:
             weights: list[Tensor] = []
             grads: list[Tensor] = []
@@ -104,13 +104,13 @@ class LoRAPreOptimizer(Optimizer):
     def _init_group(
         self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], state: list[Tensor]
     ) -> bool:
-        """Append what has a gradient, and its state in the order that `batches` takes.
-
-        State that is missing is created.
+        """Append what has a gradient, and its state in the order of `batches`, created if missing.
 
         torch.compile runs the method of this name by itself, outside the graph, and takes the lists
-        it has filled as the graph's inputs.
+        it has filled as the graph's inputs. So the check, which looks at the state, is here then.
         """
+        if torch.compiler.is_compiling():
+            checkpoints.check_step(group, self.state)
         shapes_of: dict[Any, dict[str, tuple[int, ...]]] = {}
         for p in group["params"]:
             if not _waits(p):
