@@ -55,7 +55,7 @@ CONTENDERS: dict[str, Row] = {
     SMALLEST: {"method": "lorapre-adamw", "rank": 8, "lrs": ALL_WEIGHTS},
     "LoRA-Pre Adam, rank 64": {"method": "lorapre-adamw", "rank": 64, "lrs": ALL_WEIGHTS},
     "LoRA-Pre Muon, rank 8": {"method": "lorapre-muon", "rank": 8, "lrs": ALL_WEIGHTS},
-    "LoRA-Pre Muon, rank 64": {"method": "lorapre-muon", "rank": 64, "lrs": (3e-4, 9e-4, 3e-3)},
+    "LoRA-Pre Muon, rank 64": {"method": "lorapre-muon", "rank": 64, "lrs": (1e-4, 3e-4, 9e-4)},
     "AdamW": {"method": "adamw", "lrs": ALL_WEIGHTS},
     "LoRA": {"method": "lora", "lrs": ADAPTERS},
     "LoRA+": {"method": "lora+", "lrs": (1e-4, 3e-4, 1e-3)},
