@@ -377,27 +377,30 @@ def table(experiment: Experiment, contenders: Iterable[str]) -> Table:
 
 def picture(experiment: Experiment, contenders: Iterable[str]) -> Figure:
     """Loss of the held-out answers against state and adapters; each contender at its best rate."""
-    figure = Figure(figsize=(7, 4), layout="constrained", dpi=130)
+    figure = Figure(figsize=(8, 4.6), layout="constrained", dpi=130)
     axes = figure.add_subplot()
     points = []
     for name in contenders:
         if (lr := best(experiment, name)) is not None:
             rows = finished(experiment, name, lr=lr)
             size = (rows[0]["state_bytes"] + rows[0]["adapter_bytes"]) / 2**20
-            points.append((size, statistics.mean(row["loss"] for row in rows), name))
-    for size, loss, name in points:
+            points.append((statistics.mean(row["loss"] for row in rows), size, name))
+    # The names stand beside the picture, the best at the bottom, each with a line to its point.
+    for place, (loss, size, name) in enumerate(sorted(points)):
         ours = name.startswith("LoRA-Pre")
-        axes.plot(size, loss, "o" if ours else "s", color="#c0392b" if ours else "#4c566a", markersize=6)
-        left = size**2 > min(points)[0] * max(points)[0]  # of the point: there is more room
-        place: dict[str, Any] = {"xytext": (-8 if left else 8, 0), "textcoords": "offset points"}
-        place |= {"ha": "right" if left else "left", "va": "center", "fontsize": 8}
-        axes.annotate(name.replace(", ", "\n", 1), (size, loss), **place)
+        hue = "#c0392b" if ours else "#4c566a"
+        axes.plot(size, loss, "o" if ours else "s", color=hue, markersize=6)
+        line = {"arrowstyle": "-", "relpos": (0, 0.5), "linewidth": 0.4, "color": "0.5"}
+        beside: dict[str, Any] = dict(textcoords="axes fraction", va="center", arrowprops=line)
+        axes.annotate(
+            name, (size, loss), (1.02, (place + 0.5) / len(points)), color=hue, fontsize=8, **beside
+        )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(which="both", labelsize=8)
-    axes.margins(0.15)
+    axes.margins(0.08)
     axes.set_xlabel("state and adapters, MiB", fontsize=9)
     axes.set_ylabel("loss of held-out answers, nats per token", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
