@@ -41,8 +41,8 @@ class LoRAPreOptimizer(Optimizer):
             closure: evaluates the model again and returns the loss, which `step` then returns.
 
         Raises:
-            RuntimeError: a gradient is sparse, a weight is a flat piece of FSDP1 or DeepSpeed ZeRO,
-                or a state does not fit its weight or its options. Nothing has changed then.
+            RuntimeError: a gradient is sparse, a weight cannot be stepped as it is sharded, or a
+                state does not fit its weight or options. The message names it; nothing has changed.
         """
         loss = None
         if closure is not None:
@@ -136,7 +136,7 @@ class LoRAPreOptimizer(Optimizer):
         """Add a group, which may set any option of the constructor for itself.
 
         Args:
-            param_group: `params`, tensors or (name, tensor) pairs, and options.
+            param_group: `params`, tensors or (name, tensor) pairs, and options (rank None: AdamW).
 
         Raises:
             ValueError: an option is out of range, or a parameter is complex; the message names it.
@@ -247,14 +247,14 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         stochastic_rounding: round bfloat16 weights up or down at random with the right mean, so
             that updates too small for bfloat16 are not lost. Takes no memory; the same seed gives
             the same weights, in a resumed run too. Weights of other dtypes are not affected.
-        momentum_dtype: of the momentum's factors: "float32", or "bfloat16" in half the bytes.
+        momentum_dtype: of `m_B` and `m_A`: "float32", or "bfloat16" in half the bytes.
         seed: of the random start, which depends on it and on the shape of the weight, on nothing
             else, and of the stochastic rounding.
 
     Raises:
         ValueError: an option is out of range; the message names it.
 
-    State of a factorised weight, float32: `step`, `m_B` (p, r), `m_A` (r, q), `v_row` (p) and
+    State of a factorised weight in float32: `step`, `m_B` (p, r), `m_A` (r, q), `v_row` (p) and
     `v_col` (q); in "paper" `v_B` and `v_A` instead of the last two; of a dense weight `step`,
     `exp_avg` and `exp_avg_sq`. Fused experts (E, p, q) are E matrices, and their factors have E in
     front; a convolution is the matrix (out, in * k * k).
