@@ -58,7 +58,7 @@ def compiler() -> None:
 def torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Step as on other devices: without the kernels for CPUs, and without branches on values."""
     monkeypatch.setattr("lorapre.batch.backend", lambda *_, **__: (Gradient, None))
-    monkeypatch.setattr("lorapre.linalg._everywhere", lambda _: False)
+    monkeypatch.setattr("lorapre.linalg.at_hand", lambda _: False)
     monkeypatch.setattr("lorapre.gradient.at_hand", lambda _: False)
 
 

@@ -146,7 +146,7 @@ def test_products_of_operands_in_any_layout(dtype: torch.dtype) -> None:
 
 
 def check_products(x: Problem, X: Tensor, L: Tensor) -> None:
-    T, (p, q), grad = x.target(), x.T.held, x.types[1]
+    T, (p, q), grad = x.target(), x.T.local_shape, x.types[1]
     T = T.abs() if x.T.absolute else T
     for kind in (x.T, x.as_torch()):
         right, left = kind @ X, L @ kind
@@ -162,7 +162,7 @@ def check_step(x: Problem, T: Gradient, **changes: Any) -> None:
     before, full = copy.deepcopy((x.weights, x.full))
     W, g, M, grad = torch.stack(x.weights).double(), x.target(), x.M, x.types[1]
     means = x.step(T, **changes)
-    (p, q), square = x.T.held, g * g
+    (p, q), square = x.T.local_shape, g * g
     if x.full is None:
         rows, columns = means
         assert_within(rows, square.mean(-1, keepdim=True), (q + 4) * EPS * square.mean(-1, keepdim=True))
@@ -326,17 +326,17 @@ class Held(Shards):
     count = 2
 
     def __init__(self, rows: range, columns: range) -> None:
-        self.held = rows, columns
+        self.places = rows, columns
 
     def size(self, p: int, q: int) -> tuple[int, int]:
         return 20, 30
 
     def rows(self, p: int) -> range | Tensor:
-        rows = self.held[0]
+        rows = self.places[0]
         return rows if rows.step == 1 else torch.tensor(rows, device=DEVICE)
 
     def columns(self, q: int) -> range | Tensor:
-        return self.held[1]
+        return self.places[1]
 
 
 def rounded(x: Problem, keys: Tensor) -> Tensor:
@@ -430,10 +430,10 @@ class Shaken(Gradient):
     """
 
     def _right(self, X: Tensor) -> Tensor:
-        return self._shake(super()._right(X), abs(self), self.held[1], X.abs(), Gradient._right)
+        return self._shake(super()._right(X), abs(self), self.local_shape[1], X.abs(), Gradient._right)
 
     def _left(self, L: Tensor) -> Tensor:
-        return self._shake(super()._left(L), abs(self), self.held[0], L.abs(), Gradient._left)
+        return self._shake(super()._left(L), abs(self), self.local_shape[0], L.abs(), Gradient._left)
 
     def _shake(self, product: Tensor, T: Gradient, terms: int, X: Tensor, of: Any) -> Tensor:
         error = product_error(self.grads[0].dtype, terms, of_gradient=True)

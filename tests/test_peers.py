@@ -250,8 +250,11 @@ def test_muon_in_float32_is_torchs(shape: tuple[int, int], momentum: float) -> N
     assert bool(stored.state[weights[0]]) == (momentum > 0)
 
 
-@pytest.mark.parametrize(("store", "number", "tolerance"), [("bf16", 2.0, 0.03), ("8bit", 1.0, 0.05)])
-def test_muon_in_few_bits(store: str, number: float, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("store", "number", "tolerance", "block", "codes"),
+    [("bf16", 2.0, 0.03, None, 0), ("8bit", 1.0, 0.05, 256, 256), ("4bit", 0.5, 0.3, 128, 16)],
+)
+def test_muon_in_few_bits(store: str, number: float, tolerance: float, block: int | None, codes: int) -> None:
     pytest.importorskip("torchao")
     weights = [torch.nn.Parameter(torch.zeros(64, 96)) for _ in range(2)]
     optimizers = [StoredMuon([weights[0]], lr=1.0, store=store), StoredMuon([weights[1]], lr=1.0)]
@@ -261,5 +264,5 @@ def test_muon_in_few_bits(store: str, number: float, tolerance: float) -> None:
             optimizer.step()
     error = (weights[0] - weights[1]).norm() / weights[1].norm()
     assert 0 < error < tolerance
-    blocks = 4 * 64 * 96 / 256 + 4 * 256 if store == "8bit" else 0  # a scale of each, and the code
-    assert state_bytes(optimizers[0]) == pytest.approx(number * 64 * 96 + blocks)
+    scales = 4 * 64 * 96 / block if block else 0  # of each block; and the numbers of the code
+    assert state_bytes(optimizers[0]) == pytest.approx(number * 64 * 96 + scales + 4 * codes)

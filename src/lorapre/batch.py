@@ -1,4 +1,4 @@
-"""Same-shaped parameters as one batch of matrices: what a variant takes and returns."""
+"""Same-shaped parameters as one batch of matrices, and their state as a variant takes it."""
 
 import functools
 import itertools
@@ -36,7 +36,7 @@ class Member(NamedTuple):
 class Batch:
     """Same-shaped parameters, stepped together as N = n E matrices (p, q), E of each.
 
-    Of sharded parameters it holds what is local.
+    Of sharded parameters it holds the local part.
 
     Attributes:
         group: the options.
@@ -92,7 +92,7 @@ class Batch:
             if f"{name}_B" in self._tensors
         }
         if self.low_rank and not fields:  # rank 0: a momentum without directions
-            (p, q), N = self.T.held, len(self.T)
+            (p, q), N = self.T.local_shape, len(self.T)
             fields["m"] = Factors(*(self.t.new_zeros(shape) for shape in ((N, p, 0), (N, 0, q))))
         if "v_row" in self._tensors:
             fields["v_row"] = self._read("v_row")[..., None]
@@ -128,17 +128,17 @@ class Batch:
         zero together, so the quotients have no bias.
         """
         T, notes = self.T, self.T.notes
-        if not self._recent or "held" not in notes:
+        if not self._recent or "captured" not in notes:
             return
-        held = notes["held"].square()
+        captured = notes["captured"].square()
         if (means := notes.get("means")) is not None:
             energy = T.q * means[0].sum(-2, keepdim=True)
         else:
             energy = T.sum_q(_energy(T))
-        sums = [held, energy]
+        sums = [captured, energy]
         if new.v_row is not None:
             # In the rows of A, ||m|| is `kept`; outside them m is b g.
-            sums.append(notes["kept"].square() + notes["b"] ** 2 * (energy - held))
+            sums.append(notes["kept"].square() + notes["b"] ** 2 * (energy - captured))
             c2 = debias(self.group["betas"][1], self.t)
             sums.append(T.q / c2 * new.v_row.sum(-2, keepdim=True))
         x = torch.cat(sums, -1).view(len(self.positions), self.E, len(sums)).sum(1)
@@ -198,9 +198,9 @@ class Batch:
 
 
 def _energy(T: Gradient) -> Tensor:
-    """The sums of g**2 over what is held here, (N, 1, 1), a tile in float32 at a time."""
+    """The sums of g**2 over the local parts, (N, 1, 1), a tile in float32 at a time."""
     out = torch.zeros(len(T), 1, 1, dtype=torch.float32, device=T.device)
-    height = T.held[0] if torch.compiler.is_compiling() else TILE // max(1, T.held[1])
+    height = T.local_shape[0] if torch.compiler.is_compiling() else TILE // max(1, T.local_shape[1])
     for total, g in zip(out, T.grads, strict=True):
         for rows in torch.split(g, max(1, height)):
             total += rows.float().square().sum()
@@ -245,7 +245,7 @@ def _batch_size(group: dict[str, Any], weight: Tensor) -> int:
 
 
 def transient_bytes(matrices: int, p: int, q: int, rank: int) -> int:
-    """What a step of Adam takes beside weights, gradients and state, in bytes, at most, on a CPU.
+    """The most bytes that a step of Adam takes on a CPU beside weights, gradients and state.
 
     It holds some tiles, and three copies of the factors of one weight or of those it stacks.
 

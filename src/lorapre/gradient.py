@@ -1,4 +1,4 @@
-"""The gradient as an operand, and the update that it takes part in: all that touches one.
+"""The gradient as an operand: nothing but this module and its backends touches a gradient.
 
 N same-shaped gradients are one operand T (N, p, q) with three primitives: `T @ X`, `L @ T` and
 `T.step_`. Here they are operations of torch on a few rows at a time, so that nothing of the size of
@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from lorapre import rounding
-from lorapre.linalg import TINY, debias, matmul
+from lorapre.linalg import TINY, at_hand, debias, matmul
 from lorapre.sharding import WHOLE, Shards
 
 # Elements of a tile: of the gradient, and of some temporaries of its size that an update holds.
@@ -59,11 +58,12 @@ class Gradient:
     """N same-shaped gradients as one read-only operand T (N, p, q): the backend of plain torch.
 
     Attributes:
-        grads: N of (p, q), of the part of T that is held here.
+        grads: N of (p, q), the local part of each.
+        local_shape: (p, q) of the local part.
         scale: T is the gradient times this.
         finite: (N,), False where T is zero as the gradient is not finite; None: True everywhere.
         p, q: size of the whole matrices.
-        rows, columns: which of them are held here.
+        rows, columns: which of them are local.
         notes: norms and means recorded in the step, for `Batch.note`; `T / x` shares them.
         spread: whether other processes hold other parts.
         dtype: of the update, float32 or float64. Products with factors are float32.
@@ -74,7 +74,7 @@ class Gradient:
         scale: float = 1.0, finite: Tensor | None = None, dtype: torch.dtype = torch.float32,
         shards: Shards = WHOLE,
     ) -> None:  # fmt: skip
-        self.grads, self.held, self.device, self.scale = grads, shape, device, scale
+        self.grads, self.local_shape, self.device, self.scale = grads, shape, device, scale
         self.finite, self.dtype, self.shards, self.absolute = finite, dtype, shards, False
         self.p, self.q = shards.size(*shape)
         self.rows, self.columns = shards.rows(shape[0]), shards.columns(shape[1])
@@ -98,18 +98,19 @@ class Gradient:
 
     def __matmul__(self, X: Tensor) -> Tensor:
         """T X (N, p, r) of X (N, q, r)."""
-        product = self._right(X) if X.shape[-1] else X.new_zeros(len(self), self.held[0], 0)
+        product = self._right(X) if X.shape[-1] else X.new_zeros(len(self), self.local_shape[0], 0)
         return self.sum_q(product.mul_(self.scale) if self.scale != 1 else product)
 
     def __rmatmul__(self, L: Tensor) -> Tensor:
         """L T (N, r, q) of L (N, r, p)."""
-        product = self._left(L) if L.shape[-2] else L.new_zeros(len(self), 0, self.held[1])
+        product = self._left(L) if L.shape[-2] else L.new_zeros(len(self), 0, self.local_shape[1])
         return self.sum_p(product.mul_(self.scale) if self.scale != 1 else product)
 
     def onto(self, W: Tensor) -> Tensor:
         """T W^T (N, p, r) of an orthonormal W (N, r, q), and a note of how much of T that is."""
         TWt = self @ W.mT
-        self.notes["held"] = torch.linalg.vector_norm(TWt, dim=(-2, -1), keepdim=True) / self.scale
+        length = torch.linalg.vector_norm(TWt, dim=(-2, -1), keepdim=True)
+        self.notes["captured"] = length / self.scale
         return TWt
 
     @classmethod
@@ -173,36 +174,36 @@ class Gradient:
         Of sharded matrices each process orthogonalises its share of the N. See `step_` for the
         arguments.
         """
-        (p, q), N = self.held, len(self)
+        (p, q), N = self.local_shape, len(self)
         if N == 0:  # a process without an expert takes part in what others deal out all the same
             none = torch.empty(0, p, q, dtype=self.dtype, device=self.device)
             self.shards.whole(newton_schulz, none)
         some = N if self.spread else max(1, SMALL // max(1, p * q))
         for start in range(0, N, max(1, some)):
             n, i = slice(start, start + some), slice(0, p)
-            m = self._tile(n, i).to(self.dtype) * (at(M.b, n) * self.scale)
+            m = self._tile(n, i).to(self.dtype) * (pick(M.b, n) * self.scale)
             for factors, a in zip(M.products, M.a, strict=True):
                 if factors is not None:
-                    m += matmul(factors.B[n] * at(a, n), factors.A[n])
+                    m += matmul(factors.B[n] * pick(a, n), factors.A[n])
             update = self.shards.whole(newton_schulz, m).to(self.dtype)
             del m
             w = read(weights, n, i).to(self.dtype)
-            self._move_(w, update, at(lr, n), at(decay, n))
+            self._move_(w, update, pick(lr, n), pick(decay, n))
             self._store_(weights, n, i, w, keys)
             del update, w  # not beside the next matrix
 
-    # What another backend does its own way.
+    # Other backends override these.
 
     def _right(self, X: Tensor) -> Tensor:
-        """T X / scale of what is held here."""
-        out = X.new_empty(len(self), self.held[0], X.shape[-1])
+        """T X / scale of the local part."""
+        out = X.new_empty(len(self), self.local_shape[0], X.shape[-1])
         for n, i in self._tiles(self._as_it_is):
             out[n, i] = matmul(self._tile(n, i).to(X.dtype), X[n])
         return out
 
     def _left(self, L: Tensor) -> Tensor:
-        """L T / scale of what is held here."""
-        out = L.new_zeros(len(self), L.shape[-2], self.held[1])
+        """L T / scale of the local part."""
+        out = L.new_zeros(len(self), L.shape[-2], self.local_shape[1])
         for n, i in self._tiles(self._as_it_is):
             out[n] += matmul(L[n, :, i], self._tile(n, i).to(L.dtype))
         return out
@@ -211,9 +212,10 @@ class Gradient:
         self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float,
         keys: Tensor | None, sums: bool,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        """`step_`, with the sums of T**2 over what is held here."""
-        rows = torch.zeros(len(self), self.held[0], 1, dtype=torch.float32, device=self.device)
-        columns = torch.zeros(len(self), 1, self.held[1], dtype=torch.float32, device=self.device)
+        """`step_`, but with sums of T**2 over the local part instead of means."""
+        (p, q), N = self.local_shape, len(self)
+        rows = torch.zeros(N, p, 1, dtype=torch.float32, device=self.device)
+        columns = torch.zeros(N, 1, q, dtype=torch.float32, device=self.device)
         for n, i in self._tiles():
             g = self._scaled(n, i)
             if sums:
@@ -223,7 +225,7 @@ class Gradient:
                 del square
             w = read(weights, n, i).to(self.dtype)
             m, v = moments(M, n, i, g)
-            self._move_(w, m, at(lr, n), at(decay, n), root=v.sqrt_().add_(eps))
+            self._move_(w, m, pick(lr, n), pick(decay, n), root=v.sqrt_().add_(eps))
             self._store_(weights, n, i, w, keys)
         return (rows, columns) if sums else None
 
@@ -245,7 +247,7 @@ class Gradient:
             if fused:
                 # In the dtype of a masked lr, so that a mask changes nothing else.
                 own_lr, keep = (
-                    torch.as_tensor(at(x, n), dtype=self.dtype, device="cpu").item()
+                    torch.as_tensor(pick(x, n), dtype=self.dtype, device="cpu").item()
                     for x in (lr, decay)
                 )
                 if own_lr == 0:
@@ -262,7 +264,7 @@ class Gradient:
                     rate = alive * (1 - beta)
                     add_(E.mul_(1 - rate), rate, x)  # no difference: of an infinite x it is NaN
                 c1, c2 = (debias(beta, full.t[n]) for beta in full.betas)
-                self._move_(w, m / c1, at(lr, n), at(decay, n), root=(v / c2).sqrt_().add_(eps))
+                self._move_(w, m / c1, pick(lr, n), pick(decay, n), root=(v / c2).sqrt_().add_(eps))
             write_(full.exp_avg, n, i, m)
             write_(full.exp_avg_sq, n, i, v)
             self._store_(weights, n, i, w, keys)
@@ -278,7 +280,7 @@ class Gradient:
 
     def _tiles(self, whole: bool = False, alone: bool = False) -> Iterator[tuple[slice, slice]]:
         """(members, rows): some small matrices, or one; some rows of a large one, or all."""
-        (p, q), N = self.held, len(self)
+        (p, q), N = self.local_shape, len(self)
         if torch.compiler.is_compiling() or (p * q <= SMALL and not alone):
             some = N if torch.compiler.is_compiling() else max(1, SMALL // max(1, p * q))
             yield from ((slice(n, n + some), slice(0, p)) for n in range(0, N, some))
@@ -333,16 +335,16 @@ def moments(M: Moments, n: slice, i: slice, g: Tensor) -> tuple[Tensor, Tensor]:
     """m and v of rows i of members n, from g (n, i, q)."""
     if M.row is not None and M.column is not None:
         v = M.row[n, i].to(g.dtype) * M.column[n].to(g.dtype)
-        add_(v, at(M.d, n), g, g)
+        add_(v, pick(M.d, n), g, g)
     else:
-        v = (g * g).mul_(at(M.d, n))
-    m = g * at(M.b, n)
+        v = (g * g).mul_(pick(M.d, n))
+    m = g * pick(M.b, n)
     for factors, a, c in zip(M.products, M.a, M.c, strict=True):
         if factors is None:
             continue
         P = matmul(factors.B[n, i], factors.A[n]).to(g.dtype)
-        add_(v, at(c, n), P, P)
-        add_(m, at(a, n), P)
+        add_(v, pick(c, n), P, P)
+        add_(m, pick(a, n), P)
     return m, v
 
 
@@ -378,15 +380,9 @@ def write_(tensors: Sequence[Tensor], n: slice, i: slice, new: Tensor) -> None:
         torch._foreach_copy_([x[i] for x in tensors[n]], list(new.unbind()))
 
 
-def at(x: Number, n: slice) -> Number:
+def pick(x: Number, n: slice) -> Number:
     """x of members n; of one member, on a CPU, a number: operations then take fewer passes."""
     if not isinstance(x, Tensor) or x.ndim < 3:
         return x
     x = x[n]
     return x.item() if x.numel() == 1 and at_hand(x) else x
-
-
-def at_hand(x: Tensor) -> bool:
-    """Whether the host may look at numbers, without a wait for a GPU or a break of a graph."""
-    plain = type(x) in (Tensor, Parameter)
-    return plain and x.is_cpu and not torch.compiler.is_compiling()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 # Of the trace of a Gram matrix (departure b): less would be below the resolution of float32.
 DAMPING = 1e-6
@@ -20,11 +21,11 @@ EPS = torch.finfo(torch.float32).eps
 
 
 class Operand(Protocol):
-    """Of the gradient T: its size, the part held here, and sums over other processes."""
+    """The gradient T: its size, which part is local, and sums over processes."""
 
     p: int  # rows of the whole matrix
     q: int  # columns
-    rows: range | Tensor  # which rows of the whole are held here
+    rows: range | Tensor  # which rows of the whole are local
     columns: range | Tensor
     spread: bool  # whether other processes hold other parts
 
@@ -152,7 +153,7 @@ def orth_(Y: Tensor, T: Operand) -> Tensor:
     # is lost of each column, nothing where it has survived and all of it where Y has lost rank.
     lost = shift * _whiten_(Y, T, shift)
     # Processes that differ in their answer would wait for one another for ever.
-    if T.spread or not _everywhere(lost.sum(-1) < 0.5):
+    if T.spread or not at_hand(lost) or not bool((lost.sum(-1) < 0.5).all()):
         Y.addcmul_(4e-5 * lost, waves(Y.mT, T.rows, T.p).mT)
         _whiten_(Y, T, 16 * EPS)
     _whiten_(Y, T, EPS)
@@ -181,10 +182,10 @@ def local(x: Tensor, dim: int, places: range | Tensor) -> Tensor:
     return x.narrow(dim, places.start, len(places))
 
 
-def _everywhere(condition: Tensor) -> bool:
-    """Whether a condition holds everywhere; False where a look would cost a wait or a graph."""
-    plain = type(condition) is Tensor and condition.is_cpu and not torch.compiler.is_compiling()
-    return plain and bool(condition.all())
+def at_hand(x: Tensor) -> bool:
+    """Whether the host may look at numbers, without a wait for a GPU or a break of a graph."""
+    plain = type(x) in (Tensor, Parameter)
+    return plain and x.is_cpu and not torch.compiler.is_compiling()
 
 
 def probe(A: Tensor, T: Operand) -> Tensor:

@@ -59,7 +59,7 @@ class LoRAPreOptimizer(Optimizer):
         return report.stats([self._recent[p] for p in params if p in self._recent])
 
     def _batches(self, parts: Sequence[Part] = ()) -> Iterator[Batch]:
-        """What has a gradient, once all of it has been checked.
+        """Yield the weights that have a gradient in batches, after all have been checked.
 
         Args:
             parts: copies of groups with fewer parameters, and the positions of these; or all.
@@ -104,7 +104,7 @@ class LoRAPreOptimizer(Optimizer):
     def _init_group(
         self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], state: list[Tensor]
     ) -> bool:
-        """Append what has a gradient, and its state in the order of `batches`, created if missing.
+        """Append weights that have a gradient, it, and their state in the order of `batches`.
 
         torch.compile runs the method of this name by itself, outside the graph, and takes the lists
         it has filled as the graph's inputs. So the check, which looks at the state, is here then.

@@ -174,8 +174,9 @@ def _row(
         rank = state["m_B"].shape[-1] if "m_B" in state else 0
     size = sharding.local(p.detach()).numel()
     planned = sum(
-        math.prod(sharding.held(p, flatten, key, shape)) * state_dtype(group, p, key).itemsize
-        for key, shape in state_shapes(group, p.shape).items()
+        math.prod(sharding.local_shape(p, flatten, key, whole))
+        * state_dtype(group, p, key).itemsize
+        for key, whole in state_shapes(group, p.shape).items()
     )
     tensors = [sharding.local(x.detach()) for x in state.values() if isinstance(x, Tensor)]
     known = {key: float(x) for key, x in found.items() if not x.isnan()}

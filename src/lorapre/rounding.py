@@ -22,7 +22,7 @@ def keys(seed: int, positions: Sequence[int], steps: Sequence[Tensor], experts: 
         seed: the group's.
         positions: of the n weights among all parameters of the optimizer.
         steps: n scalars on the device: the steps of each weight so far, with this one.
-        experts: (E,), indices of the matrices held here of a weight; one zero for a plain weight.
+        experts: (E,), indices of the local matrices of a weight; one zero for a plain weight.
     """
     t = torch.stack(list(steps)).to(torch.int32)
     # A tensor made of a list waits for the copy to the device; scalars of a kernel do not.

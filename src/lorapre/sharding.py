@@ -29,15 +29,15 @@ class Shards:
     count = 1  # processes that hold parts of the same parameters
 
     def size(self, p: int, q: int) -> tuple[int, int]:
-        """Size of a whole matrix, of which (p, q) is held here."""
+        """Size of a whole matrix whose local part is (p, q)."""
         return p, q
 
     def rows(self, p: int) -> range | Tensor:
-        """Which rows of the whole are the p held here."""
+        """Which rows of the whole the p local ones are."""
         return range(p)
 
     def columns(self, q: int) -> range | Tensor:
-        """Which columns of the whole are the q held here."""
+        """Which columns of the whole the q local ones are."""
         return range(q)
 
     def sum(self, x: Tensor, letters: str) -> Tensor:
@@ -45,7 +45,7 @@ class Shards:
         return x
 
     def whole(self, function: Callable[[Tensor], Tensor], M: Tensor) -> Tensor:
-        """What is held here of `function` of whole matrices, of which M (N, p, q) is held here."""
+        """The local part of `function` of whole matrices, whose local part is M (N, p, q)."""
         return function(M)
 
 
@@ -118,7 +118,7 @@ class _MeshShards(Shards):
     def places(
         self, letter: str, total: int, ranks: Mapping[int, int] | None = None, device: Any = "cpu"
     ) -> Tensor:
-        """Which indices of a dimension are held here.
+        """Which indices of a dimension are local.
 
         Args:
             letter: the dimension.
@@ -239,7 +239,7 @@ def processes() -> str | None:
 
 
 def shards(p: Tensor, flatten: bool) -> Shards:
-    """Which part of the matrices of p is held here."""
+    """Which part of the matrices of p is local."""
     return _MeshShards(p, flatten) if is_spread(p) else WHOLE
 
 
@@ -249,7 +249,7 @@ def layout(p: Any) -> Hashable:
 
 
 def experts(p: Any, flatten: bool) -> Tensor:
-    """Which of the matrices of p are held here, (E,)."""
+    """Which of the matrices of p are local, (E,)."""
     total, device = p.shape[0] if p.ndim == 3 and not flatten else 1, local(p).device
     if not is_spread(p):
         return torch.arange(total, device=device)
@@ -258,14 +258,14 @@ def experts(p: Any, flatten: bool) -> Tensor:
 
 def zeros(p: Any, flatten: bool, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A state tensor of p under its name: zeros, sharded where it shares a dimension with p."""
-    part = torch.zeros(held(p, flatten, name, shape), dtype=dtype, device=local(p).device)
+    part = torch.zeros(local_shape(p, flatten, name, shape), dtype=dtype, device=local(p).device)
     if not is_spread(p) or not shape:
         return part
     return _joined(p, part, _placement(p, flatten, name, shape)[0], shape)
 
 
-def held(p: Tensor, flatten: bool, name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of what this process holds of a state tensor of p."""
+def local_shape(p: Tensor, flatten: bool, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the local part of a state tensor of p."""
     return tuple(map(len, _placement(p, flatten, name, shape)[1])) if is_spread(p) else tuple(shape)
 
 
@@ -290,7 +290,7 @@ def place(p: Any, flatten: bool, name: str, value: Any) -> Any:
 def _placement(
     p: Any, flatten: bool, name: str, shape: Sequence[int]
 ) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """Placements of a state tensor of p, and which indices of each dimension are held here."""
+    """Placements of a state tensor of p, and which indices of each dimension are local."""
     from torch.distributed.tensor import Replicate
 
     mesh, dims, placements = _MeshShards(p, flatten), _dims(len(shape), flatten, name), []

@@ -26,7 +26,7 @@ LowRank = Literal["lorapre-adamw", "lorapre-muon"]
 Projected = Literal["galore", "fira", "apollo", "apollo-mini", "conda", "alice"]
 Compressed = Literal["mlorc", "mofasgd"]
 Others = Literal["adamw", "muon", "adafactor", "sgd", "adam-mini", "smmf"]
-Quantised = Literal["adam8bit", "adam4bit", "muon-8bit", "muon-bf16"]
+Quantised = Literal["adam8bit", "adam4bit", "muon-8bit", "muon-4bit", "muon-bf16"]
 Stateless = Literal["muon-no-momentum", "racs", "scale", "column-sgd"]  # or nearly
 OptimizerName = Literal[LowRank, Others, Quantised, Stateless, Projected, Compressed]
 # Those whose memory `lorapre plan` computes without running them.

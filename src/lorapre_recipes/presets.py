@@ -25,9 +25,9 @@ SHORT_RUN: Rates = dict.fromkeys(get_args(OptimizerName), (0.02, 0.025)) | {"sgd
 SHORT_RUN |= dict.fromkeys((*LOW_RANK, "muon", "muon-no-momentum"), (0.02, 0.05))
 # The best of docs/study.md. SGD's matrices have their rate of SHORT_RUN; others have AdamW's.
 LLAMA_1M: Rates = dict.fromkeys(("adamw", "lorapre-adamw"), (0.08, 0.05))
-LLAMA_1M |= dict.fromkeys(("muon", "muon-8bit", "muon-bf16", "lorapre-muon"), (0.08, 0.2))
+LLAMA_1M |= dict.fromkeys(("muon", "muon-8bit", "muon-4bit", "muon-bf16"), (0.08, 0.2))
 LLAMA_1M |= {"muon-no-momentum": (0.08, 0.4), "racs": (0.08, 0.1), "galore": (0.08, 0.1)}
-LLAMA_1M |= {"sgd": (0.08, 1.25)}
+LLAMA_1M |= {"lorapre-muon": (0.08, 0.2), "sgd": (0.08, 1.25)}
 LLAMA_1M |= dict.fromkeys(("scale", "column-sgd"), (0.08, 0.025))
 # With 0.1 of 0.02 llama-5m does not train, whatever the optimizer.
 LLAMA_5M = SHORT_RUN | {"adamw": (0.02, 0.05)}

@@ -85,11 +85,11 @@ class CGradient(Gradient):
     """N same-shaped gradients, which `why_not` has nothing against, as one operand."""
 
     def _right(self, X: Tensor) -> Tensor:
-        (p, q), r = self.held, X.shape[-1]
+        (p, q), r = self.local_shape, X.shape[-1]
         return self._product(library.loaded().right, X, (q, r), (p, r), r)
 
     def _left(self, L: Tensor) -> Tensor:
-        (p, q), r = self.held, L.shape[-2]
+        (p, q), r = self.local_shape, L.shape[-2]
         return self._product(library.loaded().left, L, (r, p), (r, q), r)
 
     def _product(self, function: Any, X: Tensor, given: Shape, made: Shape, rank: int) -> Tensor:
@@ -103,7 +103,7 @@ class CGradient(Gradient):
     def _struct(self) -> _Step:
         """What every function needs."""
         N = len(self)
-        s = _Step(N, *self.held, threads=torch.get_num_threads(), scale=self.scale)
+        s = _Step(N, *self.local_shape, threads=torch.get_num_threads(), scale=self.scale)
         s.grads = _matrices("gradients", self.grads, N)
         if self.finite is not None:
             s.finite = s.address(self.finite, N, dtype=torch.bool)
@@ -113,7 +113,7 @@ class CGradient(Gradient):
         self, weights: Sequence[Tensor], M: Moments, lr: Number, decay: Number, eps: float,
         keys: Tensor | None, sums: bool,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        N, p, q = len(self), *self.held
+        N, p, q = len(self), *self.local_shape
         assert not self.absolute and len(M.products) <= 2
         s = self._struct()
         s.height, s.eps = max(HEIGHT, -(-p // (PARTS * HEIGHT)) * HEIGHT), eps

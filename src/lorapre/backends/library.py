@@ -1,4 +1,4 @@
-"""The compiled C library: where it is kept, and what is amiss where there is none.
+"""Compile, keep and load the C library, or say why that is not possible.
 
 `kernels.c` is compiled once for each machine and user, in some seconds, by the compiler that $CC
 names, or cc. The library is kept under $LORAPRE_CACHE, or lorapre under $XDG_CACHE_HOME or
@@ -35,7 +35,7 @@ _loaded: Any = None
 
 
 def prepare() -> str | None:
-    """Load the library, compiled where it is missing; what is amiss, for a warning, or None."""
+    """Load the library, compiled first where it is missing; return a warning, or None."""
     global _loaded
     _loaded, complaint = _library()
     return complaint
@@ -59,7 +59,7 @@ def warn(message: str) -> None:
 
 @functools.cache
 def _library() -> tuple[Any, str | None]:
-    """The compiled kernels, or None; and what is amiss."""
+    """The compiled kernels or None, and a warning or None."""
     try:
         compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     except ValueError as error:

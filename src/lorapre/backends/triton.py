@@ -93,7 +93,7 @@ class TritonGradient(Gradient):
 
     def _product(self, X: Tensor, *, transposed: bool) -> Tensor:
         """X^T T (N, r, q) of X (N, p, r); if `transposed`, T X (N, p, r) of X (N, q, r)."""
-        (p, q), N, r, g = self.held, len(self), X.shape[-1], self.grads[0]
+        (p, q), N, r, g = self.local_shape, len(self), X.shape[-1], self.grads[0]
         R = min(128, triton.next_power_of_2(max(16, r)))
         BK, BJ, warps, stages = _PRODUCT[g.dtype == torch.float32][R]
         # Sizes and strides of T (length, free), strides of X^T T (r, free). T X is (X^T T^T)^T.
@@ -126,7 +126,7 @@ class TritonGradient(Gradient):
         keys: Tensor | None, sums: bool, full: Full | None = None,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         assert not self.absolute and (M.row is None) == (M.column is None)
-        (p, q), N, g = self.held, len(self), self.grads[0]
+        (p, q), N, g = self.local_shape, len(self), self.grads[0]
         r, *others = {x.B.shape[-1] for x in M.products if x is not None} or {1}
         assert not others, "the products of an update have one rank"
         chunk, BM, BN, warps, stages = _UPDATE[g.dtype == torch.float32]
@@ -241,7 +241,7 @@ def _array(
 
 
 @_jit
-def _of(x, n):
+def _pick(x, n):
     """The number x of matrix n: an argument, or an element of a vector on the device."""
     number = x  # the assignment makes the interpreter wrap a float of Python, which has no dtype
     return tl.load(number + n) if number.dtype.is_ptr() else number
@@ -257,10 +257,10 @@ def _offset(i, stride):
 def _tile(base, i, j, rows, columns, row_stride, column_stride, BM: tl.constexpr, BN: tl.constexpr):
     """BM rows from i and BN columns from j, zero outside of (rows, columns)."""
     di, dj = tl.arange(0, BM), tl.arange(0, BN)
-    at = base + _offset(i, row_stride) + _offset(j, column_stride)
+    pointers = base + _offset(i, row_stride) + _offset(j, column_stride)
     mask = (di < rows - i)[:, None] & (dj < columns - j)[None, :]
-    at += di[:, None] * row_stride + dj[None, :] * column_stride
-    return tl.load(at, mask=mask, other=0.0)
+    pointers += di[:, None] * row_stride + dj[None, :] * column_stride
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @_jit
@@ -298,11 +298,11 @@ def _product_kernel(
         if INTERPRETED:  # it would multiply the bits of bfloat16 numbers
             x, g = x.to(tl.float32), g.to(tl.float32)
         total = tl.dot(x, g, total, input_precision=PRECISION)
-    at = out + (tl.program_id(1) * tl.num_programs(2).to(tl.int64) + n) * r * free
+    pointers = out + (tl.program_id(1) * tl.num_programs(2).to(tl.int64) + n) * r * free
     dk, dj = tl.arange(0, R), tl.arange(0, BJ)
-    at += _offset(k, out_rank) + _offset(j, out_free)
-    at += dk[:, None] * out_rank + dj[None, :] * out_free
-    tl.store(at, total, mask=(dk < r - k)[:, None] & (dj < free - j)[None, :])
+    pointers += _offset(k, out_rank) + _offset(j, out_free)
+    pointers += dk[:, None] * out_rank + dj[None, :] * out_free
+    tl.store(pointers, total, mask=(dk < r - k)[:, None] & (dj < free - j)[None, :])
 
 
 @_jit
@@ -318,20 +318,20 @@ def _add_product(
             Y = _tile(A + n * r * q, k, j, r, q, q, 1, R, BN)
             P = tl.dot(X, Y, P, input_precision=PRECISION)
         if c is not None:
-            v += _of(c, n) * P * P  # weighed before it is squared: a square may be infinite
+            v += _pick(c, n) * P * P  # weighed before it is squared: a square may be infinite
         if a is not None:
-            m += _of(a, n) * P
+            m += _pick(a, n) * P
     return m, v
 
 
 @_jit
-def _moved(at, x, rate, unbias, finite, n, inside):
+def _moved(pointers, x, rate, unbias, finite, n, inside):
     """The moment whose EMA is stored there, moved towards x; E - x may be no number."""
     if finite is not None:
         rate *= tl.load(finite + n).to(tl.float32)
-    E = (1 - rate) * tl.load(at, mask=inside, other=0.0) + rate * x
-    tl.store(at, E, mask=inside)
-    return E / _of(unbias, n)
+    E = (1 - rate) * tl.load(pointers, mask=inside, other=0.0) + rate * x
+    tl.store(pointers, E, mask=inside)
+    return E / _pick(unbias, n)
 
 
 @_jit
@@ -370,28 +370,28 @@ def _update_kernel(
     exp_avg_sq = _array(table, n, 3, 4, tl.float32, ALIGNED) + _offset(i0, q)
     height = p if finite is None else p * tl.load(finite + n).to(tl.int32)
     inside = (i < p)[:, None] & (j < q)[None, :]
-    at = j0 + (di[:, None] * g_stride + dj[None, :])
-    g = tl.load(grad + at, mask=inside & (i < height)[:, None], other=0.0)
+    offsets = j0 + (di[:, None] * g_stride + dj[None, :])
+    g = tl.load(grad + offsets, mask=inside & (i < height)[:, None], other=0.0)
     g = g.to(tl.float32) * scale
     square = g * g
     if row_sums is not None:
         tl.store(row_sums + (part * group + n) * p + i, tl.sum(square, 1), mask=i < p)
         tl.store(column_sums + (block * group + n) * q + j, tl.sum(square, 0), mask=j < q)
 
-    m, v = _of(b, n) * g, _of(d, n) * square
+    m, v = _pick(b, n) * g, _pick(d, n) * square
     if row is not None:
         row_part = tl.load(row + n * p + i, mask=i < p, other=0.0)
         v += row_part[:, None] * tl.load(column + n * q + j, mask=j < q, other=0.0)[None, :]
     m, v = _add_product(m, v, B0, A0, a0, c0, n, i0, j0, p, q, r, BM, BN, R, PRECISION)
     m, v = _add_product(m, v, B1, A1, a1, c1, n, i0, j0, p, q, r, BM, BN, R, PRECISION)
-    at = j0 + (di[:, None] * q + dj[None, :])
+    offsets = j0 + (di[:, None] * q + dj[None, :])
     if m_rate is not None:
-        m = _moved(exp_avg + at, g, m_rate, m_unbias, finite, n, inside)
-        v = _moved(exp_avg_sq + at, square, v_rate, v_unbias, finite, n, inside)
+        m = _moved(exp_avg + offsets, g, m_rate, m_unbias, finite, n, inside)
+        v = _moved(exp_avg_sq + offsets, square, v_rate, v_unbias, finite, n, inside)
 
     weight += j0 + (di[:, None] * w_stride + dj[None, :])
     new = tl.load(weight, mask=inside, other=0.0).to(tl.float32)
-    new = _of(decay, n) * new - _of(lr, n) * m / (tl.sqrt(v) + eps)
+    new = _pick(decay, n) * new - _pick(lr, n) * m / (tl.sqrt(v) + eps)
     if keys is not None:
         key = tl.load(keys + n).to(tl.uint32)
         row_index = tl.load(row_places + i, mask=i < p, other=0).to(tl.uint32) * width

@@ -50,7 +50,8 @@ PACKAGED = {
     "fira": ("pytorch_optimizer", "Fira", "pytorch_optimizer"),
     "conda": ("pytorch_optimizer", "Conda", "pytorch_optimizer"),
     "smmf": ("adv_optm", "AdamW_adv", "adv-optm"),
-    "muon-8bit": ("torchao.optim.subclass_8bit", "OptimState8bit", "torchao"),  # for its momentum
+    "muon-8bit": ("torchao.optim.subclass_8bit", "OptimState8bit", "torchao"),  # for the momentum
+    "muon-4bit": ("torchao.optim.subclass_4bit", "OptimState4bit", "torchao"),
 }
 # By their authors for all weights, embeddings and norms too.
 FOR_ALL = ("adam8bit", "adam4bit", "adafactor", "adam-mini", "smmf")
@@ -170,6 +171,7 @@ def peer(model: nn.Module, matrices: Groups, rest: Groups, config: RunConfig) ->
         "mofasgd": (MoFaSGD, momentum | rank),
         "muon": (Muon, momentum | {"adjust_lr_fn": ADJUST_LR}),
         "muon-8bit": (StoredMuon, momentum | {"store": "8bit"}),
+        "muon-4bit": (StoredMuon, momentum | {"store": "4bit"}),
         "muon-bf16": (StoredMuon, momentum | {"store": "bf16"}),
         "muon-no-momentum": (StoredMuon, decay | {"momentum": 0.0}),
         "alice": (Alice, decay | projected),
