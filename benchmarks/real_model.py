@@ -3,8 +3,8 @@
 Each method takes at least three learning rates on the first seed, and further ones while the best lies at
 the edge. The best takes the other seeds. Every run is a process of its own, so that its peak of memory is its
 own. Rates are chosen by the answer loss of problems held out of training. The runs of the last seed also
-answer the test problems, and show what they forgot. Low-rank ends and a smaller beta1 are tried at the best
-rate without them. OUT/finetuning.png has the losses against the state.
+answer the test problems, and show what they forgot. Low-rank ends are tried at the best rate without them,
+and so is a smaller beta1, by the two leaders and AdamW. OUT/finetuning.png has the losses against the state.
 """
 
 import multiprocessing
@@ -53,6 +53,7 @@ MORE_RATES = 3  # at most, beyond the edges of those given here
 ALL_WEIGHTS, ADAPTERS = (3e-5, 1e-4, 3e-4), (1e-3, 3e-3, 9e-3)
 CONTENDERS: dict[str, Row] = {
     SMALLEST: {"method": "lorapre-adamw", "rank": 8, "lrs": ALL_WEIGHTS},
+    "LoRA-Pre Adam, rank 0": {"method": "lorapre-adamw", "rank": 0, "lrs": ALL_WEIGHTS},  # no momentum
     "LoRA-Pre Adam, rank 64": {"method": "lorapre-adamw", "rank": 64, "lrs": ALL_WEIGHTS},
     "LoRA-Pre Muon, rank 8": {"method": "lorapre-muon", "rank": 8, "lrs": ALL_WEIGHTS},
     "LoRA-Pre Muon, rank 64": {"method": "lorapre-muon", "rank": 64, "lrs": (1e-4, 3e-4, 9e-4)},
@@ -121,7 +122,8 @@ def compare(
         contend(experiment, name, contenders[name])
         Console().print(table(experiment, contenders))
     variations = [(name, "low-rank ends", {"ends": "low-rank"}) for name in contenders if name == SMALLEST]
-    variations += [(name, "beta1 0.8", {"betas": (0.8, 0.95)}) for name in leading(experiment, contenders, 2)]
+    beta1 = {"betas": (0.8, 0.95)}
+    variations += [(name, "beta1 0.8", beta1) for name in for_beta1(experiment, contenders)]
     for name, words, change in variations:
         if (lr := best(experiment, name)) is not None:
             variation = f"{name}, {words}"
@@ -322,14 +324,16 @@ def best(experiment: Experiment, name: str) -> float | None:
     return float(min(rows, key=lambda row: row["loss"])["lr"]) if rows else None
 
 
-def leading(experiment: Experiment, contenders: Mapping[str, Row], count: int) -> list[str]:
-    """Of the contenders with a beta1, those with the least answer loss on the first seed."""
+def for_beta1(experiment: Experiment, contenders: Mapping[str, Row]) -> list[str]:
+    """Of the contenders with a beta1 the two with the least answer loss on the first seed, and AdamW."""
     losses = {
         name: min(row["loss"] for row in rows)
         for name, contender in contenders.items()
-        if contender["method"] not in NO_BETA1 and (rows := finished(experiment, name, seed=0))
+        if contender["method"] not in NO_BETA1 and contender.get("rank") != 0
+        if (rows := finished(experiment, name, seed=0))
     }
-    return sorted(losses, key=lambda name: losses[name])[:count]
+    ranking = sorted(losses, key=lambda name: losses[name])
+    return [name for place, name in enumerate(ranking) if place < 2 or name == "AdamW"]
 
 
 def table(experiment: Experiment, contenders: Iterable[str]) -> Table:
