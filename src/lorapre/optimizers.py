@@ -254,10 +254,10 @@ class LoRAPreAdamW(LoRAPreOptimizer):
     Raises:
         ValueError: an option is out of range; the message names it.
 
-    State of a factorised weight in float32: `step`, `m_B` (p, r), `m_A` (r, q), `v_row` (p) and
-    `v_col` (q); in "paper" `v_B` and `v_A` instead of the last two; of a dense weight `step`,
-    `exp_avg` and `exp_avg_sq`. Fused experts (E, p, q) are E matrices, and their factors have E in
-    front; a convolution is the matrix (out, in * k * k).
+    State of a factorised weight, float32 by default: `step`, `m_B` (p, r), `m_A` (r, q), `v_row`
+    (p) and `v_col` (q); in "paper" `v_B` and `v_A` instead of the last two; of a dense weight
+    `step`, `exp_avg` and `exp_avg_sq`. Fused experts (E, p, q) are E matrices, and their factors
+    have E in front; a convolution is the matrix (out, in * k * k).
     """
 
     algorithm = "adam"
@@ -326,7 +326,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
     Raises:
         ValueError: an option is out of range; the message names it.
 
-    State of a factorised weight, float32: `step`, `m_B` (p, r), `m_A` (r, q).
+    State of a factorised weight, float32 by default: `step`, `m_B` (p, r), `m_A` (r, q).
     """
 
     algorithm = "muon"
