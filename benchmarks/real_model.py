@@ -47,13 +47,13 @@ from lorapre_recipes.train import finetune
 from lorapre_recipes.train.runs import model_folder
 
 PART = "real"
-LORA_FA, SMALLEST = "lora-fa", "LoRA-Pre Adam, rank 8"
+LORA_FA, SMALLEST, NO_MOMENTUM = "lora-fa", "LoRA-Pre Adam, rank 8", "LoRA-Pre Adam, rank 0"
 NO_BETA1 = ("racs", "lorapre-muon")
 MORE_RATES = 3  # at most, beyond the edges of those given here
 ALL_WEIGHTS, ADAPTERS = (3e-5, 1e-4, 3e-4), (1e-3, 3e-3, 9e-3)
 CONTENDERS: dict[str, Row] = {
     SMALLEST: {"method": "lorapre-adamw", "rank": 8, "lrs": ALL_WEIGHTS},
-    "LoRA-Pre Adam, rank 0": {"method": "lorapre-adamw", "rank": 0, "lrs": ALL_WEIGHTS},  # no momentum
+    NO_MOMENTUM: {"method": "lorapre-adamw", "rank": 0, "lrs": ALL_WEIGHTS},
     "LoRA-Pre Adam, rank 64": {"method": "lorapre-adamw", "rank": 64, "lrs": ALL_WEIGHTS},
     "LoRA-Pre Muon, rank 8": {"method": "lorapre-muon", "rank": 8, "lrs": ALL_WEIGHTS},
     "LoRA-Pre Muon, rank 64": {"method": "lorapre-muon", "rank": 64, "lrs": (1e-4, 3e-4, 9e-4)},
@@ -121,8 +121,8 @@ def compare(
     for name in list(contenders):
         contend(experiment, name, contenders[name])
         Console().print(table(experiment, contenders))
-    variations = [(name, "low-rank ends", {"ends": "low-rank"}) for name in contenders if name == SMALLEST]
-    beta1 = {"betas": (0.8, 0.95)}
+    ends, beta1 = {"ends": "low-rank"}, {"betas": (0.8, 0.95)}
+    variations = [(name, "low-rank ends", ends) for name in contenders if name in (SMALLEST, NO_MOMENTUM)]
     variations += [(name, "beta1 0.8", beta1) for name in for_beta1(experiment, contenders)]
     for name, words, change in variations:
         if (lr := best(experiment, name)) is not None:

@@ -75,9 +75,9 @@ def test_every_contender_runs_and_a_second_start_goes_on(
     rows, printed = start(1)
     names, count = [row["name"] for row in rows], 1 + len(one_rate)
     assert names[:count] == ["before", *one_rate]
-    ends, *beta1 = names[count:]
-    assert ends == f"{real.SMALLEST}, low-rank ends"
-    without = ("RACS", "LoRA-Pre Adam, rank 0", "LoRA-Pre Muon, rank 8", "LoRA-Pre Muon, rank 64")
+    ends, beta1 = names[count : count + 2], names[count + 2 :]
+    assert ends == [f"{name}, low-rank ends" for name in (real.SMALLEST, real.NO_MOMENTUM)]
+    without = ("RACS", real.NO_MOMENTUM, "LoRA-Pre Muon, rank 8", "LoRA-Pre Muon, rank 64")
     losses = {row["name"]: row["loss"] for row in rows[1:count] if row["name"] not in without}
     ranking = sorted(losses, key=losses.__getitem__)
     tried = [name for place, name in enumerate(ranking) if place < 2 or name == "AdamW"]
@@ -87,7 +87,7 @@ def test_every_contender_runs_and_a_second_start_goes_on(
     assert all(name in printed for name in one_rate)
     state = {row["name"]: row["state_bytes"] for row in rows[1:]}
     assert state["LoRA-Pre Adam, rank 8, low-rank ends"] < state["LoRA-Pre Adam, rank 8"]
-    assert state["LoRA-Pre Adam, rank 0"] < state["LoRA-Pre Adam, rank 8"]
+    assert state[real.NO_MOMENTUM] < state["LoRA-Pre Adam, rank 8"]
     assert state["LoRA-Pre Adam, rank 8"] < state["LoRA-Pre Adam, rank 64"] < state["AdamW"]
     assert state["LoRA-FA"] < state["LoRA"] < state["DoRA"]
     assert state["RACS"] < state["LoRA-Pre Muon, rank 8"]
