@@ -48,7 +48,8 @@ from lorapre_recipes.train.runs import model_folder
 
 PART = "real"
 LORA_FA, SMALLEST, NO_MOMENTUM = "lora-fa", "LoRA-Pre Adam, rank 8", "LoRA-Pre Adam, rank 0"
-NO_BETA1 = ("racs", "lorapre-muon")
+PEERS = ("adafactor", "racs")  # which `lorapre finetune` does not offer
+NO_BETA1 = (*PEERS, "lorapre-muon")
 MORE_RATES = 3  # at most, beyond the edges of those given here
 ALL_WEIGHTS, ADAPTERS = (3e-5, 1e-4, 3e-4), (1e-3, 3e-3, 9e-3)
 CONTENDERS: dict[str, Row] = {
@@ -64,13 +65,14 @@ CONTENDERS: dict[str, Row] = {
     "GaLore": {"method": "galore", "lrs": (1e-4, 3e-4, 9e-4)},
     "LoRA-FA": {"method": LORA_FA, "lrs": ADAPTERS},
     "RACS": {"method": "racs", "lrs": ALL_WEIGHTS},
+    "Adafactor": {"method": "adafactor", "lrs": ADAPTERS},  # times the RMS of each weight
 }
 
 
 class Config(FinetuneConfig):
-    """With the stateless RACS, which `lorapre finetune` does not offer."""
+    """With the peers that keep no momentum."""
 
-    METHODS = (*FinetuneConfig.METHODS, "racs")
+    METHODS = (*FinetuneConfig.METHODS, *PEERS)
 
 
 class Experiment(NamedTuple):
@@ -224,9 +226,9 @@ def config_of(experiment: Experiment, contender: Row, lr: float, seed: int) -> C
         "evaluations": 1,
         "checkpoints": 1,
     }
-    known = {LORA_FA: "lora", "racs": "adamw"}.get(method, method)
+    known = "lora" if method == LORA_FA else "adamw" if method in PEERS else method
     fields = asdict(finetuning(known, preset=PART, **shared)) | options
-    return Config(**fields | ({"optimizer": method} if method == "racs" else {}))
+    return Config(**fields | ({"optimizer": method} if method in PEERS else {}))
 
 
 def train(config: Config, folder: Path, lora_fa: bool) -> None:
