@@ -104,7 +104,7 @@ class LoRAPreOptimizer(Optimizer):
     def _init_group(
         self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], state: list[Tensor]
     ) -> bool:
-        """Append weights that have a gradient, it, and their state in the order of `batches`.
+        """Append weights that have a gradient, their gradients and states; make missing states.
 
         torch.compile runs the method of this name by itself, outside the graph, and takes the lists
         it has filled as the graph's inputs. So the check, which looks at the state, is here then.
